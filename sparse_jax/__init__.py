@@ -1,0 +1,32 @@
+"""sparse_jax: neural networks that are sparse from the first step to the last, as one optax transformation.
+
+The core needs jax and optax only. Read it in this order: :mod:`~sparse_jax.transform`, :mod:`~sparse_jax.masks`,
+:mod:`~sparse_jax.criteria`, :mod:`~sparse_jax.redistribution`, :mod:`~sparse_jax.selection`.
+"""
+
+from sparse_jax import criteria, distributions, granularity, methods, momentum, redistribution, schedules, selection
+from sparse_jax.masks import SparsifyState, UpdateStats, apply_masks, check_sparse, get_masks, layer_names, set_masks
+from sparse_jax.methods import sparse_momentum
+from sparse_jax.transform import sparsify
+
+__version__ = '0.1.0'
+
+__all__ = [
+    'SparsifyState',
+    'UpdateStats',
+    'apply_masks',
+    'check_sparse',
+    'criteria',
+    'distributions',
+    'get_masks',
+    'granularity',
+    'layer_names',
+    'methods',
+    'momentum',
+    'redistribution',
+    'schedules',
+    'selection',
+    'set_masks',
+    'sparse_momentum',
+    'sparsify',
+]

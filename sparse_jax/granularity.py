@@ -1,0 +1,36 @@
+"""What one unit of selection is. Units are scored, pruned and grown whole."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Unstructured:
+    """Every weight is a unit of its own.
+
+    Example:
+      >>> Unstructured()
+      Unstructured()
+    """
+
+
+def get(granularity: str | Unstructured) -> Unstructured:
+    """The granularity that a config's text names, or the given one itself.
+
+    Args:
+      granularity: ``'unstructured'`` or an instance.
+
+    Returns:
+      The instance.
+
+    Raises:
+      ValueError: if there is no such granularity.
+
+    Example:
+      >>> get('unstructured')
+      Unstructured()
+    """
+    if isinstance(granularity, Unstructured):
+        return granularity
+    if granularity == 'unstructured':
+        return Unstructured()
+    raise ValueError(f"granularity={granularity!r} does not exist. Known: 'unstructured'.")

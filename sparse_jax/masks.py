@@ -1,0 +1,259 @@
+"""The state of a sparse optimizer, and the masks in it: find, replace, apply and check them."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Masks = Any  # a tree like the params: bool arrays of the leaf's shape where it is sparse, a scalar True where it is dense
+PathPredicate = Callable[[str, Any], bool]
+
+_DENSE_NAMES = ('embed', 'norm', 'bias', 'scale')
+
+
+class UpdateStats(NamedTuple):
+    """What the last mask update did, one entry a layer in the order of :func:`layer_names`; zeros before the first."""
+
+    share: jax.Array  # float32, the layer's part of all growth that the redistribution asked for; sums to 1, or all 0
+    pruned: jax.Array  # int32
+    grown: jax.Array  # int32, including the pruned weights that were regrown at once
+    flipped: jax.Array  # int32, positions whose mask changed
+
+
+class SparsifyState(NamedTuple):
+    """State of :func:`sparse_jax.sparsify`: arrays only."""
+
+    count: jax.Array  # int32, steps done
+    rng_key: jax.Array  # typed random key, constant; folded with the count at an update
+    masks: Masks
+    grown: Masks  # True where the last update grew a new weight; scalar False at dense leaves
+    inner_state: Any
+    stats: UpdateStats
+    method_state: dict[str, Any]  # 'gradient_average' where the inner optimizer keeps no momentum, else empty
+
+
+class Layer(NamedTuple):
+    """Where one sparse leaf stands among the layers; a stacked leaf holds several."""
+
+    leaf: int  # index among the params' leaves
+    name: str
+    shape: tuple[int, ...]  # of one layer
+    start: int  # index of its first layer
+    depth: int | None  # number of stacked layers, None where the leaf is one layer
+
+    @property
+    def stop(self) -> int:
+        return self.start + (1 if self.depth is None else self.depth)
+
+
+def default_sparsifiable(path: str, leaf: Any) -> bool:
+    """Whether a leaf is trained sparse unless told otherwise.
+
+    Args:
+      path: the leaf's path, its parts joined by ``/``.
+      leaf: array with a shape and a dtype.
+
+    Returns:
+      True for floating-point leaves with two or more axes whose path contains none of ``embed``, ``norm``, ``bias``, ``scale``.
+
+    Example:
+      >>> default_sparsifiable('dense/kernel', jnp.ones((2, 2))), default_sparsifiable('LayerNorm_0/kernel', jnp.ones((2, 2)))
+      (True, False)
+    """
+    named_dense = any(part in path.lower() for part in _DENSE_NAMES)
+    return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim >= 2 and not named_dense
+
+
+def layer_table(tree: Any, is_sparse: PathPredicate, stacked: PathPredicate | None) -> list[Layer]:
+    """The sparse leaves of a tree, in the tree's order.
+
+    Args:
+      tree: params, masks, or their shapes.
+      is_sparse: which leaves are sparse, by (path, leaf).
+      stacked: which of them hold layers along their first axis; None for none.
+
+    Returns:
+      One row for each sparse leaf.
+
+    Raises:
+      ValueError: if a sparse leaf has no axis, no elements or 2^31 or more.
+    """
+    layers, start = [], 0
+    for i, (key_path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
+        path = jax.tree_util.keystr(key_path, simple=True, separator='/')
+        if not is_sparse(path, leaf):
+            continue
+        is_stacked = stacked is not None and stacked(path, leaf)
+        shape = tuple(leaf.shape[1:] if is_stacked else leaf.shape)
+        if not leaf.shape or math.prod(leaf.shape) == 0 or (is_stacked and not shape):
+            raise ValueError(
+                f'sparsifiable chose the leaf {path!r} of shape {tuple(leaf.shape)}; a sparse leaf needs at least one axis '
+                '(two where it is stacked) and one element.'
+            )
+        if math.prod(leaf.shape) >= 2**31:
+            raise ValueError(f'the leaf {path!r} has {math.prod(leaf.shape)} elements; a sparse leaf takes fewer than 2^31 = {2**31}.')
+        layers.append(Layer(i, path, shape, start, leaf.shape[0] if is_stacked else None))
+        start = layers[-1].stop
+    return layers
+
+
+def layer_names(masks: Masks, stacked: PathPredicate | None = None) -> list[str]:
+    """Names of the layers, in the order of :class:`UpdateStats`.
+
+    Args:
+      masks: tree of masks.
+      stacked: as given to ``sparsify``.
+
+    Returns:
+      Paths joined by ``/``; the layers of a stacked leaf end in ``[0]``, ``[1]``, ...
+
+    Example:
+      >>> layer_names({'a': {'kernel': jnp.ones((2, 2), bool), 'bias': jnp.array(True)}})
+      ['a/kernel']
+    """
+    names = []
+    for layer in layer_table(masks, lambda _, mask: mask.ndim > 0, stacked):
+        names += [layer.name] if layer.depth is None else [f'{layer.name}[{i}]' for i in range(layer.depth)]
+    return names
+
+
+def _is_state(x: Any) -> bool:
+    return isinstance(x, SparsifyState)
+
+
+def _is_masked_node(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _find_state(opt_state: Any) -> SparsifyState:
+    states = [x for x in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(x)]
+    if len(states) != 1:
+        raise ValueError(
+            f'opt_state holds {len(states)} SparsifyStates, expected exactly one: give the state of an optimizer that contains one '
+            'sparsify(...), or the part of the state that does.'
+        )
+    return states[0]
+
+
+def get_masks(opt_state: Any) -> Masks:
+    """The masks inside any chain's state.
+
+    Args:
+      opt_state: state of an optax optimizer that contains one :func:`sparse_jax.sparsify`.
+
+    Returns:
+      A tree like the params: bool arrays where a leaf is sparse, scalar True where it is dense (``optax.MaskedNode`` where
+      ``optax.partition`` or ``optax.masked`` hides a leaf).
+
+    Raises:
+      ValueError: if there is no SparsifyState in it, or several.
+
+    Example:
+      >>> import sparse_jax as sj
+      >>> tx = sj.sparse_momentum(0.1, density=0.5, update_every=10, total_steps=100)
+      >>> int(get_masks(tx.init({'w': jnp.ones((4, 4))}))['w'].sum())
+      8
+    """
+    return _find_state(opt_state).masks
+
+
+def set_masks(opt_state: Any, masks: Masks) -> Any:
+    """The same state with other masks; the number of nonzeros is from then on conserved at theirs.
+
+    Args:
+      opt_state: state of an optax optimizer that contains one :func:`sparse_jax.sparsify`.
+      masks: a tree like the present masks, with their shapes, bool.
+
+    Returns:
+      A new state. The params are not touched: follow with :func:`apply_masks`.
+
+    Raises:
+      ValueError: if the tree, a shape or a dtype differs from the present masks'.
+
+    Example:
+      >>> import sparse_jax as sj
+      >>> tx = sj.sparse_momentum(0.1, density=0.5, update_every=10, total_steps=100)
+      >>> state = set_masks(tx.init({'w': jnp.ones((2, 2))}), {'w': jnp.eye(2, dtype=bool)})
+      >>> get_masks(state)['w'].tolist()
+      [[True, False], [False, True]]
+    """
+    old = _find_state(opt_state).masks
+    if jax.tree.structure(masks) != jax.tree.structure(old):
+        raise ValueError(f'masks has the tree {jax.tree.structure(masks)}, but the state\'s masks have {jax.tree.structure(old)}.')
+    for (path, new), present in zip(jax.tree_util.tree_leaves_with_path(masks), jax.tree.leaves(old), strict=True):
+        if jnp.shape(new) != present.shape or jnp.result_type(new) != jnp.bool_:
+            raise ValueError(
+                f'masks{jax.tree_util.keystr(path)} is {jnp.result_type(new)}{list(jnp.shape(new))}, but must be '
+                f'bool{list(present.shape)}.'
+            )
+    masks = jax.tree.map(jnp.asarray, masks)
+    return jax.tree.map(lambda x: x._replace(masks=masks) if _is_state(x) else x, opt_state, is_leaf=_is_state)
+
+
+def apply_masks(params: Any, masks: Masks) -> Any:
+    """Params with exact zeros off the masks.
+
+    Args:
+      params: tree of parameters (or of gradients).
+      masks: tree of masks, from :func:`get_masks`.
+
+    Returns:
+      A tree like the params; dense leaves are returned as they are.
+
+    Raises:
+      ValueError: if the trees differ.
+
+    Example:
+      >>> apply_masks({'w': jnp.array([1.0, 2.0])}, {'w': jnp.array([True, False])})['w'].tolist()
+      [1.0, 0.0]
+    """
+
+    def apply(mask, param):
+        dense = _is_masked_node(mask) or mask.ndim == 0
+        return param if dense else jnp.where(mask, param, jnp.zeros((), param.dtype))
+
+    return jax.tree.map(apply, masks, params, is_leaf=_is_masked_node)
+
+
+def check_sparse(params: Any, opt_state: Any) -> None:
+    """Raises where a weight off the mask is not exactly zero; for tests and debugging, on concrete arrays.
+
+    The usual cause is a transformation that stands after ``sparsify`` in a chain (clipping, weight decay, an average of weights):
+    masks need the last word. Or the params were never masked: ``params = apply_masks(params, get_masks(opt_state))`` after init.
+
+    Args:
+      params: tree of parameters.
+      opt_state: state of an optax optimizer that contains one :func:`sparse_jax.sparsify`.
+
+    Raises:
+      ValueError: naming each leaf with nonzero weights off its mask, and their number.
+
+    Example:
+      >>> import sparse_jax as sj
+      >>> tx = sj.sparse_momentum(0.1, density=0.5, update_every=10, total_steps=100)
+      >>> params = {'w': jnp.ones((2, 2))}
+      >>> check_sparse(params, tx.init(params))
+      Traceback (most recent call last):
+      ...
+      ValueError: 2 weights off the mask are not zero: w (2 of 2). ...
+    """
+    wrong, total = [], 0
+
+    def check(path, mask, param):
+        nonlocal total
+        if _is_masked_node(mask) or mask.ndim == 0:
+            return
+        if number := int((~mask & (param != 0)).sum()):
+            name = jax.tree_util.keystr(path, simple=True, separator='/')
+            wrong.append(f'{name} ({number} of {int((~mask).sum())})')
+            total += number
+
+    jax.tree_util.tree_map_with_path(check, get_masks(opt_state), params, is_leaf=_is_masked_node)
+    if wrong:
+        raise ValueError(
+            f'{total} weights off the mask are not zero: {", ".join(wrong)}. Nothing that changes updates may stand after sparsify '
+            'in a chain, and params start with apply_masks(params, get_masks(opt_state)).'
+        )

@@ -1,0 +1,84 @@
+"""Finding the momentum in any optimizer's state, by its field and never by a parameter's name."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+EPSILON = 1e-8
+
+MomentumOption = str | Callable[[Any], Any] | None
+
+
+def _is_namedtuple(x) -> bool:
+    return isinstance(x, tuple) and hasattr(x, '_fields')
+
+
+def _namedtuples(state, treedef) -> Iterator[Any]:
+    """All NamedTuples in an optimizer state, without looking into trees of parameters (which may be NamedTuples too)."""
+    if jax.tree.structure(state) == treedef:
+        return
+    if _is_namedtuple(state):
+        yield state
+    if isinstance(state, (tuple, list)):
+        children = state
+    elif isinstance(state, dict):
+        children = state.values()
+    else:
+        return
+    for child in children:
+        yield from _namedtuples(child, treedef)
+
+
+def find(inner_state: Any, treedef: Any, momentum: MomentumOption = None) -> Any | None:
+    r"""The momentum that an optimizer keeps for every parameter, dense, with its sign.
+
+    Looked for are the fields of the state's NamedTuples whose tree is the parameters': ``trace`` (SGD with momentum, RMSProp with
+    momentum), Adam's ``mu`` as :math:`\mu / (\sqrt{\nu} + 10^{-8})` where the same NamedTuple has ``nu``, and ``mu`` alone (Lion).
+
+    Args:
+      inner_state: an optax optimizer's state.
+      treedef: the parameters' tree structure.
+      momentum: name of the NamedTuple field to take as it is, or a function of the inner state that returns the momentum tree.
+
+    Returns:
+      A tree of the parameters' structure, or None where the state has no such field, or several.
+
+    Raises:
+      ValueError: if ``momentum`` names a field that does not exist or is ambiguous, or its function's tree is not the parameters'.
+
+    Example:
+      >>> import optax
+      >>> params = {'mu': jnp.ones(2), 'w': jnp.ones(3)}
+      >>> state = optax.chain(optax.clip(1.0), optax.sgd(0.1, momentum=0.9)).init(params)
+      >>> find(state, jax.tree.structure(params))['w'].tolist()
+      [0.0, 0.0, 0.0]
+      >>> find(optax.sgd(0.1).init(params), jax.tree.structure(params)) is None
+      True
+    """
+    if callable(momentum):
+        tree = momentum(inner_state)
+        if jax.tree.structure(tree) != treedef:
+            raise ValueError(
+                f'momentum: the function given must return a tree like the params, {treedef}, but returned '
+                f'{jax.tree.structure(tree)}.'
+            )
+        return tree
+    found = []
+    for state in _namedtuples(inner_state, treedef):
+        fields = {f: getattr(state, f) for f in state._fields if jax.tree.structure(getattr(state, f)) == treedef}
+        if momentum is not None:
+            found += [fields[momentum]] if momentum in fields else []
+        elif 'trace' in fields:
+            found.append(fields['trace'])
+        elif 'mu' in fields and 'nu' in fields:
+            found.append(jax.tree.map(lambda mu, nu: mu / (jnp.sqrt(nu) + EPSILON), fields['mu'], fields['nu']))
+        elif 'mu' in fields:
+            found.append(fields['mu'])
+    if momentum is not None and len(found) != 1:
+        raise ValueError(
+            f'momentum={momentum!r} names {len(found)} fields of the inner state whose tree is the params\'; it must name exactly '
+            "one. Give another field, a function of the inner state, or None to have one found."
+        )
+    return found[0] if len(found) == 1 else None

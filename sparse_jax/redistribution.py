@@ -1,0 +1,188 @@
+"""Who gets the pruned weights: a budget of T weights shared out over the layers, exact, in integers, under jit.
+
+Every quantity is an integer below 2^31 except totals over the layers, which may be larger and are kept as a pair (high, low) that
+means high * 2^16 + low. Floating point enters only as one correctly rounded division, so the result has the same bits whatever the
+mesh, and a program in any other language can repeat it.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+MAX_LAYERS = 2047  # their weights, of at most 2^20 each, must add up to less than 2^31
+
+
+class Weights(NamedTuple):
+    """Shares of the layers as integers; `total` is their sum, 0 where no share is usable."""
+
+    weight: jax.Array  # int32[layers], 0 to 2^20
+    total: jax.Array  # int32
+
+
+def divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """Correctly rounded float32 quotient.
+
+    XLA turns a division by a constant or by a broadcast scalar into a multiplication by its reciprocal, which rounds twice. The
+    barrier hides from it that the denominator is one.
+
+    Args:
+      numerator: float32 array.
+      denominator: float32 array that broadcasts to the numerator.
+
+    Returns:
+      float32 array of the numerator's shape.
+
+    Example:
+      >>> float(divide(jnp.float32(1), jnp.float32(3)))
+      0.3333333432674408
+    """
+    return numerator / lax.optimization_barrier(jnp.broadcast_to(denominator, jnp.shape(numerator)))
+
+
+def weights(shares: jax.Array) -> Weights:
+    r"""Shares as integer weights: :math:`w_l = \mathrm{round}(2^{20} s_l / \max_k s_k)`, halves to even.
+
+    Args:
+      shares: float32[layers], of any scale; negative and non-finite ones count as 0.
+
+    Returns:
+      The weights and their sum.
+
+    Example:
+      >>> weights(jnp.array([1.0, 0.5, jnp.nan])).weight.tolist()
+      [1048576, 524288, 0]
+    """
+    shares = jnp.where(jnp.isfinite(shares) & (shares > 0), shares, 0.0)
+    largest = jnp.max(shares)
+    ratio = divide(shares, jnp.where(largest > 0, largest, 1.0))
+    weight = jnp.round(ratio * 2.0**20).astype(jnp.int32)  # exact: a power of two
+    return Weights(weight, jnp.sum(weight, dtype=jnp.int32))
+
+
+def _total(x):
+    """Exact sum of up to 2^11 integers in [0, 2^32) as (high, low)."""
+    x = x.astype(jnp.uint32)
+    low = jnp.sum(x & 0xFFFF, dtype=jnp.uint32)
+    return jnp.sum(x >> 16, dtype=jnp.uint32) + (low >> 16), low & 0xFFFF
+
+
+def _at_most(a, b):
+    return (a[0] < b[0]) | ((a[0] == b[0]) & (a[1] <= b[1]))
+
+
+def multiply_divide(amount: tuple[jax.Array, jax.Array], weight: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
+    r"""Quotient and remainder of amount * weight / total, exact, by long division.
+
+    With the bits of the amount taken from the top, :math:`a' = 2a + b`, and :math:`a w = q W + r`, so
+    :math:`a' w = 2q W + (2r + b w)`: double, add, and subtract W where it fits. As r < W and w <= W < 2^31 nothing overflows.
+
+    Args:
+      amount: (high, low), uint32 scalars that mean high * 2^16 + low, below 2^48.
+      weight: uint32[n], each at most the total.
+      total: uint32 scalar or [n], positive, below 2^31.
+
+    Returns:
+      uint32[n] quotients, 2^31 - 1 where they would be larger, and uint32[n] remainders.
+
+    Example:
+      >>> u = jnp.uint32
+      >>> [x.tolist() for x in multiply_divide((u(0), u(10)), u([1, 2]), u(3))]
+      [[3, 6], [1, 2]]
+    """
+    limit = jnp.uint32(2**31 - 1)
+    high, low = amount
+
+    def reduce(quotient, remainder):
+        carry = (remainder >= total).astype(jnp.uint32)
+        return jnp.minimum(quotient + carry, limit), remainder - carry * total
+
+    def bit(i, state):
+        position = jnp.uint32(47) - i.astype(jnp.uint32)
+        set_ = jnp.where(position >= 16, high >> (position - 16), low >> position) & 1
+        quotient, remainder = state
+        quotient, remainder = reduce(2 * quotient, 2 * remainder)
+        return reduce(quotient, remainder + set_ * weight)
+
+    zeros = jnp.zeros_like(weight)
+    return lax.fori_loop(0, 48, bit, (zeros, zeros))
+
+
+def prune_counts(
+    rate: jax.Array, nonzeros: jax.Array, missing: jax.Array, prunable: jax.Array, shares: Weights | None
+) -> jax.Array:
+    r"""How many weights each layer prunes: :math:`r_l = \min(\lceil p_l n_l \rceil, \text{prunable}_l, n_l - 1)`, at least 0.
+
+    The rate :math:`p_l` is the schedule's, but a layer with sparsity under 0.2 and a share above average prunes at most the
+    part that it is missing, so that a nearly dense layer is not emptied only to be refilled.
+
+    Args:
+      rate: float32 scalar, the schedule's prune rate, in [0, 1].
+      nonzeros: int32[layers], active weights.
+      missing: int32[layers], the others.
+      prunable: int32[layers], active weights that may be pruned.
+      shares: the layers' shares, or None where nothing is redistributed: then no layer is held back.
+
+    Returns:
+      int32[layers].
+
+    Example:
+      >>> i = jnp.int32
+      >>> prune_counts(jnp.float32(0.5), i([5, 1]), i([95, 9]), i([5, 1]), None).tolist()
+      [3, 0]
+    """
+    count = jnp.ceil(rate * nonzeros.astype(jnp.float32)).astype(jnp.int32)
+    if shares is not None:
+        sizes = nonzeros + missing
+        nearly_dense = missing <= (sizes - 1) // 5  # 5 * missing < size, without overflow
+        above_average = (shares.total > 0) & (shares.weight * len(shares.weight) > shares.total)
+        sparsity = divide(missing.astype(jnp.float32), sizes.astype(jnp.float32))
+        capped = jnp.ceil(jnp.minimum(rate, sparsity) * nonzeros.astype(jnp.float32)).astype(jnp.int32)
+        count = jnp.where(nearly_dense & above_average, capped, count)
+    return jnp.maximum(jnp.minimum(count, jnp.minimum(prunable, nonzeros - 1)), 0)
+
+
+def growth_targets(pruned: jax.Array, shares: Weights | None, room: jax.Array) -> jax.Array:
+    r"""How many weights each layer grows, so that the sum is exactly the number pruned.
+
+    With :math:`T = \sum_l r_l` and the integer shares w of sum W, layer l asks for :math:`b_l = \min(c_l, \lfloor T w_l / W
+    \rfloor)` where :math:`c_l` is its room. What is left is spread equally: :math:`\lambda` is the largest integer with
+    :math:`\sum_l \min(c_l, b_l + \lambda) \le T`. The last few go one each to the layers with room and the largest remainder of
+    :math:`T w_l / W`, the lowest layer first. It is the fixed point of the original's repeated spreading, without its 0.99.
+
+    Args:
+      pruned: int32[layers], the weights each layer pruned.
+      shares: the layers' shares; None, or shares that are all zero: each layer regrows what it pruned.
+      room: int32[layers], positions that may be grown; at least ``pruned``.
+
+    Returns:
+      int32[layers].
+
+    Example:
+      >>> i = jnp.int32
+      >>> growth_targets(i([4, 4]), weights(jnp.array([3.0, 1.0])), i([5, 9])).tolist()
+      [5, 3]
+    """
+    if shares is None:
+        return pruned
+    amount = _total(pruned)
+    weight = shares.weight.astype(jnp.uint32)
+    total = jnp.maximum(shares.total, 1).astype(jnp.uint32)
+    quotient, remainder = multiply_divide(amount, weight, total)
+    room = room.astype(jnp.uint32)
+    base = jnp.minimum(room, quotient)
+
+    def bit(i, extra):
+        candidate = extra | (jnp.uint32(1) << (30 - i).astype(jnp.uint32))
+        return jnp.where(_at_most(_total(jnp.minimum(room, base + candidate)), amount), candidate, extra)
+
+    extra = lax.fori_loop(0, 31, bit, jnp.uint32(0))
+    target = jnp.minimum(room, base + extra)
+    given = _total(target)
+    left = ((amount[0] - given[0]) << 16) + amount[1] - given[1]  # fewer than there are layers with room
+    order = jnp.where(target < room, remainder.astype(jnp.int32), -1)
+    earlier = jnp.arange(len(order))[None, :] < jnp.arange(len(order))[:, None]
+    ahead = (order[None, :] > order[:, None]) | ((order[None, :] == order[:, None]) & earlier)
+    target = target + (jnp.sum(ahead, axis=1, dtype=jnp.uint32) < left)
+    return jnp.where(shares.total > 0, target.astype(jnp.int32), pruned)
