@@ -1,8 +1,9 @@
 """How many weights each layer starts with: exact integers on the host, from the layers' sizes alone."""
 
-import difflib
 from collections.abc import Sequence
 from typing import Protocol
+
+from sparse_jax import _names
 
 
 class Distribution(Protocol):
@@ -76,7 +77,5 @@ def get(distribution: str | Distribution) -> Distribution:
     if callable(distribution):
         return distribution
     if distribution not in _BY_NAME:
-        near = difflib.get_close_matches(str(distribution), _BY_NAME, n=3, cutoff=0.4)
-        hint = f' Did you mean {" or ".join(map(repr, near))}?' if near else ''
-        raise ValueError(f'distribution={distribution!r} does not exist.{hint} Known: {", ".join(sorted(_BY_NAME))}.')
+        raise _names.unknown('distribution', distribution, _BY_NAME)
     return _BY_NAME[distribution]

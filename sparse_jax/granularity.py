@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from sparse_jax import _names
+
 
 @dataclasses.dataclass(frozen=True)
 class Unstructured:
@@ -33,4 +35,4 @@ def get(granularity: str | Unstructured) -> Unstructured:
         return granularity
     if granularity == 'unstructured':
         return Unstructured()
-    raise ValueError(f"granularity={granularity!r} does not exist. Known: 'unstructured'.")
+    raise _names.unknown('granularity', granularity, ['unstructured'])

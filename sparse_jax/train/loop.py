@@ -1,0 +1,261 @@
+"""Runs an experiment in a workdir: trains or goes on, shows progress, saves, and ends with result.json and report.png."""
+
+import datetime
+import json
+import math
+import pathlib
+import platform
+import resource
+import socket
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+import sparse_jax as sj
+from sparse_jax import config as config_lib
+from sparse_jax import data as data_lib
+from sparse_jax.train import checkpoint, metrics, report, workdir
+from sparse_jax.train import state as state_lib
+
+_EVALUATION_BATCH = 1000
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss is NaN or infinite: the run cannot go on."""
+
+
+def _prepare(config: config_lib.Config, folder: pathlib.Path) -> tuple[data_lib.Dataset, state_lib.Experiment]:
+    """Everything that can be wrong with the input is found here, before a file is made in the workdir."""
+    config_lib.validate(config)
+    workdir.check(config, folder)
+    if config.log.tensorboard:
+        metrics.check_tensorboard()
+    data = data_lib.load(config.data.name, config.data.dir, download=config.data.download, validation=config.data.validation)
+    experiment = state_lib.create(
+        config, num_examples=len(data.train.labels), image_shape=data.train.images.shape[1:], num_classes=data.num_classes
+    )
+    return data, experiment
+
+
+def _evaluate(evaluate, state, split: data_lib.Split) -> dict[str, float]:
+    """Mean loss and accuracy over a split."""
+    sums = [
+        evaluate(state, {'image': split.images[i : i + _EVALUATION_BATCH], 'label': split.labels[i : i + _EVALUATION_BATCH]})
+        for i in range(0, len(split.labels), _EVALUATION_BATCH)
+    ]
+    sums = jax.device_get(sums)
+    count = len(split.labels)
+    return {'loss': float(sum(s['loss'] for s in sums)) / count, 'accuracy': int(sum(s['correct'] for s in sums)) / count}
+
+
+@jax.jit
+def _nonzeros(masks: Any) -> list[jax.Array]:
+    return [mask.sum() for mask in jax.tree.leaves(masks) if mask.ndim]
+
+
+class _StepMetrics:
+    """Collects each step's metrics, fetched after the next step has been dispatched, so that fetching never stalls the device."""
+
+    def __init__(self):
+        self._pending = None
+        self._collected: list[dict[str, float]] = []
+
+    def add(self, step: int, values: dict[str, jax.Array]) -> None:
+        self._fetch()
+        self._pending = step, values
+
+    def _fetch(self) -> None:
+        if self._pending is not None:
+            step, values = self._pending
+            self._pending = None
+            fetched = {k: float(v) for k, v in jax.device_get(values).items()}
+            if not math.isfinite(fetched['loss']):
+                raise NonFiniteLossError(
+                    f'the loss is {fetched["loss"]} at step {step}: lower optimizer.learning_rate. The last checkpoint is intact.'
+                )
+            self._collected.append(fetched)
+
+    def means(self) -> dict[str, float]:
+        """Means since the last call."""
+        self._fetch()
+        rows, self._collected = self._collected, []
+        return {k: sum(row[k] for row in rows) / len(rows) for k in rows[0]}
+
+
+def train(config: config_lib.Config, folder: pathlib.Path) -> dict[str, Any]:
+    """Trains an experiment to its end, from its newest checkpoint if it has one.
+
+    Args:
+      config: the settings.
+      folder: the workdir; made if need be.
+
+    Returns:
+      The content of ``result.json``. In a finished workdir nothing is done but to return it.
+
+    Raises:
+      ValueError: for anything wrong with the input, before a file is made.
+      NonFiniteLossError: if the loss stops being finite.
+    """
+    data, experiment = _prepare(config, folder)
+    lock = workdir.lock(folder)  # held until the process ends
+    del lock
+    workdir.check(config, folder)  # now that nobody else can write there
+    if (folder / 'result.json').exists():
+        result = json.loads((folder / 'result.json').read_text())
+        report.print_table(result)
+        return result
+    workdir.write_json(folder / 'config.json', config_lib.identity(config))
+
+    checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', keep=config.checkpoint.keep)
+    init = jax.jit(experiment.init)
+    key = jax.random.key(config.seed)
+    start = checkpoints.latest_step() or 0
+    if start:
+        state, seconds = checkpoints.restore(start, jax.eval_shape(init, key))
+    else:
+        state, seconds = init(key), 0.0
+    state, seconds = _train_loop(config, folder, data, experiment, checkpoints, state, start, seconds)
+    checkpoints.close()
+    return _finish(config, folder, data, experiment, state, seconds, start)
+
+
+def _train_loop(config, folder, data, experiment, checkpoints, state, start, seconds):
+    train_step = jax.jit(experiment.train_step, donate_argnums=0, static_argnames='dense_gradients')
+    evaluate = jax.jit(experiment.evaluate)
+    part, split = ('validation', data.validation) if len(data.validation.labels) else ('test', data.test)
+    batches = data_lib.batches(
+        data.train, batch_size=config.data.batch_size, seed=config.seed, num_batches=experiment.total_steps
+    )
+    eval_every = config.train.eval_every or experiment.steps_per_epoch
+    layers = state_lib.sizes(state).layers
+    writer = metrics.Writer(folder, step=start, tensorboard=config.log.tensorboard)
+    progress = metrics.Progress(experiment.total_steps, start)
+    step_metrics = _StepMetrics()
+    shown: dict[str, float] = {}
+
+    def write_density(step, extra):
+        counts = jax.device_get(_nonzeros(sj.get_masks(state.opt_state)))
+        density = {name: int(count) / size for count, (name, (_, size)) in zip(counts, layers.items(), strict=True)}
+        writer.write(step, {'density': density, **extra})
+
+    if start == 0 and experiment.prune_rate is not None:
+        write_density(0, {})
+    begin = last_time = time.perf_counter()
+    last_step = start
+    try:
+        for step in range(start + 1, experiment.total_steps + 1):
+            state, values = train_step(state, batches[step - 1], dense_gradients=True)
+            step_metrics.add(step, values)
+            if state_lib.is_mask_update(experiment, config, step):
+                stats = jax.device_get(state.opt_state.stats)
+                extra = {name: dict(zip(layers, getattr(stats, name).tolist(), strict=True)) for name in ('share', 'pruned', 'grown')}
+                write_density(step, {**extra, 'flips': int(stats.flipped.sum())})
+            if step % config.log.every == 0 or step == experiment.total_steps:
+                means = step_metrics.means()
+                now = time.perf_counter()
+                numbers = {**means, 'learning_rate': float(experiment.learning_rate(step - 1))}
+                if experiment.prune_rate is not None:
+                    numbers['prune_rate'] = float(experiment.prune_rate(step))
+                writer.write(step, {**numbers, 'steps_per_second': (step - last_step) / (now - last_time)})
+                last_step, last_time = step, now
+                shown |= means
+                progress.show(step, shown)
+            if step % eval_every == 0 or step == experiment.total_steps:
+                values = {f'{part}_{k}': v for k, v in _evaluate(evaluate, state, split).items()}
+                writer.write(step, values)
+                shown |= {f'{part}_accuracy': values[f'{part}_accuracy']}
+            if step % config.checkpoint.every == 0 or step == experiment.total_steps:
+                checkpoints.save(step, state, seconds + time.perf_counter() - begin)
+    finally:
+        progress.close()
+        writer.close()
+    return state, seconds + time.perf_counter() - begin
+
+
+def _finish(config, folder, data, experiment, state, seconds, start) -> dict[str, Any]:
+    evaluate = jax.jit(experiment.evaluate)
+    sizes = state_lib.sizes(state)
+    result = {
+        'model': config.model.name,
+        'method': config.sparsity.method,
+        'steps': experiment.total_steps,
+        'parameters': sizes.parameters,
+        'nonzeros': sizes.nonzeros,
+        'density': sizes.density,
+        'layers': sizes.layers,
+    }
+    for part in ('validation', 'test'):
+        split = getattr(data, part)
+        if len(split.labels):
+            result |= {f'{part}_{k}': v for k, v in _evaluate(evaluate, state, split).items()}
+    result |= {'seconds': round(seconds, 3), 'steps_per_second': round(experiment.total_steps / max(seconds, 1e-9), 1)}
+    report.draw(
+        folder / 'report.png',
+        metrics.read(folder),
+        title=f'{config.model.name}, {config.sparsity.method}: {result["test_accuracy"]:.2%} with {sizes.nonzeros:,} of '
+        f'{sizes.sparse_size:,} weights',
+        input_counts=_input_counts(config, state, data.train.images.shape[1:]),
+    )
+    workdir.write_json(
+        folder / 'run.json',
+        {
+            'finished': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
+            'resumed_at': start,
+            'host': socket.gethostname(),
+            'platform': platform.platform(),
+            'device': jax.devices()[0].device_kind,
+            'jax': jax.__version__,
+            'python': sys.version.split()[0],
+            'max_memory_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        },
+    )
+    workdir.write_json(folder / 'result.json', result)  # last: its presence says that the run is finished
+    report.print_table(result)
+    return result
+
+
+def _input_counts(config, state, image_shape) -> np.ndarray | None:
+    """Weights that each pixel of the image kept, where the first layer takes the image as a vector."""
+    if config.model.name != 'lenet300' or config.sparsity.method == 'dense':
+        return None
+    mask = np.asarray(sj.get_masks(state.opt_state)['fc1']['kernel'])
+    return mask.sum(axis=1).reshape(image_shape).sum(axis=-1)
+
+
+def evaluate(config: config_lib.Config, folder: pathlib.Path) -> dict[str, Any]:
+    """Evaluates a workdir's newest checkpoint. Writes nothing.
+
+    Args:
+      config: the settings, the same as it was trained with.
+      folder: the workdir.
+
+    Returns:
+      Loss and accuracy on the test examples (and on the validation examples, where there are any), the step and the sizes.
+
+    Raises:
+      ValueError: if there is no checkpoint, or it is damaged, or of another experiment.
+    """
+    if not (folder / 'checkpoints').is_dir():
+        raise ValueError(f'--workdir={folder} has no checkpoint: train first, with --mode=train.')
+    data, experiment = _prepare(config, folder)
+    checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', keep=config.checkpoint.keep)
+    step = checkpoints.latest_step()
+    if step is None:
+        raise ValueError(f'--workdir={folder} has no complete checkpoint: train first, with --mode=train.')
+    state, _ = checkpoints.restore(step, jax.eval_shape(experiment.init, jax.random.key(config.seed)))
+    checkpoints.close()
+    sizes = state_lib.sizes(state)
+    result = {'step': step, 'nonzeros': sizes.nonzeros, 'density': sizes.density}
+    jitted = jax.jit(experiment.evaluate)
+    for part in ('validation', 'test'):
+        split = getattr(data, part)
+        if len(split.labels):
+            result |= {f'{part}_{k}': v for k, v in _evaluate(jitted, state, split).items()}
+    print(json.dumps(result, indent=2))
+    return result
+
+
+MODES = {'train': train, 'evaluate': evaluate}

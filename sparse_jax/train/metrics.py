@@ -1,0 +1,96 @@
+"""Where numbers go while a run trains: metrics.jsonl always, a progress bar or log lines, TensorBoard if asked for."""
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+from absl import logging
+from rich import progress
+
+
+class Writer:
+    """Appends dictionaries with a ``step`` to metrics.jsonl; on resume drops what is after the checkpoint."""
+
+    def __init__(self, workdir: pathlib.Path, *, step: int, tensorboard: bool):
+        path = workdir / 'metrics.jsonl'
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step] if path.exists() else []
+        partial = path.with_suffix('.tmp')
+        partial.write_text(''.join(line + '\n' for line in kept))
+        partial.replace(path)
+        self._file = path.open('a', buffering=1)
+        self._events = _summary_writer(workdir) if tensorboard else None
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """One line; values are numbers or dictionaries of numbers by layer."""
+        self._file.write(json.dumps({'step': step, **values}) + '\n')
+        if self._events is not None:
+            for name, value in values.items():
+                named = value.items() if isinstance(value, dict) else [('', value)]
+                for layer, number in named:
+                    self._events.add_scalar(f'{name}/{layer}' if layer else name, number, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)['step']
+    except (ValueError, KeyError):  # the line that a kill cut off
+        return float('inf')
+
+
+def _summary_writer(workdir: pathlib.Path):
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(workdir / 'tensorboard'))
+
+
+def check_tensorboard() -> None:
+    """Raises ValueError where the extra is not installed."""
+    try:
+        import tensorboardX  # noqa: F401
+    except ImportError as error:
+        raise ValueError("log.tensorboard=True needs tensorboardX: pip install 'sparse_jax[tensorboard]'.") from error
+
+
+def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """All lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+class Progress:
+    """A bar on a terminal, a log line every tenth of the run otherwise."""
+
+    def __init__(self, total: int, start: int):
+        self._total = total
+        self._interval = max(1, total // 10)
+        self._bar = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+
+            columns = (
+                progress.TextColumn('[bold]training'),
+                progress.BarColumn(bar_width=None),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn('{task.fields[numbers]}'),
+                progress.TimeRemainingColumn(),
+            )
+            self._bar = progress.Progress(*columns, console=Console(stderr=True), refresh_per_second=4)
+            self._task = self._bar.add_task('', total=total, completed=start, numbers='')
+            self._bar.start()
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """The latest numbers, at the given step."""
+        numbers = '  '.join(f'{name} {value:.4g}' for name, value in values.items())
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, numbers=numbers)
+        elif step % self._interval == 0 or step == self._total:
+            logging.info('step %d/%d  %s', step, self._total, numbers)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

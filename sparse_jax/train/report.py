@@ -1,0 +1,102 @@
+"""What a finished run shows: a table, and a picture of how it learned and where its weights went."""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+
+def _bytes(count: float) -> str:
+    return f'{count / 1024:.0f} KiB' if count < 1024**2 else f'{count / 1024**2:.1f} MiB'
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Prints a run's result: sizes, accuracy and time.
+
+    Args:
+      result: content of ``result.json``.
+    """
+    console = Console()
+    table = Table(title=f'{result["model"]}, {result["method"]}')
+    for column in ('layer', 'weights', 'nonzeros', 'density'):
+        table.add_column(column, justify='left' if column == 'layer' else 'right')
+    for name, (nonzeros, size) in result['layers'].items():
+        table.add_row(name, f'{size:,}', f'{nonzeros:,}', f'{nonzeros / size:.2%}')
+    table.add_section()
+    total = sum(size for _, size in result['layers'].values())
+    table.add_row('all of these', f'{total:,}', f'{result["nonzeros"]:,}', f'{result["density"]:.2%}')
+    console.print(table)
+
+    dense = 4 * result['parameters']
+    sparse = 4 * (result['parameters'] - total + result['nonzeros']) + total / 8
+    facts = Table(show_header=False)
+    facts.add_column()
+    facts.add_column(justify='right')
+    facts.add_row('test accuracy', f'{result["test_accuracy"]:.2%}')
+    facts.add_row('parameters', f'{result["parameters"]:,}')
+    facts.add_row('size dense, float32', _bytes(dense))
+    facts.add_row('size sparse, float32 values + 1-bit mask', _bytes(sparse))
+    facts.add_row('steps', f'{result["steps"]:,}')
+    facts.add_row('training time', f'{result["seconds"]:.1f} s ({result["steps_per_second"]:.0f} steps/s)')
+    console.print(facts)
+
+
+def _series(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[Any]]:
+    chosen = [row for row in rows if key in row]
+    return [row['step'] for row in chosen], [row[key] for row in chosen]
+
+
+def draw(path: pathlib.Path, rows: list[dict[str, Any]], *, title: str, input_counts: np.ndarray | None) -> None:
+    """Saves a run's picture: loss, accuracy, each layer's density over time, and the weights that each input pixel kept.
+
+    Args:
+      path: PNG file to write.
+      rows: the lines of ``metrics.jsonl``.
+      title: heading.
+      input_counts: number of weights each input pixel kept, [height, width]; None: the weights that moved are drawn instead.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(11, 7.5), layout='constrained')
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=13)
+    (loss_axes, accuracy_axes), (density_axes, last_axes) = figure.subplots(2, 2)
+
+    loss_axes.plot(*_series(rows, 'loss'), label='training', color='tab:blue')
+    accuracy_axes.plot(*_series(rows, 'accuracy'), label='training', color='tab:blue')
+    for part, color in (('validation', 'tab:green'), ('test', 'tab:orange')):
+        if any(f'{part}_loss' in row for row in rows):
+            loss_axes.plot(*_series(rows, f'{part}_loss'), label=part, color=color)
+            accuracy_axes.plot(*_series(rows, f'{part}_accuracy'), label=part, color=color)
+    loss_axes.set(title='loss (cross entropy, nats)', xlabel='step', yscale='log')
+    accuracy_axes.set(title='accuracy', xlabel='step')
+    accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    if shown := sorted(value for row in rows for key, value in row.items() if key.endswith('accuracy')):
+        accuracy_axes.set_ylim(max(0.0, shown[len(shown) // 10] - 0.03), 1.005)
+    loss_axes.legend()
+    accuracy_axes.legend()
+
+    steps, densities = _series(rows, 'density')
+    for layer in densities[0] if densities else ():
+        density_axes.plot(steps, [d[layer] for d in densities], label=layer, drawstyle='steps-post')
+    density_axes.set(title='density of each layer', xlabel='step', yscale='log')
+    density_axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    if densities:
+        density_axes.legend()
+
+    if input_counts is not None:
+        image = last_axes.imshow(input_counts, cmap='viridis')
+        last_axes.set(title='weights that each input pixel kept', xticks=[], yticks=[])
+        figure.colorbar(image, ax=last_axes)
+    else:
+        last_axes.plot(*_series(rows, 'flips'), color='tab:purple')
+        last_axes.set(title='mask positions that an update flipped', xlabel='step', ylim=(0, None))
+    for axes in (loss_axes, accuracy_axes, density_axes):
+        axes.grid(alpha=0.3)
+    partial = path.with_suffix('.tmp.png')
+    figure.savefig(partial, dpi=110)
+    partial.replace(path)

@@ -1,0 +1,62 @@
+"""One folder, one experiment: the lock, the experiment's identity, and files that are whole or absent."""
+
+import fcntl
+import json
+import os
+import pathlib
+from typing import Any
+
+from sparse_jax import config as config_lib
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """Writes a JSON file that is either whole or not there."""
+    partial = path.with_suffix('.tmp')
+    partial.write_text(json.dumps(content, indent=2) + '\n')
+    os.replace(partial, path)
+
+
+def differences(config: config_lib.Config, workdir: pathlib.Path) -> list[str]:
+    """What distinguishes an experiment from the one in a workdir, one line a setting; empty for the same, or a new workdir."""
+    path = workdir / 'config.json'
+    if not path.exists():
+        return []
+    try:
+        old = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f'{path} is not JSON ({error}): give another --workdir, or delete this one.') from error
+    new = config_lib.identity(config)
+    return [f'{k}: {old.get(k)!r} there, {new.get(k)!r} given' for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+
+
+def check(config: config_lib.Config, workdir: pathlib.Path) -> None:
+    """Raises ValueError where a workdir cannot be used for this experiment. Makes nothing."""
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f'--workdir={workdir} is a file: give a folder, or a name that does not exist yet.')
+    if different := differences(config, workdir):
+        raise ValueError(f'--workdir={workdir} holds another experiment ({"; ".join(different)}): give another --workdir.')
+    foreign = workdir.exists() and not (workdir / 'config.json').exists() and any(p.name != '.lock' for p in workdir.iterdir())
+    if foreign:
+        raise ValueError(f'--workdir={workdir} holds files but no experiment: give a new or an empty folder.')
+
+
+def lock(workdir: pathlib.Path) -> int:
+    """Takes the folder for this process, until it ends however it ends.
+
+    Args:
+      workdir: the folder; made if need be.
+
+    Returns:
+      The open file that holds the lock.
+
+    Raises:
+      ValueError: if another process has it.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    handle = os.open(workdir / '.lock', os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        raise ValueError(f'--workdir={workdir} is in use by another process: wait for it, or give another --workdir.') from error
+    return handle
