@@ -7,11 +7,13 @@ command goes on where it stopped; in a finished workdir it prints the result. Ex
 """
 
 import difflib
+import logging
 import os
 import pathlib
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # jaxlib's notes to its developers
@@ -25,7 +27,8 @@ _MODE = flags.DEFINE_string('mode', 'train', f'What to do: {" or ".join(MODES)}.
 
 def main(argv) -> int:
     del argv
-    logging.set_verbosity(logging.INFO)
+    absl_logging.set_verbosity(absl_logging.WARNING)  # of jax, orbax and matplotlib
+    logging.getLogger('sparse_jax').setLevel(logging.INFO)
     from sparse_jax import train  # after the flags: a wrong flag is told at once
 
     try:

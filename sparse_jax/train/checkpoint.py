@@ -1,6 +1,5 @@
 """Checkpoints: orbax with COMMIT_FILE atomicity, a format version, and a fingerprint that catches what orbax does not."""
 
-import logging
 import pathlib
 from typing import Any
 
@@ -60,8 +59,6 @@ class Checkpoints:
     """The checkpoints of one run."""
 
     def __init__(self, folder: pathlib.Path, *, keep: int):
-        for name in ('orbax', 'absl'):  # orbax logs dozens of lines a save, at INFO
-            logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.WARNING or 'orbax' not in record.pathname)
         self._folder = folder
         self._manager = ocp.CheckpointManager(
             folder.absolute(),

@@ -1,12 +1,14 @@
 """Where numbers go while a run trains: metrics.jsonl always, a progress bar or log lines, TensorBoard if asked for."""
 
 import json
+import logging
 import pathlib
 import sys
 from typing import Any
 
-from absl import logging
 from rich import progress
+
+_LOG = logging.getLogger('sparse_jax')
 
 
 class Writer:
@@ -89,7 +91,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=numbers)
         elif step % self._interval == 0 or step == self._total:
-            logging.info('step %d/%d  %s', step, self._total, numbers)
+            _LOG.info('step %d/%d  %s', step, self._total, numbers)
 
     def close(self) -> None:
         if self._bar is not None:

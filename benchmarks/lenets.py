@@ -1,0 +1,91 @@
+"""Both LeNets on the offline digits: densities against the dense twin, paired by seed.
+
+    python -m benchmarks.lenets
+
+trains 2 networks x 6 densities x 5 seeds with launch.py, two at a time, into runs/lenets (finished ones are kept, so that it can
+be stopped and started again), and prints a Markdown table. Cost: about an hour on two CPU cores; --models=lenet300: six minutes.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+from rich.progress import track
+from scipy import stats
+
+DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 1.0)  # 1.0: the dense twin
+
+
+def workdir(root: pathlib.Path, model: str, density: float, seed: int) -> pathlib.Path:
+    return root / f'{model}-{"dense" if density == 1 else density}-{seed}'
+
+
+def train(root: pathlib.Path, model: str, density: float, seed: int, extra: list[str], core: int | None) -> None:
+    folder = workdir(root, model, density, seed)
+    if (folder / 'result.json').exists():
+        return
+    sparsity = '--config.sparsity.method=dense' if density == 1 else f'--config.sparsity.density={density}'
+    command = [sys.executable, 'launch.py', f'--config=configs/mnist_{model}.py:offline', f'--workdir={folder}', sparsity]
+    command += [f'--config.seed={seed}', '--config.checkpoint.keep=1', *extra]
+    affinity = None if core is None else lambda: os.sched_setaffinity(0, {core})
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=affinity)
+    if done.returncode:
+        raise RuntimeError(f'{" ".join(command)} ended with {done.returncode}:\n{done.stderr}')
+
+
+def table(root: pathlib.Path, models: list[str], seeds: int) -> str:
+    """Test accuracy in percent, mean and standard error; the difference to dense in points, with its 95% interval (Student's t)."""
+    lines = [
+        '| network | density | nonzeros | test accuracy % (standard error) | dense minus this, points (95% interval) |',
+        '|---|---|---|---|---|',
+    ]
+    for model in models:
+        accuracy, nonzeros = {}, {}
+        for density in DENSITIES:
+            results = [json.loads((workdir(root, model, density, s) / 'result.json').read_text()) for s in range(seeds)]
+            accuracy[density] = 100 * np.array([r['test_accuracy'] for r in results])
+            nonzeros[density] = {r['nonzeros'] for r in results}
+        for density in DENSITIES:
+            mean, error = accuracy[density].mean(), stats.sem(accuracy[density])
+            difference = accuracy[1.0] - accuracy[density]
+            half = stats.t.ppf(0.975, seeds - 1) * stats.sem(difference)
+            versus = '' if density == 1 else f'{difference.mean():.2f} ({difference.mean() - half:.2f} to {difference.mean() + half:.2f})'
+            name = 'dense' if density == 1 else f'{density:.0%}'
+            count = ', '.join(f'{n:,}' for n in nonzeros[density])
+            lines.append(f'| {model} | {name} | {count} | {mean:.2f} ({error:.2f}) | {versus} |')
+    return '\n'.join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--root', type=pathlib.Path, default=pathlib.Path('runs/lenets'))
+    parser.add_argument('--models', default='lenet300,lenet5', help='which networks, separated by commas')
+    parser.add_argument('--seeds', type=int, default=5)
+    parser.add_argument('--jobs', type=int, default=min(2, os.cpu_count() or 1), help='runs at a time, each on one core')
+    parser.add_argument('extra', nargs='*', help='further flags of launch.py, after --')
+    args = parser.parse_args()
+    models = args.models.split(',')
+    cores = sorted(os.sched_getaffinity(0)) if args.jobs > 1 else [None]
+    tasks = [(m, d, s) for m in models for d in DENSITIES for s in range(args.seeds)]
+    free = [cores[i % len(cores)] for i in range(args.jobs)]
+
+    def run(task):
+        core = free.pop()
+        try:
+            train(args.root, *task, args.extra, core)
+        finally:
+            free.append(core)
+
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        for future in track(concurrent.futures.as_completed([pool.submit(run, t) for t in tasks]), total=len(tasks), description='runs'):
+            future.result()
+    print(table(args.root, models, args.seeds))
+
+
+if __name__ == '__main__':
+    main()
