@@ -46,10 +46,26 @@ def _wrong_input(error) -> int:
     return 2
 
 
+def _check_names(argv):
+    """Settings and config files that do not exist, told better than by the flags library."""
+    from sparse_jax import _names
+    from sparse_jax import config as config_lib
+
+    known = config_lib.flatten(config_lib.Config())
+    for argument in argv:
+        name, _, value = argument.lstrip('-').partition('=')
+        if argument.startswith('-') and name.startswith('config.') and name.removeprefix('config.') not in known:
+            raise _names.unknown('the setting --config', name.removeprefix('config.'), known)
+        path = pathlib.Path(value.partition(':')[0])
+        if argument.startswith('-') and name == 'config' and value and not path.is_file():
+            raise _names.unknown('--config', str(path), [str(p) for p in path.parent.glob('*.py')])
+
+
 def _parse(argv):
     """Parses and checks the flags; wrong ones end the process with one line and exit code 2."""
     try:
-        rest = flags.FLAGS(argv, known_only=False)
+        _check_names(argv[1:])
+        rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise ValueError(f'{rest[1]!r} is not a flag: flags begin with --.')
         for flag, example in ((_CONFIG, 'configs/mnist_lenet300.py:offline'), (_WORKDIR, 'runs/mnist_lenet300')):
@@ -57,9 +73,10 @@ def _parse(argv):
                 raise ValueError(f'--{flag.name} is missing: give for instance --{flag.name}={example}.')
         if _MODE.value not in MODES:
             near = difflib.get_close_matches(_MODE.value, MODES, n=1, cutoff=0.4)
-            raise ValueError(f'--mode={_MODE.value} does not exist.{f" Did you mean {near[0]}?" if near else ""} Known: {", ".join(MODES)}.')
-    except Exception as error:
-        sys.exit(_wrong_input(error))
+            hint = f' Did you mean {near[0]}?' if near else ''
+            raise ValueError(f'--mode={_MODE.value} does not exist.{hint} Known: {", ".join(MODES)}.')
+    except Exception as error:  # a config file may raise anything; its own message is the last line
+        sys.exit(_wrong_input(str(error).strip().rsplit('\n', 1)[-1].removeprefix('ValueError: ')))
     return rest
 
 

@@ -247,17 +247,19 @@ def sparsify(
         rng_key = jax.random.key(seed)
         masks, num_layers = init_masks(params, rng_key)
         inner_state = inner.init(params)
+        if any(isinstance(x, optax.LookaheadState) for x in jax.tree.leaves(inner_state, is_leaf=_is_lookahead)):
+            raise ValueError('inner: optax.lookahead is not supported: its slow weights are not sparse. Wrap its fast optimizer alone.')
         method_state = {}
         if momentum_lib.find(inner_state, jax.tree.structure(params), momentum) is None:
             method_state['gradient_average'] = jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.float32), masks)
-        zeros = jnp.zeros(num_layers, jnp.int32)
+        zeros = [jnp.zeros(num_layers, dtype) for dtype in (jnp.float32, jnp.int32, jnp.int32, jnp.int32)]  # each its own buffer
         return SparsifyState(
             count=jnp.zeros([], jnp.int32),
             rng_key=rng_key,
             masks=masks,
             grown=jax.tree.map(jnp.zeros_like, masks),
             inner_state=inner_state,
-            stats=UpdateStats(jnp.zeros(num_layers, jnp.float32), zeros, zeros, zeros),
+            stats=UpdateStats(*zeros),
             method_state=method_state,
         )
 
@@ -300,6 +302,10 @@ def sparsify(
         return updates, SparsifyState(t, state.rng_key, masks, grown, inner_state, stats, method_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _is_lookahead(x):
+    return isinstance(x, optax.LookaheadState)
 
 
 def _check_params(params, masks):

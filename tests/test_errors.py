@@ -1,0 +1,105 @@
+"""Bad input to the core: one clear ValueError that says what, what was given and what works."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import sparse_jax as sj
+
+pytestmark = pytest.mark.core
+
+GOOD = dict(density=0.5, update_every=10, total_steps=100)
+PARAMS = {'w': jnp.ones((4, 4)), 'bias': jnp.ones(4)}
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(density=0.0), 'density=0.0: must be a number in (0, 1]'),
+        (dict(density=1.5), 'density=1.5: must be'),
+        (dict(density=float('nan')), 'density=nan: must be'),
+        (dict(density='5%'), "density='5%': must be a number"),
+        (dict(density=lambda t: 0.1), 'must be a number in (0, 1]'),
+        (dict(density=jnp.float32(0.5)), 'density must be a Python number, but is a jax array'),
+        (dict(update_every=0), 'update_every=0: must be an integer, at least 1'),
+        (dict(update_every=2.5), 'update_every=2.5: must be an integer'),
+        (dict(total_steps=0), 'total_steps=0: must be an integer, at least 1'),
+        (dict(start_step=-1), 'start_step=-1: must be'),
+        (dict(stop_step=-1), 'stop_step=-1: must be'),
+        (dict(prune_rate=1.5), 'prune_rate=1.5: must be in [0, 1]'),
+        (dict(distribution='unifrom'), "distribution='unifrom' does not exist. Did you mean 'uniform'?"),
+        (dict(granularity='block:4x4'), "granularity='block:4x4' does not exist"),
+    ],
+)
+def test_arguments(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sj.sparsify(optax.sgd(0.1), **{**GOOD, **change})
+
+
+def test_no_sparsifiable_leaf():
+    with pytest.raises(ValueError, match='no leaf of params is sparsifiable'):
+        sj.sparsify(optax.sgd(0.1), **GOOD).init({'norm_scale': jnp.ones((4, 4)), 'b': jnp.ones(3), 'i': jnp.ones((2, 2), int)})
+
+
+def test_budget_below_one_weight_a_layer():
+    with pytest.raises(ValueError, match=r'density=0.01 keeps 1 of 64 weights, fewer than the 4 sparse layers.*at least 0.0625'):
+        sj.sparsify(optax.sgd(0.1), **{**GOOD, 'density': 0.01}).init([jnp.ones((4, 4))] * 4)
+
+
+def test_every_layer_gets_a_weight_from_the_largest():
+    assert sj.distributions.uniform([1000, 10, 1], 0.01) == [8, 1, 1]
+    assert sj.distributions.uniform([1, 1, 1], 1.0) == [1, 1, 1]
+
+
+def test_missing_and_foreign_params():
+    tx = sj.sparsify(optax.sgd(0.1), **GOOD)
+    state = tx.init(PARAMS)
+    with pytest.raises(ValueError, match=r'tx.update\(grads, state, params\)'):
+        tx.update(PARAMS, state)
+    with pytest.raises(ValueError, match='but init was given'):
+        tx.update({'w': PARAMS['w']}, state, {'w': PARAMS['w']})
+    with pytest.raises(ValueError, match=r'w has the shape \(4, 5\), but at init it had \(4, 4\)'):
+        tx.update({**PARAMS, 'w': jnp.ones((4, 5))}, state, {**PARAMS, 'w': jnp.ones((4, 5))})
+
+
+def test_scalar_and_empty_sparse_leaves():
+    for shape in ((), (0, 3)):
+        with pytest.raises(ValueError, match="sparsifiable chose the leaf 'x'"):
+            sj.sparsify(optax.sgd(0.1), sparsifiable=lambda path, leaf: True, **GOOD).init({'x': jnp.ones(shape)})
+
+
+def test_masks_of_other_states_trees_shapes_and_dtypes():
+    state = sj.sparsify(optax.sgd(0.1), **GOOD).init(PARAMS)
+    with pytest.raises(ValueError, match='holds 0 SparsifyStates'):
+        sj.get_masks(optax.sgd(0.1).init(PARAMS))
+    with pytest.raises(ValueError, match='holds 2 SparsifyStates'):
+        sj.get_masks((state, state))
+    with pytest.raises(ValueError, match='masks has the tree'):
+        sj.set_masks(state, {'w': jnp.ones((4, 4), bool)})
+    with pytest.raises(ValueError, match=re.escape("masks['w'] is float32[4, 4], but must be bool[4, 4]")):
+        sj.set_masks(state, {'w': jnp.ones((4, 4)), 'bias': jnp.array(True)})
+
+
+def test_a_leaf_too_large():
+    with pytest.raises(ValueError, match=r'2147483648 elements; a sparse leaf takes fewer than 2\^31'):
+        jax.eval_shape(sj.sparsify(optax.sgd(0.1), **GOOD).init, {'w': jax.ShapeDtypeStruct((2**16, 2**15), jnp.bfloat16)})
+
+
+def test_default_sparsifiable_is_by_path_axes_and_dtype():
+    params = {
+        'embed': jnp.ones((4, 4)), 'block': {'LayerNorm_0': {'kernel': jnp.ones((4, 4))}, 'dense': {'kernel': jnp.ones((4, 4))}},
+        'conv1x1': jnp.ones((1, 1)), 'steps': jnp.ones((3, 3), int), 'vector': jnp.ones(8),
+    }  # fmt: skip
+    masks = sj.get_masks(sj.sparsify(optax.sgd(0.1), **GOOD).init(params))
+    assert sj.layer_names(masks) == ['block/dense/kernel', 'conv1x1']
+
+
+def test_layer_names_of_stacked_leaves():
+    stacked = lambda path, leaf: 'blocks' in path
+    state = sj.sparsify(optax.sgd(0.1), stacked=stacked, **GOOD).init({'blocks': jnp.ones((2, 4, 4)), 'head': jnp.ones((4, 2))})
+    assert sj.layer_names(state.masks, stacked) == ['blocks[0]', 'blocks[1]', 'head']
+    assert state.masks['blocks'].sum(axis=(1, 2)).tolist() == [8, 8]
+    assert state.stats.share.shape == (3,)

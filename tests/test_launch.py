@@ -1,0 +1,90 @@
+"""The launcher: wrong input is told in one line that says what to change, with exit code 2, and nothing is made."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIG = '--config=configs/mnist_lenet300.py:offline'
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        (['--workdir={}'], '--config is missing'),
+        ([CONFIG], '--workdir is missing'),
+        ([CONFIG, '--workdir={}', '--mode=trian'], 'Did you mean train?'),
+        ([CONFIG, '--workdir={}', '--worksteps=3'], "Unknown command line flag 'worksteps'"),
+        ([CONFIG, '--workdir={}', 'density=0.1'], "'density=0.1' is not a flag"),
+        ([CONFIG, '--workdir={}', '--config.sparsity.densty=0.1'], 'Did you mean \'sparsity.density\''),
+        ([CONFIG, '--workdir={}', '--config.sparsity.density=lots'], 'config.sparsity.density'),
+        (['--config=configs/mnist_lenet30.py', '--workdir={}'], "Did you mean 'configs/mnist_lenet300.py'"),
+        (['--config=configs/mnist_lenet300.py:ofline', '--workdir={}'], "the variant 'ofline' does not exist"),
+        ([CONFIG, '--workdir={}', '--config.sparsity.density=2'], 'config.sparsity.density=2.0: must be in (0, 1]'),
+        ([CONFIG, '--workdir={}', '--config.sparsity.method=sparse_momemtum'], "Did you mean 'sparse_momentum'?"),
+        ([CONFIG, '--workdir={}', '--config.model.name=lenet3000'], "Did you mean 'lenet300'"),
+        ([CONFIG, '--workdir={}', '--config.sparsity.density=0.000001'], 'fewer than the 3 sparse layers'),
+        ([CONFIG, '--workdir={}', '--config.data.batch_size=5000'], 'is more than the 4000 training examples'),
+        (['--config=configs/mnist_lenet300.py', '--workdir={}', '--config.data.dir=nowhere'], "data.dir='nowhere' has no train-images"),
+        ([CONFIG, '--workdir={}', '--mode=evaluate'], 'has no checkpoint: train first'),
+    ],
+)  # fmt: skip
+def test_wrong_input(flags, message, tmp_path):
+    workdir = tmp_path / 'run'
+    command = [sys.executable, 'launch.py', *(f.format(workdir) for f in flags)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().split('\n')
+    assert len(lines) == 1 and lines[0].startswith('error: ') and message in lines[0], done.stderr
+    assert not workdir.exists(), 'a file was made'
+
+
+def test_a_workdir_that_is_a_file_or_holds_something_else(tmp_path):
+    (tmp_path / 'file').write_text('')
+    (tmp_path / 'full').mkdir()
+    (tmp_path / 'full' / 'thesis.tex').write_text('')
+    for name, message in (('file', 'is a file'), ('full', 'holds files but no experiment')):
+        command = [sys.executable, 'launch.py', CONFIG, f'--workdir={tmp_path / name}']
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and message in done.stderr
+    assert [p.name for p in (tmp_path / 'full').iterdir()] == ['thesis.tex']
+
+
+def test_the_core_imports_jax_and_optax_only():
+    program = (
+        'import sys; heavy = {"flax", "orbax", "grain", "matplotlib", "absl.flags", "rich", "ml_collections"}\n'
+        'import jax, optax; before = set(sys.modules); import sparse_jax\n'
+        'new = {m.split(".")[0] for m in set(sys.modules) - before}; print(sorted(new & heavy), "sparse_jax" in new)'
+    )
+    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
+    assert done.stdout.strip() == '[] True', done.stdout + done.stderr
+
+
+def test_a_script_elsewhere_trains_a_nested_tuple_to_exact_density(tmp_path):
+    """The README's promise to a user of optax, with jax, optax and sparse_jax alone."""
+    script = tmp_path / 'mine.py'
+    script.write_text(
+        'import jax, jax.numpy as jnp, optax\n'
+        'import sparse_jax as sj\n'
+        'params = ((jnp.ones((30, 20)), jnp.zeros(20)), ((jnp.ones((20, 10)), (jnp.ones((10, 5)),)),))\n'
+        'params = jax.tree.map(lambda p, k: jax.random.normal(k, p.shape), params, optax.tree.split_key_like(jax.random.key(0), params))\n'
+        'tx = optax.chain(optax.clip_by_global_norm(1.0), '
+        'sj.sparsify(optax.adamw(1e-2), density=0.1, update_every=5, total_steps=100))\n'
+        'state = tx.init(params)\n'
+        'params = sj.apply_masks(params, sj.get_masks(state))\n'
+        '@jax.jit\n'
+        'def step(params, state, key):\n'
+        '    grads = jax.tree.map(lambda p: p - jnp.sin(jnp.arange(p.size, dtype=float).reshape(p.shape)), params)\n'
+        '    updates, state = tx.update(grads, state, params)\n'
+        '    return optax.apply_updates(params, updates), state\n'
+        'for t in range(60):\n'
+        '    params, state = step(params, state, t)\n'
+        'sj.check_sparse(params, state)\n'
+        'print(sum(int(m.sum()) for m in jax.tree.leaves(sj.get_masks(state)) if m.ndim))\n'
+    )
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == '85', done.stderr  # round(0.1 * (600 + 200 + 50))

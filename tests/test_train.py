@@ -1,0 +1,264 @@
+"""Whole runs: real processes, real kills, real checkpoints."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import sparse_jax as sj
+from configs import mnist_lenet5, mnist_lenet300
+from sparse_jax import train
+from sparse_jax.train import checkpoint, metrics
+from sparse_jax.train import state as state_lib
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def _config(**settings):
+    config = mnist_lenet300.get_config('offline')
+    for name, value in settings.items():
+        section, field = name.split('__')
+        setattr(getattr(config, section), field, value)
+    return config
+
+
+def _command(folder, *flags):
+    return [sys.executable, 'launch.py', '--config=configs/mnist_lenet300.py:offline', f'--workdir={folder}', *flags]
+
+
+def _launch(folder, *flags):
+    return subprocess.run(_command(folder, *flags), cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def _final_state(folder) -> dict[str, np.ndarray]:
+    """Every array of the last checkpoint, read by orbax alone."""
+    manager = ocp.CheckpointManager(folder / 'checkpoints')
+    step = manager.latest_step()
+    state = ocp.StandardCheckpointer().restore((folder / 'checkpoints' / str(step) / 'state').absolute())
+    manager.close()
+    flat = jax.tree_util.tree_leaves_with_path(state)
+    unwrap = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    return {jax.tree_util.keystr(path): np.asarray(unwrap(x)) for path, x in flat}
+
+
+STEPS = ('--config.train.steps=3000', '--config.checkpoint.every=200', '--config.log.every=50')
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('run') / 'undisturbed'
+    done = _launch(folder, *STEPS)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_a_run_leaves_its_files_and_prints_its_result(undisturbed):
+    folder, done = undisturbed
+    result = json.loads((folder / 'result.json').read_text())
+    assert result['nonzeros'] == 13_310 and result['density'] == 0.05 and result['parameters'] == 266_610 and result['steps'] == 3000
+    assert result['test_accuracy'] > 0.9 and result['seconds'] > 0 and result['steps_per_second'] > 0
+    assert 'test accuracy' in done.stdout and '13,310' in done.stdout and 'step 3000/3000' in done.stderr
+    assert (folder / 'report.png').read_bytes().startswith(b'\x89PNG') and (folder / 'run.json').exists()
+    rows = metrics.read(folder)
+    updates = [row for row in rows if 'flips' in row]
+    assert [row['step'] for row in updates] == list(range(40, 3000, 40)), 'a mask update every epoch, but none at the last step'
+    for row in updates:
+        nonzeros = sum(d * n for d, n in zip(row['density'].values(), (235_200, 30_000, 1_000), strict=True))
+        assert round(nonzeros) == 13_310
+        assert sum(row['share'].values()) == pytest.approx(1, abs=1e-5)
+        assert sum(row['pruned'].values()) == sum(row['grown'].values()) > 0
+    steps = [row for row in rows if 'loss' in row]
+    assert {'loss', 'accuracy', 'learning_rate', 'prune_rate', 'steps_per_second'} <= set(steps[0])
+    assert steps[0]['learning_rate'] == pytest.approx(0.1) and steps[-1]['learning_rate'] == pytest.approx(0.01)
+    assert steps[-1]['loss'] < steps[0]['loss']
+    assert not [p for p in folder.rglob('*tmp*')], 'half-made files'
+
+
+def test_kill_at_several_moments_changes_no_bit(undisturbed, tmp_path):
+    reference, _ = undisturbed
+    folder = tmp_path / 'killed'
+    for target in (260, 1010, 1990):  # kill -9 as soon as metrics.jsonl reaches this step
+        process = subprocess.Popen(_command(folder, *STEPS), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while True:
+            lines = (folder / 'metrics.jsonl').read_text().split('\n') if (folder / 'metrics.jsonl').exists() else []
+            if len(lines) > 1 and json.loads(lines[-2])['step'] >= target:
+                break
+            assert process.poll() is None and time.monotonic() < deadline, 'the process ended before it could be killed'
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert not (folder / 'result.json').exists()
+    assert _launch(folder, *STEPS).returncode == 0
+    assert json.loads((folder / 'run.json').read_text())['resumed_at'] >= 1000, 'the last run must have gone on from a checkpoint'
+    expected, got = _final_state(reference), _final_state(folder)
+    assert expected.keys() == got.keys() and any('masks' in k for k in got) and any('trace' in k for k in got)
+    for name, array in expected.items():
+        assert array.tobytes() == got[name].tobytes(), f'{name} differs'
+    results = [json.loads((f / 'result.json').read_text()) for f in (reference, folder)]
+    same = [{k: v for k, v in r.items() if 'second' not in k and 'time' not in k} for r in results]
+    assert same[0] == same[1]
+    rows = [[row | {'steps_per_second': 0} for row in metrics.read(f)] for f in (reference, folder)]
+    assert rows[0] == rows[1], 'metrics.jsonl has lost or repeated lines'
+
+
+def test_the_same_command_in_a_finished_workdir_prints_the_result(undisturbed):
+    folder, first = undisturbed
+    before = (folder / 'result.json').stat().st_mtime_ns
+    again = _launch(folder, *STEPS, '--config.checkpoint.keep=5')
+    assert again.returncode == 0 and again.stdout == first.stdout
+    assert (folder / 'result.json').stat().st_mtime_ns == before
+
+
+def test_another_experiment_in_the_workdir_is_refused_and_the_differences_listed(undisturbed):
+    folder, _ = undisturbed
+    done = _launch(folder, *STEPS, '--config.sparsity.density=0.1', '--config.seed=3')
+    assert done.returncode == 2
+    assert 'holds another experiment (seed: 0 there, 3 given; sparsity.density: 0.05 there, 0.1 given)' in done.stderr
+    assert len(done.stderr.strip().split('\n')) == 1
+
+
+def test_evaluate_reads_the_checkpoint_and_writes_nothing(undisturbed):
+    folder, _ = undisturbed
+    before = sorted((p, p.stat().st_mtime_ns) for p in folder.rglob('*'))
+    done = _launch(folder, *STEPS, '--mode=evaluate')
+    assert done.returncode == 0, done.stderr
+    evaluated, result = json.loads(done.stdout), json.loads((folder / 'result.json').read_text())
+    assert evaluated['test_accuracy'] == result['test_accuracy'] and evaluated['step'] == 3000
+    assert sorted((p, p.stat().st_mtime_ns) for p in folder.rglob('*')) == before
+
+
+def _largest_file(folder: pathlib.Path) -> pathlib.Path:
+    return max((p for p in folder.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+@pytest.mark.parametrize('damage', ['truncate', 'flip a bit', 'delete', 'another format'])
+def test_a_damaged_checkpoint_is_told(damage, tmp_path):
+    config = _config(train__steps=3)
+    train.train(config, tmp_path / 'run')
+    (tmp_path / 'run' / 'result.json').unlink()
+    state = tmp_path / 'run' / 'checkpoints' / '3' / 'state'
+    victim = _largest_file(state)
+    content = bytearray(victim.read_bytes())
+    if damage == 'truncate':
+        victim.write_bytes(content[: len(content) // 2])
+    elif damage == 'flip a bit':
+        content[len(content) // 2] ^= 4
+        victim.write_bytes(content)
+    elif damage == 'delete':
+        victim.unlink()
+    else:
+        meta = state.parent / 'meta' / 'metadata'
+        meta.write_text(meta.read_text().replace('"format": 1', '"format": 99'))
+    match = 'has format 99, this version reads 1' if damage == 'another format' else 'checkpoints/3 is damaged'
+    with pytest.raises(ValueError, match=match):
+        train.train(config, tmp_path / 'run')
+
+
+def test_two_processes_cannot_share_a_workdir(tmp_path):
+    from sparse_jax.train import workdir
+
+    handle = workdir.lock(tmp_path / 'run')
+    with pytest.raises(ValueError, match='in use by another process'):
+        workdir.lock(tmp_path / 'run')
+    os.close(handle)
+    os.close(workdir.lock(tmp_path / 'run'))
+
+
+def test_the_same_seed_twice_gives_the_same_bits_and_another_seed_others(tmp_path):
+    states = []
+    for name, seed in (('a', 0), ('b', 0), ('c', 1)):
+        config = _config(train__steps=90, checkpoint__every=1000)
+        config.seed = seed
+        train.train(config, tmp_path / name)
+        states.append(_final_state(tmp_path / name))
+    assert all(states[0][k].tobytes() == states[1][k].tobytes() for k in states[0])
+    assert any((states[0][k] != states[2][k]).any() for k in states[0] if 'masks' in k)
+
+
+def test_the_dense_twin_shares_everything_but_the_masks(tmp_path):
+    config = _config(train__steps=50, sparsity__method='dense')
+    result = train.train(config, tmp_path / 'dense')
+    assert result['density'] == 1.0 and result['nonzeros'] == 266_200 and result['parameters'] == 266_610
+    assert (tmp_path / 'dense' / 'report.png').exists()
+
+
+def test_lenet5_trains_a_few_steps(tmp_path):
+    config = mnist_lenet5.get_config('offline')
+    config.train.steps, config.sparsity.update_every, config.data.batch_size = 4, 2, 20
+    result = train.train(config, tmp_path / 'run')
+    assert result['nonzeros'] == 21_525 and result['density'] == 0.05
+
+
+def test_gradients_off_the_masks_are_zeros_without_dense_gradients():
+    config = _config()
+    experiment = train.create(config, num_examples=4000, image_shape=(28, 28, 1), num_classes=10)
+    state = experiment.init(jax.random.key(0))
+    batch = {'image': jax.random.normal(jax.random.key(1), (10, 28, 28, 1)), 'label': jnp.arange(10)}
+    trace = {}
+    for dense in (True, False):
+        after, _ = experiment.train_step(state, batch, dense_gradients=dense)
+        trace[dense] = after.opt_state.inner_state[1][0].trace['fc1']['kernel']
+    mask = sj.get_masks(state.opt_state)['fc1']['kernel']
+    assert not trace[False][~mask].any() and (trace[True][~mask] != 0).any()
+    np.testing.assert_array_equal(trace[False][mask], trace[True][mask])
+
+
+def test_evaluation_counts_every_example_once():
+    config = _config()
+    experiment = train.create(config, num_examples=4000, image_shape=(28, 28, 1), num_classes=10)
+    state = experiment.init(jax.random.key(0))
+    batch = {'image': np.random.default_rng(0).normal(size=(7, 28, 28, 1)).astype(np.float32), 'label': np.arange(7)}
+    sums = experiment.evaluate(state, batch)
+    x = batch['image'].reshape(7, -1)
+    p = jax.tree.map(np.asarray, state.params)
+    for name in ('fc1', 'fc2'):
+        x = np.maximum(x @ p[name]['kernel'] + p[name]['bias'], 0)
+    logits = (x @ p['fc3']['kernel'] + p['fc3']['bias']).astype(np.float64)
+    losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(7), np.arange(7)]
+    assert float(sums['loss']) == pytest.approx(losses.sum(), rel=1e-4)
+    assert int(sums['correct']) == (logits.argmax(axis=1) == np.arange(7)).sum()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    done = _launch(tmp_path / 'run', '--config.optimizer.learning_rate=1e20', '--config.train.steps=200')
+    assert done.returncode == 70
+    assert 'error: the loss is' in done.stderr and 'lower optimizer.learning_rate' in done.stderr
+    assert not (tmp_path / 'run' / 'result.json').exists()
+
+
+def test_tensorboard_files(tmp_path):
+    config = _config(train__steps=5, log__tensorboard=True, log__every=1)
+    train.train(config, tmp_path / 'run')
+    assert list((tmp_path / 'run' / 'tensorboard').glob('events*'))
+
+
+def test_fingerprint_sees_any_bit_and_any_swap():
+    tree = {'w': jnp.arange(12.0).reshape(3, 4), 'm': jnp.array([True, False]), 'k': jax.random.key(0), 'b': jnp.ones(3, jnp.bfloat16)}
+    base = checkpoint.fingerprint(tree)
+    assert base == checkpoint.fingerprint(jax.tree.map(lambda x: x, tree))
+    changes = {
+        'w': [tree['w'].at[2, 3].set(np.nextafter(np.float32(11), np.float32(12))), tree['w'].T.reshape(3, 4)],
+        'm': [jnp.array([False, True])],
+        'k': [jax.random.key(1)],
+        'b': [tree['b'].at[0].set(-1)],
+    }
+    for name, values in changes.items():
+        for value in values:
+            assert checkpoint.fingerprint({**tree, name: value}) != base
+
+
+def test_sizes_and_update_steps():
+    config = _config(sparsity__start_step=40, sparsity__stop_step=200)
+    experiment = train.create(config, num_examples=4000, image_shape=(28, 28, 1), num_classes=10)
+    assert experiment.total_steps == 4000 and experiment.update_every == 40
+    assert [t for t in range(1, 4001) if state_lib.is_mask_update(experiment, config, t)] == [80, 120, 160]
