@@ -54,7 +54,11 @@ def table(root: pathlib.Path, models: list[str], seeds: int) -> str:
             mean, error = accuracy[density].mean(), stats.sem(accuracy[density])
             difference = accuracy[1.0] - accuracy[density]
             half = stats.t.ppf(0.975, seeds - 1) * stats.sem(difference)
-            versus = '' if density == 1 else f'{difference.mean():.2f} ({difference.mean() - half:.2f} to {difference.mean() + half:.2f})'
+            versus = (
+                ''
+                if density == 1
+                else f'{difference.mean():.2f} ({difference.mean() - half:.2f} to {difference.mean() + half:.2f})'
+            )
             name = 'dense' if density == 1 else f'{density:.0%}'
             count = ', '.join(f'{n:,}' for n in nonzeros[density])
             lines.append(f'| {model} | {name} | {count} | {mean:.2f} ({error:.2f}) | {versus} |')
@@ -82,7 +86,9 @@ def main() -> None:
             free.append(core)
 
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for future in track(concurrent.futures.as_completed([pool.submit(run, t) for t in tasks]), total=len(tasks), description='runs'):
+        for future in track(
+            concurrent.futures.as_completed([pool.submit(run, t) for t in tasks]), total=len(tasks), description='runs'
+        ):
             future.result()
     print(table(args.root, models, args.seeds))
 

@@ -5,15 +5,15 @@ The core needs jax and optax only. Read it in this order: :mod:`~sparse_jax.tran
 """
 
 from sparse_jax import criteria, distributions, granularity, methods, momentum, redistribution, schedules, selection
+from sparse_jax._version import __version__
 from sparse_jax.masks import SparsifyState, UpdateStats, apply_masks, check_sparse, get_masks, layer_names, set_masks
 from sparse_jax.methods import sparse_momentum
 from sparse_jax.transform import sparsify
 
-__version__ = '0.1.0'
-
 __all__ = [
     'SparsifyState',
     'UpdateStats',
+    '__version__',
     'apply_masks',
     'check_sparse',
     'criteria',

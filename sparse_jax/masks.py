@@ -94,7 +94,9 @@ def layer_table(tree: Any, is_sparse: PathPredicate, stacked: PathPredicate | No
                 '(two where it is stacked) and one element.'
             )
         if math.prod(leaf.shape) >= 2**31:
-            raise ValueError(f'the leaf {path!r} has {math.prod(leaf.shape)} elements; a sparse leaf takes fewer than 2^31 = {2**31}.')
+            raise ValueError(
+                f'the leaf {path!r} has {math.prod(leaf.shape)} elements; a sparse leaf takes fewer than 2^31 = {2**31}.'
+            )
         layers.append(Layer(i, path, shape, start, leaf.shape[0] if is_stacked else None))
         start = layers[-1].stop
     return layers
@@ -182,7 +184,7 @@ def set_masks(opt_state: Any, masks: Masks) -> Any:
     """
     old = _find_state(opt_state).masks
     if jax.tree.structure(masks) != jax.tree.structure(old):
-        raise ValueError(f'masks has the tree {jax.tree.structure(masks)}, but the state\'s masks have {jax.tree.structure(old)}.')
+        raise ValueError(f"masks has the tree {jax.tree.structure(masks)}, but the state's masks have {jax.tree.structure(old)}.")
     for (path, new), present in zip(jax.tree_util.tree_leaves_with_path(masks), jax.tree.leaves(old), strict=True):
         if jnp.shape(new) != present.shape or jnp.result_type(new) != jnp.bool_:
             raise ValueError(

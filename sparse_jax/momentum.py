@@ -78,7 +78,7 @@ def find(inner_state: Any, treedef: Any, momentum: MomentumOption = None) -> Any
             found.append(fields['mu'])
     if momentum is not None and len(found) != 1:
         raise ValueError(
-            f'momentum={momentum!r} names {len(found)} fields of the inner state whose tree is the params\'; it must name exactly '
-            "one. Give another field, a function of the inner state, or None to have one found."
+            f"momentum={momentum!r} names {len(found)} fields of the inner state whose tree is the params'; it must name exactly "
+            'one. Give another field, a function of the inner state, or None to have one found.'
         )
     return found[0] if len(found) == 1 else None

@@ -1,12 +1,13 @@
 """Prune rates over time: which part of a layer's weights an update moves. Plain optax schedules of the 1-based step."""
 
+import jax
 import jax.numpy as jnp
 import optax
 
 _FINAL = 0.005  # the original's eta_min
 
 
-def cosine(initial: float, total_steps: int, final: float = _FINAL) -> optax.Schedule:
+def cosine(initial: jax.typing.ArrayLike, total_steps: int, final: float = _FINAL) -> optax.Schedule:
     r"""Cosine annealing: :math:`p(t) = p_T + (p_0 - p_T) (1 + \cos(\pi t / T)) / 2`, and :math:`p_T` from step T on.
 
     Args:

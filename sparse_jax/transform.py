@@ -3,7 +3,6 @@
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,17 +29,17 @@ def _check_arguments(density, update_every, total_steps, prune_rate, start_step,
         if isinstance(value, jax.Array):
             raise ValueError(
                 f'{name} must be a Python number, but is a jax array: it decides shapes and counts. Under optax.inject_hyperparams '
-                "inject into the inner optimizer, sparsify(inject_hyperparams(optax.sgd)(learning_rate=...), ...), or name every "
+                'inject into the inner optimizer, sparsify(inject_hyperparams(optax.sgd)(learning_rate=...), ...), or name every '
                 'argument but the learning rate in static_args.'
             )
-    if not isinstance(density, numbers.Real) or not 0 < density <= 1:
+    if not isinstance(density, numbers.Real) or not 0 < float(density) <= 1:
         raise ValueError(f'density={density!r}: must be a number in (0, 1], the share of the weights that exist.')
     for name, least in {'update_every': 1, 'total_steps': 1, 'start_step': 0}.items():
         if not isinstance(static[name], numbers.Integral) or static[name] < least:
             raise ValueError(f'{name}={static[name]!r}: must be an integer, at least {least} (in steps).')
     if stop_step is not None and (not isinstance(stop_step, numbers.Integral) or stop_step < 0):
         raise ValueError(f'stop_step={stop_step!r}: must be an integer, at least 0 (in steps), or None for total_steps.')
-    if isinstance(prune_rate, numbers.Real) and not 0 <= prune_rate <= 1:
+    if isinstance(prune_rate, numbers.Real) and not 0 <= float(prune_rate) <= 1:
         raise ValueError(f'prune_rate={prune_rate!r}: must be in [0, 1], or a schedule of the step.')
 
 
@@ -205,7 +204,7 @@ def sparsify(
         if redistribute is not None:
             share = [_over(layer, redistribute)(info) for layer, info in zip(layers, infos, strict=True)]
             shares = redistribution.weights(_join(share).astype(jnp.float32))
-        pruned = redistribution.prune_counts(rate_schedule(t), nonzeros, missing, prunable, shares)
+        pruned = redistribution.prune_counts(jnp.asarray(rate_schedule(t), jnp.float32), nonzeros, missing, prunable, shares)
 
         kept, room = [], []
         for layer, info, may_move in zip(layers, infos, movable, strict=True):
@@ -223,8 +222,7 @@ def sparsify(
         for layer, info, may_move, kept_leaf in zip(layers, infos, movable, kept, strict=True):
 
             def grow_layer(info, may_move, k):
-                active = info.mask | selection.select_largest(selection.score_bits(grow(info)), k, ~info.mask & may_move)
-                return active
+                return info.mask | selection.select_largest(selection.score_bits(grow(info)), k, ~info.mask & may_move)
 
             old = masks[layer.leaf]
             active = _over(layer, grow_layer)(info._replace(mask=kept_leaf), may_move, _pick(layer, targets))
@@ -248,7 +246,9 @@ def sparsify(
         masks, num_layers = init_masks(params, rng_key)
         inner_state = inner.init(params)
         if any(isinstance(x, optax.LookaheadState) for x in jax.tree.leaves(inner_state, is_leaf=_is_lookahead)):
-            raise ValueError('inner: optax.lookahead is not supported: its slow weights are not sparse. Wrap its fast optimizer alone.')
+            raise ValueError(
+                'inner: optax.lookahead is not supported: its slow weights are not sparse. Wrap its fast optimizer alone.'
+            )
         method_state = {}
         if momentum_lib.find(inner_state, jax.tree.structure(params), momentum) is None:
             method_state['gradient_average'] = jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.float32), masks)
@@ -270,7 +270,7 @@ def sparsify(
         grads = updates
         layers = masks_lib.layer_table(state.masks, lambda _, mask: mask.ndim > 0, stacked)
         average = state.method_state.get('gradient_average')
-        t = optax.safe_increment(state.count)
+        t = jnp.asarray(optax.safe_increment(state.count))
         if not layers:
             raise ValueError('no leaf of params is sparse.')
         is_update = (start_step < t) & (t % update_every == 0) & (t < last_step)

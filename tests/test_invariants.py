@@ -46,7 +46,12 @@ def _nonzeros(masks) -> int:
 )
 def test_invariants_at_every_step(dtype, density, redistribute, caplog):
     tx = sj.sparsify(
-        optax.sgd(0.1, 0.9, nesterov=True), density=density, update_every=3, total_steps=30, prune_rate=0.7, redistribute=redistribute
+        optax.sgd(0.1, 0.9, nesterov=True),
+        density=density,
+        update_every=3,
+        total_steps=30,
+        prune_rate=0.7,
+        redistribute=redistribute,
     )
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

@@ -18,7 +18,10 @@ SETTINGS = dict(density=0.25, update_every=3, total_steps=20)
 INNER = {
     'sgd': (lambda: optax.sgd(0.05), 'own'),
     'sgd momentum': (lambda: optax.sgd(0.05, 0.9), 'inner'),
-    'sgd nesterov, weight decay': (lambda: optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.05, 0.9, nesterov=True)), 'inner'),
+    'sgd nesterov, weight decay': (
+        lambda: optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.05, 0.9, nesterov=True)),
+        'inner',
+    ),
     'adam': (lambda: optax.adam(0.01), 'inner'),
     'adamw': (lambda: optax.adamw(0.01, weight_decay=0.1), 'inner'),
     'adam, bfloat16 mu': (lambda: optax.adam(0.01, mu_dtype=jnp.bfloat16), 'inner'),
@@ -37,7 +40,9 @@ INNER = {
         'own',
     ),
     'masked': (
-        lambda: optax.chain(optax.masked(optax.trace(0.9), {'mu': True, 'layers': [True, False], 'bias': True}), optax.scale(-0.02)),
+        lambda: optax.chain(
+            optax.masked(optax.trace(0.9), {'mu': True, 'layers': [True, False], 'bias': True}), optax.scale(-0.02)
+        ),
         'own',
     ),
     'MultiSteps': (lambda: optax.MultiSteps(optax.sgd(0.05, 0.9), 2).gradient_transformation(), 'inner'),

@@ -89,7 +89,9 @@ def _draw(rng: np.random.Generator, shape, dtype, style: str):
 def _run(layers, rate_index: int, redistribute: bool, stacked: bool = False):
     tx, step = _jitted(redistribute, stacked)
     name = [f'w{i}' for i in range(len(layers))]
-    p, u, m, masks = ({n: jnp.asarray(layer[key]) for n, layer in zip(name, layers, strict=True)} for key in ('p', 'u', 'm', 'mask'))
+    p, u, m, masks = (
+        {n: jnp.asarray(layer[key]) for n, layer in zip(name, layers, strict=True)} for key in ('p', 'u', 'm', 'mask')
+    )
     state = sj.set_masks(_initial_state(redistribute, stacked, tuple((x.shape, str(x.dtype)) for x in p.values())), masks)
     updates, state = step(u, state._replace(count=jnp.int32(rate_index)), p, m)
     return [(np.asarray(state.masks[n]), np.asarray(updates[n])) for n in name], state.stats
@@ -195,7 +197,9 @@ def test_growth_follows_the_criterion(criterion, expected):
     )
     params = {'w': jnp.array([[3.0, 1.0, 0.0, 0.0, 0.0]])}
     state = sj.set_masks(tx.init(params), {'w': params['w'] != 0})
-    _, state = tx.update({'w': jnp.array([[0.0, 0.0, 9.0, 0.0, 0.0]])}, state, params, momentum={'w': jnp.array([[0, 0, 0, 0, 7.0]])})
+    _, state = tx.update(
+        {'w': jnp.array([[0.0, 0.0, 9.0, 0.0, 0.0]])}, state, params, momentum={'w': jnp.array([[0, 0, 0, 0, 7.0]])}
+    )
     assert np.flatnonzero(sj.get_masks(state)['w'][0]).tolist() == [0, expected]
 
 

@@ -65,7 +65,9 @@ def download(
             except (urllib.error.URLError, OSError, ValueError) as error:
                 reasons.append(f'{mirror}: {error}')
         else:
-            raise ValueError(f'data.download: no mirror gave {name} ({"; ".join(reasons)}). Put the file into data.dir={folder} by hand.')
+            raise ValueError(
+                f'data.download: no mirror gave {name} ({"; ".join(reasons)}). Put the file into data.dir={folder} by hand.'
+            )
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as partial:
             partial.write(content)

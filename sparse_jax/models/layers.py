@@ -49,9 +49,7 @@ class Conv(nnx.Module):
     def __call__(self, x: jax.Array, pattern=None) -> jax.Array:
         """Args: x: [batch, height, width, in]. pattern: the kernel's sparsity pattern, or None. Returns: [batch, ..., out]."""
         _dense_only(pattern)
-        y = lax.conv_general_dilated(
-            x, self.kernel[...], self.strides, self.padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
-        )
+        y = lax.conv_general_dilated(x, self.kernel[...], self.strides, self.padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
         return y + self.bias[...]
 
 

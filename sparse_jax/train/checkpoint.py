@@ -77,7 +77,9 @@ class Checkpoints:
         """Starts to save; writing goes on in the background, and its failure is raised by the next call."""
         self._manager.check_for_errors()
         meta = {'format': FORMAT, 'batches': step, 'seconds': seconds, 'fingerprint': fingerprint(state)}
-        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)), force=True)
+        self._manager.save(
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)), force=True
+        )
 
     def restore(self, step: int, target: Any) -> tuple[Any, float]:
         """A checkpoint's state and the seconds that were spent on it.
@@ -104,7 +106,9 @@ class Checkpoints:
             reason = str(error).strip().split('\n')[0][:200] or type(error).__name__
             raise ValueError(f'{where} is damaged ({reason}): {remedy}') from error
         if version != FORMAT:
-            raise ValueError(f'{where} has format {version}, this version reads {FORMAT}: use the version that wrote it, or {remedy}')
+            raise ValueError(
+                f'{where} has format {version}, this version reads {FORMAT}: use the version that wrote it, or {remedy}'
+            )
         if fingerprint(state) != meta['fingerprint']:
             raise ValueError(f'{where} is damaged (its content is not what was saved): {remedy}')
         return state, meta['seconds']

@@ -100,9 +100,12 @@ def train(config: config_lib.Config, folder: pathlib.Path) -> dict[str, Any]:
       NonFiniteLossError: if the loss stops being finite.
     """
     data, experiment = _prepare(config, folder)
-    lock = workdir.lock(folder)  # held until the process ends
-    del lock
-    workdir.check(config, folder)  # now that nobody else can write there
+    with workdir.locked(folder):
+        workdir.check(config, folder)  # once more, now that nobody else can write there
+        return _train_or_go_on(config, folder, data, experiment)
+
+
+def _train_or_go_on(config, folder, data, experiment) -> dict[str, Any]:
     if (folder / 'result.json').exists():
         result = json.loads((folder / 'result.json').read_text())
         report.print_table(result)
@@ -126,9 +129,7 @@ def _train_loop(config, folder, data, experiment, checkpoints, state, start, sec
     train_step = jax.jit(experiment.train_step, donate_argnums=0, static_argnames='dense_gradients')
     evaluate = jax.jit(experiment.evaluate)
     part, split = ('validation', data.validation) if len(data.validation.labels) else ('test', data.test)
-    batches = data_lib.batches(
-        data.train, batch_size=config.data.batch_size, seed=config.seed, num_batches=experiment.total_steps
-    )
+    batches = data_lib.batches(data.train, batch_size=config.data.batch_size, seed=config.seed, num_batches=experiment.total_steps)
     eval_every = config.train.eval_every or experiment.steps_per_epoch
     layers = state_lib.sizes(state).layers
     writer = metrics.Writer(folder, step=start, tensorboard=config.log.tensorboard)
@@ -151,7 +152,9 @@ def _train_loop(config, folder, data, experiment, checkpoints, state, start, sec
             step_metrics.add(step, values)
             if state_lib.is_mask_update(experiment, config, step):
                 stats = jax.device_get(state.opt_state.stats)
-                extra = {name: dict(zip(layers, getattr(stats, name).tolist(), strict=True)) for name in ('share', 'pruned', 'grown')}
+                extra = {
+                    name: dict(zip(layers, getattr(stats, name).tolist(), strict=True)) for name in ('share', 'pruned', 'grown')
+                }
                 write_density(step, {**extra, 'flips': int(stats.flipped.sum())})
             if step % config.log.every == 0 or step == experiment.total_steps:
                 means = step_metrics.means()
@@ -202,7 +205,7 @@ def _finish(config, folder, data, experiment, state, seconds, start) -> dict[str
     workdir.write_json(
         folder / 'run.json',
         {
-            'finished': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
+            'finished': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
             'resumed_at': start,
             'host': socket.gethostname(),
             'platform': platform.platform(),

@@ -1,9 +1,11 @@
 """One folder, one experiment: the lock, the experiment's identity, and files that are whole or absent."""
 
+import contextlib
 import fcntl
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 from sparse_jax import config as config_lib
@@ -40,23 +42,22 @@ def check(config: config_lib.Config, workdir: pathlib.Path) -> None:
         raise ValueError(f'--workdir={workdir} holds files but no experiment: give a new or an empty folder.')
 
 
-def lock(workdir: pathlib.Path) -> int:
-    """Takes the folder for this process, until it ends however it ends.
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Takes the folder for this process; the lock goes with the process, however it ends.
 
     Args:
       workdir: the folder; made if need be.
-
-    Returns:
-      The open file that holds the lock.
 
     Raises:
       ValueError: if another process has it.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    handle = os.open(workdir / '.lock', os.O_CREAT | os.O_RDWR)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(handle)
-        raise ValueError(f'--workdir={workdir} is in use by another process: wait for it, or give another --workdir.') from error
-    return handle
+    with (workdir / '.lock').open('w') as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(
+                f'--workdir={workdir} is in use by another process: wait for it, or give another --workdir.'
+            ) from error
+        yield
