@@ -32,7 +32,7 @@ def main(argv) -> int:
     from sparse_jax import train  # after the flags: a wrong flag is told at once
 
     try:
-        train.MODES[_MODE.value](_CONFIG.value, pathlib.Path(_WORKDIR.value))
+        train.MODES[_MODE.value](_CONFIG.value, pathlib.Path(_WORKDIR.value or ''))
     except ValueError as error:
         return _wrong_input(error)
     except train.NonFiniteLossError as error:

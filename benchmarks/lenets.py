@@ -25,7 +25,8 @@ def workdir(root: pathlib.Path, model: str, density: float, seed: int) -> pathli
     return root / f'{model}-{"dense" if density == 1 else density}-{seed}'
 
 
-def train(root: pathlib.Path, model: str, density: float, seed: int, extra: list[str], core: int | None) -> None:
+def train(root: pathlib.Path, task: tuple[str, float, int], extra: list[str], core: int | None) -> None:
+    model, density, seed = task
     folder = workdir(root, model, density, seed)
     if (folder / 'result.json').exists():
         return
@@ -78,10 +79,10 @@ def main() -> None:
     tasks = [(m, d, s) for m in models for d in DENSITIES for s in range(args.seeds)]
     free = [cores[i % len(cores)] for i in range(args.jobs)]
 
-    def run(task):
+    def run(task: tuple[str, float, int]) -> None:
         core = free.pop()
         try:
-            train(args.root, *task, args.extra, core)
+            train(args.root, task, args.extra, core)
         finally:
             free.append(core)
 

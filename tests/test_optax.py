@@ -170,7 +170,7 @@ def test_multi_steps_and_apply_if_finite_do_not_count_skipped_steps():
     tx = optax.apply_if_finite(sj.sparsify(optax.sgd(0.1, 0.9), **SETTINGS), 10)
     state = tx.init(params)
     for value in (0.0, jnp.nan, 0.0):
-        updates, state = tx.update(jax.tree.map(lambda p, v=value: jnp.full_like(p, v), params), state, params)
+        _, state = tx.update(jax.tree.map(lambda p, v=value: jnp.full_like(p, v), params), state, params)
     assert int(state.inner_state.count) == 2 and int(state.total_notfinite) == 1
 
 

@@ -83,7 +83,7 @@ def test_a_run_leaves_its_files_and_prints_its_result(undisturbed):
     assert {'loss', 'accuracy', 'learning_rate', 'prune_rate', 'steps_per_second'} <= set(steps[0])
     assert steps[0]['learning_rate'] == pytest.approx(0.1) and steps[-1]['learning_rate'] == pytest.approx(0.01)
     assert steps[-1]['loss'] < steps[0]['loss']
-    assert not [p for p in folder.rglob('*tmp*')], 'half-made files'
+    assert not list(folder.rglob('*tmp*')), 'half-made files'
 
 
 def test_kill_at_several_moments_changes_no_bit(undisturbed, tmp_path):

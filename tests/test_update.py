@@ -87,7 +87,7 @@ def _draw(rng: np.random.Generator, shape, dtype, style: str):
 
 
 def _run(layers, rate_index: int, redistribute: bool, stacked: bool = False):
-    tx, step = _jitted(redistribute, stacked)
+    _, step = _jitted(redistribute, stacked)
     name = [f'w{i}' for i in range(len(layers))]
     p, u, m, masks = (
         {n: jnp.asarray(layer[key]) for n, layer in zip(name, layers, strict=True)} for key in ('p', 'u', 'm', 'mask')

@@ -97,11 +97,11 @@ class Checkpoints:
         where = f'the checkpoint {self._folder / str(step)}'
         remedy = 'delete its folder to go on from the one before, or the whole workdir to start anew.'
         try:
-            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
             version = meta['format']
             if version == FORMAT:
                 args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-                state = self._manager.restore(step, args=args).state
+                state = self._manager.restore(step, args=args)['state']
         except Exception as error:  # orbax and tensorstore raise many kinds
             reason = str(error).strip().split('\n')[0][:200] or type(error).__name__
             raise ValueError(f'{where} is damaged ({reason}): {remedy}') from error

@@ -10,6 +10,7 @@ import optax
 import sparse_jax as sj
 from sparse_jax import _names, models
 from sparse_jax import config as config_lib
+from sparse_jax import masks as masks_lib
 
 METHODS = ('sparse_momentum', 'dense')
 
@@ -112,7 +113,7 @@ def create(config: config_lib.Config, *, num_examples: int, image_shape: tuple[i
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == batch['label'])
-        state = TrainState(optax.safe_increment(state.step), params, model_state, opt_state, state.rng_key)
+        state = TrainState(jnp.asarray(optax.safe_increment(state.step)), params, model_state, opt_state, state.rng_key)
         return state, {'loss': loss, 'accuracy': accuracy}
 
     def evaluate(state: TrainState, batch):
@@ -149,7 +150,7 @@ def sizes(state: TrainState) -> Sizes:
                 layers[_path(path)] = int(mask.sum()), mask.size
     else:
         for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
-            if sj.masks.default_sparsifiable(_path(path), leaf):
+            if masks_lib.default_sparsifiable(_path(path), leaf):
                 layers[_path(path)] = leaf.size, leaf.size
     nonzeros, size = (sum(column) for column in zip(*layers.values(), strict=True))
     return Sizes(parameters, size, nonzeros, layers)
