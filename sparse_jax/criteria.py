@@ -30,68 +30,29 @@ class LeafInfo(NamedTuple):
 def magnitude(info: LeafInfo) -> jax.Array:
     """Prune by |weight|.
 
-    Args:
-      info: the layer.
-
-    Returns:
-      Scores of the layer's shape.
-
-    Example:
-      >>> info = LeafInfo(jnp.array([1.0, -2.0]), None, None, None, None)
-      >>> magnitude(info).tolist()
-      [1.0, 2.0]
+    >>> magnitude(LeafInfo(jnp.array([1.0, -2.0]), None, None, None, None)).tolist()
+    [1.0, 2.0]
     """
     return jnp.abs(info.weight)
 
 
 def momentum(info: LeafInfo) -> jax.Array:
-    """Grow by |momentum|: the paper's rule.
-
-    Args:
-      info: the layer.
-
-    Returns:
-      Scores of the layer's shape.
-
-    Reference:
-      Dettmers and Zettlemoyer, `Sparse Networks from Scratch <https://arxiv.org/abs/1907.04840>`_, 2019.
-    """
+    """Grow by |momentum|: the paper's rule (Dettmers and Zettlemoyer, https://arxiv.org/abs/1907.04840)."""
     return jnp.abs(info.momentum)
 
 
 def gradient(info: LeafInfo) -> jax.Array:
-    """Grow by |gradient| of the update's own step.
-
-    Args:
-      info: the layer.
-
-    Returns:
-      Scores of the layer's shape.
-
-    Reference:
-      Evci et al., `Rigging the Lottery <https://arxiv.org/abs/1911.11134>`_, 2020.
-    """
+    """Grow by |gradient| of the update's own step (RigL: Evci et al., https://arxiv.org/abs/1911.11134)."""
     return jnp.abs(info.gradient)
 
 
 def random(info: LeafInfo) -> jax.Array:
-    """Grow at random.
-
-    Args:
-      info: the layer.
-
-    Returns:
-      Scores of the layer's shape, uniform in [0, 1).
-
-    Reference:
-      Mocanu et al., `Scalable training of artificial neural networks with adaptive sparse connectivity
-      <https://arxiv.org/abs/1707.04780>`_, 2018.
-    """
+    """Grow at random, by scores uniform in [0, 1) (SET: Mocanu et al., https://arxiv.org/abs/1707.04780)."""
     return jax.random.uniform(info.key, info.weight.shape)
 
 
 def mean_momentum(info: LeafInfo) -> jax.Array:
-    r"""Redistribute by the mean |momentum| of a layer's active weights, summed exactly.
+    r"""Redistribute by the mean |momentum| of a layer's active weights: the paper's rule, summed exactly.
 
     A float sum depends on its order, and so on the mesh. Instead each \|m\| becomes an integer of at most 24 bits: its
     significand, shifted to the exponent of the layer's largest and rounded (halves up). The integers are summed in limbs so
@@ -108,9 +69,6 @@ def mean_momentum(info: LeafInfo) -> jax.Array:
       >>> mask = jnp.array([True, True, False])
       >>> float(mean_momentum(LeafInfo(None, mask, None, jnp.array([1.0, -3.0, 9.0]), None)))
       2.0
-
-    Reference:
-      Dettmers and Zettlemoyer, `Sparse Networks from Scratch <https://arxiv.org/abs/1907.04840>`_, 2019.
     """
     bits = selection.score_bits(info.momentum.astype(jnp.float32))
     bits = jnp.where(info.mask, bits, jnp.uint32(0))

@@ -59,20 +59,10 @@ _BY_NAME = {'uniform': uniform}
 
 
 def get(distribution: str | Distribution) -> Distribution:
-    """The distribution of that name, or the given function itself.
+    """The distribution of that name, or the given function itself; ValueError where there is none.
 
-    Args:
-      distribution: a name (``'uniform'``) or a function of (sizes, density).
-
-    Returns:
-      A function of (sizes, density) that returns the nonzeros of each layer.
-
-    Raises:
-      ValueError: if there is no distribution of that name.
-
-    Example:
-      >>> get('uniform')([8, 8], 0.5)
-      [4, 4]
+    >>> get('uniform')([8, 8], 0.5)
+    [4, 4]
     """
     if callable(distribution):
         return distribution

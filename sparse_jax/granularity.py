@@ -7,29 +7,14 @@ from sparse_jax import _names
 
 @dataclasses.dataclass(frozen=True)
 class Unstructured:
-    """Every weight is a unit of its own.
-
-    Example:
-      >>> Unstructured()
-      Unstructured()
-    """
+    """Every weight is a unit of its own."""
 
 
 def get(granularity: str | Unstructured) -> Unstructured:
-    """The granularity that a config's text names, or the given one itself.
+    """The granularity that a config's text names, or the given one itself; ValueError where there is none.
 
-    Args:
-      granularity: ``'unstructured'`` or an instance.
-
-    Returns:
-      The instance.
-
-    Raises:
-      ValueError: if there is no such granularity.
-
-    Example:
-      >>> get('unstructured')
-      Unstructured()
+    >>> get('unstructured')
+    Unstructured()
     """
     if isinstance(granularity, Unstructured):
         return granularity

@@ -50,37 +50,17 @@ class Layer(NamedTuple):
 
 
 def default_sparsifiable(path: str, leaf: Any) -> bool:
-    """Whether a leaf is trained sparse unless told otherwise.
+    """Whether a leaf is trained sparse unless told otherwise: floating point, two or more axes, no dense name in its path.
 
-    Args:
-      path: the leaf's path, its parts joined by ``/``.
-      leaf: array with a shape and a dtype.
-
-    Returns:
-      True for floating-point leaves with two or more axes whose path contains none of ``embed``, ``norm``, ``bias``, ``scale``.
-
-    Example:
-      >>> default_sparsifiable('dense/kernel', jnp.ones((2, 2))), default_sparsifiable('LayerNorm_0/kernel', jnp.ones((2, 2)))
-      (True, False)
+    >>> default_sparsifiable('dense/kernel', jnp.ones((2, 2))), default_sparsifiable('LayerNorm_0/kernel', jnp.ones((2, 2)))
+    (True, False)
     """
     named_dense = any(part in path.lower() for part in _DENSE_NAMES)
     return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim >= 2 and not named_dense
 
 
 def layer_table(tree: Any, is_sparse: PathPredicate, stacked: PathPredicate | None) -> list[Layer]:
-    """The sparse leaves of a tree, in the tree's order.
-
-    Args:
-      tree: params, masks, or their shapes.
-      is_sparse: which leaves are sparse, by (path, leaf).
-      stacked: which of them hold layers along their first axis; None for none.
-
-    Returns:
-      One row for each sparse leaf.
-
-    Raises:
-      ValueError: if a sparse leaf has no axis, no elements or 2^31 or more.
-    """
+    """The sparse leaves of a tree (params, masks, or their shapes) in its order; ValueError for a leaf that cannot be sparse."""
     layers, start = [], 0
     for i, (key_path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
         path = jax.tree_util.keystr(key_path, simple=True, separator='/')

@@ -22,37 +22,21 @@ class Weights(NamedTuple):
 
 
 def divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    """Correctly rounded float32 quotient.
+    """Correctly rounded float32 quotient of arrays that broadcast.
 
     XLA turns a division by a constant or by a broadcast scalar into a multiplication by its reciprocal, which rounds twice. The
     barrier hides from it that the denominator is one.
-
-    Args:
-      numerator: float32 array.
-      denominator: float32 array that broadcasts to the numerator.
-
-    Returns:
-      float32 array of the numerator's shape.
-
-    Example:
-      >>> float(divide(jnp.float32(1), jnp.float32(3)))
-      0.3333333432674408
     """
     return numerator / lax.optimization_barrier(jnp.broadcast_to(denominator, jnp.shape(numerator)))
 
 
 def weights(shares: jax.Array) -> Weights:
-    r"""Shares as integer weights: :math:`w_l = \mathrm{round}(2^{20} s_l / \max_k s_k)`, halves to even.
+    r"""Shares, float32[layers] of any scale, as integers: :math:`w_l = \mathrm{round}(2^{20} s_l / \max_k s_k)`, halves to even.
 
-    Args:
-      shares: float32[layers], of any scale; negative and non-finite ones count as 0.
+    Negative shares and those that are not finite count as 0.
 
-    Returns:
-      The weights and their sum.
-
-    Example:
-      >>> weights(jnp.array([1.0, 0.5, jnp.nan])).weight.tolist()
-      [1048576, 524288, 0]
+    >>> weights(jnp.array([1.0, 0.5, jnp.nan])).weight.tolist()
+    [1048576, 524288, 0]
     """
     shares = jnp.where(jnp.isfinite(shares) & (shares > 0), shares, 0.0)
     largest = jnp.max(shares)
@@ -75,21 +59,16 @@ def _at_most(a, b):
 def multiply_divide(amount: tuple[jax.Array, jax.Array], weight: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
     r"""Quotient and remainder of amount * weight / total, exact, by long division.
 
-    With the bits of the amount taken from the top, :math:`a' = 2a + b`, and :math:`a w = q W + r`, so
+    With the bits b of the amount taken from the top, :math:`a' = 2a + b`, and :math:`a w = q W + r`, so
     :math:`a' w = 2q W + (2r + b w)`: double, add, and subtract W where it fits. As r < W and w <= W < 2^31 nothing overflows.
 
     Args:
-      amount: (high, low), uint32 scalars that mean high * 2^16 + low, below 2^48.
+      amount: (high, low), uint32 scalars, below 2^48.
       weight: uint32[n], each at most the total.
-      total: uint32 scalar or [n], positive, below 2^31.
+      total: uint32 scalar, positive, below 2^31.
 
     Returns:
-      uint32[n] quotients, 2^31 - 1 where they would be larger, and uint32[n] remainders.
-
-    Example:
-      >>> u = jnp.uint32
-      >>> [x.tolist() for x in multiply_divide((u(0), u(10)), u([1, 2]), u(3))]
-      [[3, 6], [1, 2]]
+      uint32[n] quotients, 2^31 - 1 where they would be larger, and uint32[n] remainders (meaningful where they are not).
     """
     limit = jnp.uint32(2**31 - 1)
     high, low = amount
@@ -115,22 +94,8 @@ def prune_counts(
     r"""How many weights each layer prunes: :math:`r_l = \min(\lceil p_l n_l \rceil, \text{prunable}_l, n_l - 1)`, at least 0.
 
     The rate :math:`p_l` is the schedule's, but a layer with sparsity under 0.2 and a share above average prunes at most the
-    part that it is missing, so that a nearly dense layer is not emptied only to be refilled.
-
-    Args:
-      rate: float32 scalar, the schedule's prune rate, in [0, 1].
-      nonzeros: int32[layers], active weights.
-      missing: int32[layers], the others.
-      prunable: int32[layers], active weights that may be pruned.
-      shares: the layers' shares, or None where nothing is redistributed: then no layer is held back.
-
-    Returns:
-      int32[layers].
-
-    Example:
-      >>> i = jnp.int32
-      >>> prune_counts(jnp.float32(0.5), i([5, 1]), i([95, 9]), i([5, 1]), None).tolist()
-      [3, 0]
+    part that it is missing, so that a nearly dense layer is not emptied only to be refilled. All vectors are int32[layers];
+    ``shares=None``, where nothing is redistributed, holds no layer back.
     """
     count = jnp.ceil(rate * nonzeros.astype(jnp.float32)).astype(jnp.int32)
     if shares is not None:
@@ -144,25 +109,16 @@ def prune_counts(
 
 
 def growth_targets(pruned: jax.Array, shares: Weights | None, room: jax.Array) -> jax.Array:
-    r"""How many weights each layer grows, so that the sum is exactly the number pruned.
+    r"""How many weights each layer grows: int32[layers] that add up to exactly the number pruned.
 
     With :math:`T = \sum_l r_l` and the integer shares w of sum W, layer l asks for :math:`b_l = \min(c_l, \lfloor T w_l / W
-    \rfloor)` where :math:`c_l` is its room. What is left is spread equally: :math:`\lambda` is the largest integer with
-    :math:`\sum_l \min(c_l, b_l + \lambda) \le T`. The last few go one each to the layers with room and the largest remainder of
-    :math:`T w_l / W`, the lowest layer first. It is the fixed point of the original's repeated spreading, without its 0.99.
+    \rfloor)` where :math:`c_l` is its room, at least :math:`r_l`. What is left is spread equally: :math:`\lambda` is the largest
+    integer with :math:`\sum_l \min(c_l, b_l + \lambda) \le T`. The last few go one each to the layers with room and the largest
+    remainder of :math:`T w_l / W`, the lowest layer first. It is the fixed point of the original's repeated spreading, without
+    its 0.99. Without shares, or where they are all zero, each layer regrows what it pruned.
 
-    Args:
-      pruned: int32[layers], the weights each layer pruned.
-      shares: the layers' shares; None, or shares that are all zero: each layer regrows what it pruned.
-      room: int32[layers], positions that may be grown; at least ``pruned``.
-
-    Returns:
-      int32[layers].
-
-    Example:
-      >>> i = jnp.int32
-      >>> growth_targets(i([4, 4]), weights(jnp.array([3.0, 1.0])), i([5, 9])).tolist()
-      [5, 3]
+    >>> growth_targets(jnp.array([4, 4]), weights(jnp.array([3.0, 1.0])), jnp.array([5, 9])).tolist()
+    [5, 3]
     """
     if shares is None:
         return pruned

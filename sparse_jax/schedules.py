@@ -35,37 +35,18 @@ def cosine(initial: jax.typing.ArrayLike, total_steps: int, final: float = _FINA
 
 
 def linear(initial: float, total_steps: int) -> optax.Schedule:
-    r"""Linear decay to nothing: :math:`p(t) = p_0 (1 - t / T)`, and 0 from step T on.
+    r"""Linear decay to nothing: :math:`p(t) = p_0 (1 - t / T)`, and 0 from step T on; the published code's ``linear``.
 
-    Args:
-      initial: rate at step 0, in [0, 1].
-      total_steps: T, in steps.
-
-    Returns:
-      A schedule: step to rate (float32).
-
-    Example:
-      >>> float(linear(0.5, total_steps=1000)(500))
-      0.25
-
-    Reference:
-      Dettmers and Zettlemoyer, `Sparse Networks from Scratch <https://arxiv.org/abs/1907.04840>`_, 2019 (the published code's
-      ``linear``).
+    >>> float(linear(0.5, total_steps=1000)(500))
+    0.25
     """
     return optax.linear_schedule(initial, 0.0, total_steps)
 
 
 def constant(value: float) -> optax.Schedule:
-    """The same rate at every update.
+    """The same rate, in [0, 1], at every update.
 
-    Args:
-      value: the rate, in [0, 1].
-
-    Returns:
-      A schedule: step to rate.
-
-    Example:
-      >>> float(constant(0.3)(10))
-      0.3
+    >>> float(constant(0.25)(10))
+    0.25
     """
     return optax.constant_schedule(value)

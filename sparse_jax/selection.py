@@ -12,20 +12,13 @@ from jax import lax
 
 
 def score_bits(scores: jax.Array) -> jax.Array:
-    """Non-negative scores as unsigned integers of the same order.
+    """Non-negative scores as unsigned integers of the same order, shape and width.
 
-    Zeros of both signs are equal, and scores that are not finite count as 0. No floating-point operation is involved, so
-    denormal scores keep their order where the processor flushes denormals to zero.
+    Zeros of both signs are equal, and scores that are not finite count as 0; bool and integer scores are taken as float32. No
+    floating-point operation is involved, so denormal scores keep their order where the processor flushes denormals to zero.
 
-    Args:
-      scores: non-negative scores of any shape; bool and integer scores are taken as float32.
-
-    Returns:
-      Unsigned integers of the same shape, as wide as the scores.
-
-    Example:
-      >>> score_bits(jnp.array([1.0, -0.0, jnp.nan])).tolist()
-      [1065353216, 0, 0]
+    >>> score_bits(jnp.array([1.0, -0.0, jnp.nan])).tolist()
+    [1065353216, 0, 0]
     """
     if not jnp.issubdtype(scores.dtype, jnp.floating):
         scores = scores.astype(jnp.float32)
@@ -37,18 +30,7 @@ def score_bits(scores: jax.Array) -> jax.Array:
 
 
 def count(mask: jax.Array) -> jax.Array:
-    """Number of True entries, exact below 2^31 (int32).
-
-    Args:
-      mask: bool array of any shape.
-
-    Returns:
-      int32 scalar.
-
-    Example:
-      >>> int(count(jnp.array([True, False, True])))
-      2
-    """
+    """Number of True entries as int32, exact below 2^31."""
     return jnp.sum(mask, dtype=jnp.int32)
 
 
@@ -106,18 +88,9 @@ def select_largest(keys: jax.Array, k: jax.typing.ArrayLike, where: jax.Array) -
 
 
 def select_smallest(keys: jax.Array, k: jax.typing.ArrayLike, where: jax.Array) -> jax.Array:
-    """Mask of the k entries with the smallest keys; of equal keys those with the lowest flat index.
+    """As :func:`select_largest`, but the k entries with the smallest keys.
 
-    Args:
-      keys: unsigned integers of any shape, fewer than 2^31 of them (see :func:`score_bits`).
-      k: how many to select; an int32 scalar, may be traced.
-      where: bool array of the keys' shape; entries that may be selected.
-
-    Returns:
-      bool array of the keys' shape with exactly ``clip(k, 0, count(where))`` entries set.
-
-    Example:
-      >>> select_smallest(score_bits(jnp.array([2.0, 5.0, 2.0])), 1, jnp.ones(3, bool)).tolist()
-      [True, False, False]
+    >>> select_smallest(score_bits(jnp.array([2.0, 5.0, 2.0])), 1, jnp.ones(3, bool)).tolist()
+    [True, False, False]
     """
     return select_largest(~keys, k, where)  # the complement reverses the order of keys and leaves that of indices

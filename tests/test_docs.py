@@ -1,0 +1,61 @@
+"""README tells the truth: its code runs, its commands exist, and what it counts is so."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / 'README.md').read_text()
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf'^```{language}\n(.*?)^```', README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize('code', _blocks('python'))
+def test_code_runs(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, 'README.md', 'exec'), {'__name__': 'readme'})
+
+
+def _commands() -> list[str]:
+    text = '\n'.join(_blocks('sh')).replace('\\\n', ' ')
+    return [re.sub(r'\s+#.*', '', line).strip() for line in text.split('\n') if line.strip() and not line.startswith('#')]
+
+
+@pytest.mark.parametrize('command', _commands())
+def test_commands_exist(command):
+    words = command.split()
+    if words[0] == 'make':
+        targets = re.findall(r'^(\w[\w-]*):', (ROOT / 'Makefile').read_text(), re.MULTILINE)
+        assert [w for w in words[1:] if '=' not in w] and all(w in targets for w in words[1:] if '=' not in w), command
+    elif words[:2] == ['python', 'launch.py']:
+        import launch  # noqa: F401  (defines the flags)
+
+        program = (
+            'import sys; sys.argv[0] = "launch.py"; import launch; launch._check_names(sys.argv[1:]);'
+            'from absl import flags; flags.FLAGS(sys.argv); assert launch._CONFIG.value and launch._WORKDIR.value'
+        )
+        done = subprocess.run([sys.executable, '-c', program, *words[2:]], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, f'{command}\n{done.stderr}'
+    elif words[:2] == ['python', '-m']:
+        done = subprocess.run([sys.executable, *words[1:], '--help'], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and 'usage' in done.stdout, command
+    else:
+        assert words[0] in ('git', 'cd', 'pip'), f'{command}: not a command that this test knows'
+    assert flags.FLAGS.is_parsed()
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r'\]\((?!https?:)([^)#]+)\)', README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_core_is_as_long_as_it_says():
+    lines = sum(len(p.read_text().splitlines()) for p in (ROOT / 'sparse_jax').glob('*.py') if p.name != 'config.py')
+    told = int(re.search(r'core is ([\d,]+) lines', README).group(1).replace(',', ''))
+    assert abs(lines - told) <= 0.05 * told, f'README says {told} lines, there are {lines}'
