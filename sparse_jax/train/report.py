@@ -81,12 +81,17 @@ def draw(path: pathlib.Path, rows: list[dict[str, Any]], *, title: str, input_co
     accuracy_axes.legend()
 
     steps, densities = _series(rows, 'density')
-    for layer in densities[0] if densities else ():
-        density_axes.plot(steps, [d[layer] for d in densities], label=layer, drawstyle='steps-post')
-    density_axes.set(title='density of each layer', xlabel='step', yscale='log')
-    density_axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     if densities:
-        density_axes.legend()
+        last = max(row['step'] for row in rows)
+        for layer in densities[0]:
+            values = [d[layer] for d in densities]
+            density_axes.plot([*steps, last], [*values, values[-1]], label=layer, drawstyle='steps-post')
+        density_axes.set_yscale('log')
+        density_axes.legend(loc='center right')
+    else:
+        density_axes.text(0.5, 0.5, 'dense: every weight exists', ha='center', transform=density_axes.transAxes)
+    density_axes.set(title='density of each layer', xlabel='step')
+    density_axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
 
     if input_counts is not None:
         image = last_axes.imshow(input_counts, cmap='viridis')
@@ -94,7 +99,8 @@ def draw(path: pathlib.Path, rows: list[dict[str, Any]], *, title: str, input_co
         figure.colorbar(image, ax=last_axes)
     else:
         last_axes.plot(*_series(rows, 'flips'), color='tab:purple')
-        last_axes.set(title='mask positions that an update flipped', xlabel='step', ylim=(0, None))
+        last_axes.set(title='mask positions that an update flipped', xlabel='step')
+        last_axes.set_ylim(bottom=0)
     for axes in (loss_axes, accuracy_axes, density_axes):
         axes.grid(alpha=0.3)
     partial = path.with_suffix('.tmp.png')
