@@ -74,7 +74,7 @@ def main() -> None:
     times = {name: [] for name in runs}
     for _ in range(args.rounds + 2):
         for name in runs:
-            times[name].append(_time(lambda n=name: [advance(n) for _ in range(3)]) / 3)
+            times[name].append(_time(lambda n=name: [advance(n) for _ in range(3)][-1]) / 3)
     dense, ordinary = (np.array(times[name][2:]) for name in ('dense', 'sparse'))
 
     updates, sorts = [], []
