@@ -13,10 +13,10 @@ train: $(VENV)/installed
 	$(RUN) launch.py --config=configs/mnist_lenet300.py:offline --workdir=runs/mnist_lenet300
 
 test: $(VENV)/installed
-	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist loadfile
 
 test-core: $(VENV)/installed
-	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 -m core
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist loadfile -m core
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

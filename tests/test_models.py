@@ -51,10 +51,12 @@ def test_logits_equal_numpy(name):
     np.testing.assert_allclose(logits, y, rtol=2e-4, atol=2e-4)
 
 
-def test_initial_scale_is_lecuns():
-    params, _ = _create('lenet300').init(jax.random.key(0))
-    assert float(params['fc1']['kernel'].std()) == pytest.approx(784**-0.5, rel=0.02)
-    assert not params['fc1']['bias'].any()
+def test_initial_values_are_uniform_in_one_over_the_root_of_fan_in():
+    params, _ = _create('lenet5').init(jax.random.key(0))
+    for name, fan_in in (('conv1', 25), ('conv2', 500), ('fc1', 800)):
+        for leaf in params[name].values():
+            assert float(abs(leaf).max()) <= fan_in**-0.5
+        assert float(params[name]['kernel'].std()) == pytest.approx((3 * fan_in) ** -0.5, rel=0.1)
 
 
 def test_a_pattern_without_a_kernel_is_refused_and_none_is_dense():
