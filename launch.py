@@ -52,10 +52,11 @@ def _check_names(argv):
     from sparse_jax import config as config_lib
 
     known = config_lib.flatten(config_lib.Config())
-    for argument in argv:
-        name, _, value = argument.lstrip('-').partition('=')
+    for argument, following in zip(argv, [*argv[1:], ''], strict=True):
+        name, equals, value = argument.lstrip('-').partition('=')
+        value = value if equals else following
         if argument.startswith('-') and name.startswith('config.') and name.removeprefix('config.') not in known:
-            raise _names.unknown('the setting --config', name.removeprefix('config.'), known)
+            raise _names.unknown('setting', name.removeprefix('config.'), known)
         path = pathlib.Path(value.partition(':')[0])
         if argument.startswith('-') and name == 'config' and value and not path.is_file():
             raise _names.unknown('--config', str(path), [str(p) for p in path.parent.glob('*.py')])

@@ -22,6 +22,7 @@ CONFIG = '--config=configs/mnist_lenet300.py:offline'
         ([CONFIG, '--workdir={}', '--config.sparsity.densty=0.1'], 'Did you mean \'sparsity.density\''),
         ([CONFIG, '--workdir={}', '--config.sparsity.density=lots'], 'config.sparsity.density'),
         (['--config=configs/mnist_lenet30.py', '--workdir={}'], "Did you mean 'configs/mnist_lenet300.py'"),
+        (['--config', 'configs/mnist_lenet3.py', '--workdir={}'], "Did you mean 'configs/mnist_lenet300.py'"),
         (['--config=configs/mnist_lenet300.py:ofline', '--workdir={}'], "the variant 'ofline' does not exist"),
         ([CONFIG, '--workdir={}', '--config.sparsity.density=2'], 'config.sparsity.density=2.0: must be in (0, 1]'),
         ([CONFIG, '--workdir={}', '--config.sparsity.method=sparse_momemtum'], "Did you mean 'sparse_momentum'?"),

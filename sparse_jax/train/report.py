@@ -87,7 +87,7 @@ def draw(path: pathlib.Path, rows: list[dict[str, Any]], *, title: str, input_co
             values = [d[layer] for d in densities]
             density_axes.plot([*steps, last], [*values, values[-1]], label=layer, drawstyle='steps-post')
         density_axes.set_yscale('log')
-        density_axes.legend(loc='center right')
+        density_axes.legend(loc='best')
     else:
         density_axes.text(0.5, 0.5, 'dense: every weight exists', ha='center', transform=density_axes.transAxes)
     density_axes.set(title='density of each layer', xlabel='step')
