@@ -163,14 +163,16 @@ def test_multi_steps_and_apply_if_finite_do_not_count_skipped_steps():
     zeros = jax.tree.map(jnp.zeros_like, params)
     tx = optax.MultiSteps(sj.sparsify(optax.sgd(0.1, 0.9), **SETTINGS), 2)
     state = tx.init(params)
+    step = jax.jit(tx.update)
     for _ in range(3):
-        _, state = tx.update(zeros, state, params)
+        _, state = step(zeros, state, params)
     assert int(state.inner_opt_state.count) == 1
 
     tx = optax.apply_if_finite(sj.sparsify(optax.sgd(0.1, 0.9), **SETTINGS), 10)
     state = tx.init(params)
+    step = jax.jit(tx.update)
     for value in (0.0, jnp.nan, 0.0):
-        _, state = tx.update(jax.tree.map(lambda p, v=value: jnp.full_like(p, v), params), state, params)
+        _, state = step(jax.tree.map(lambda p, v=value: jnp.full_like(p, v), params), state, params)
     assert int(state.inner_state.count) == 2 and int(state.total_notfinite) == 1
 
 

@@ -158,8 +158,12 @@ def test_a_damaged_checkpoint_is_told(damage, undisturbed, tmp_path):
         meta = state.parent / 'meta' / 'metadata'
         meta.write_text(meta.read_text().replace('"format": 1', '"format": 99').replace('"format":1', '"format":99'))
     match = 'has format 99, this version reads 1' if damage == 'another format' else 'checkpoints/3000 is damaged'
-    with pytest.raises(ValueError, match=match):
-        train.evaluate(_config(train__steps=3000), folder)
+    done = _launch(folder, *STEPS, '--mode=evaluate')
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().split('\n')
+    assert len(lines) == 1, done.stderr
+    assert match in lines[0]
+    assert 'delete its folder' in lines[0]
 
 
 def test_two_processes_cannot_share_a_workdir(tmp_path):
