@@ -159,7 +159,12 @@ def sparsify(
         sizes = [math.prod(layer.shape) for layer in layers for _ in range(layer.depth or 1)]
         if len(sizes) > redistribution.MAX_LAYERS:
             raise ValueError(f'params has {len(sizes)} sparse layers; at most {redistribution.MAX_LAYERS} are supported.')
-        nonzeros = jnp.asarray(distribute(sizes, density) if sizes else [], jnp.int32)
+        nonzeros = distribute(sizes, density) if sizes else []
+        if len(nonzeros) != len(sizes) or not all(1 <= n <= size for n, size in zip(nonzeros, sizes, strict=True)):
+            raise ValueError(
+                f'distribution returned {nonzeros} for layers of {sizes} weights: it must give each layer 1 to all of them.'
+            )
+        nonzeros = jnp.asarray(nonzeros, jnp.int32)
         keys = jax.random.split(key, max(len(sizes), 1))
         masks = [jnp.array(True) for _ in leaves]
         for layer in layers:
@@ -204,7 +209,8 @@ def sparsify(
         if redistribute is not None:
             share = [_over(layer, redistribute)(info) for layer, info in zip(layers, infos, strict=True)]
             shares = redistribution.weights(_join(share).astype(jnp.float32))
-        pruned = redistribution.prune_counts(jnp.asarray(rate_schedule(t), jnp.float32), nonzeros, missing, prunable, shares)
+        rate = jnp.clip(jnp.nan_to_num(jnp.asarray(rate_schedule(t), jnp.float32)), 0, 1)
+        pruned = redistribution.prune_counts(rate, nonzeros, missing, prunable, shares)
 
         kept, room = [], []
         for layer, info, may_move in zip(layers, infos, movable, strict=True):

@@ -54,6 +54,12 @@ def test_every_layer_gets_a_weight_from_the_largest():
     assert sj.distributions.uniform([1, 1, 1], 1.0) == [1, 1, 1]
 
 
+@pytest.mark.parametrize('counts', [[4], [0, 8], [4, 17]])
+def test_a_distribution_of_ones_own_is_checked(counts):
+    with pytest.raises(ValueError, match='distribution returned'):
+        sj.sparsify(optax.sgd(0.1), distribution=lambda sizes, density: counts, **GOOD).init([jnp.ones((4, 4))] * 2)
+
+
 def test_missing_and_foreign_params():
     tx = sj.sparsify(optax.sgd(0.1), **GOOD)
     state = tx.init(PARAMS)
