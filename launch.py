@@ -11,6 +11,7 @@ import logging
 import os
 import pathlib
 import sys
+import traceback
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -35,7 +36,9 @@ def main(argv) -> int:
         train.MODES[_MODE.value](_CONFIG.value, pathlib.Path(_WORKDIR.value or ''))
     except ValueError as error:
         return _wrong_input(error)
-    except train.NonFiniteLossError as error:
+    except Exception as error:
+        if not isinstance(error, train.NonFiniteError):
+            traceback.print_exc()
         print(f'error: {error}', file=sys.stderr)
         return 70
     return 0

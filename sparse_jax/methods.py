@@ -1,5 +1,6 @@
 """Published methods, each as one thin call of :func:`sparse_jax.sparsify`."""
 
+import jax
 import optax
 
 from sparse_jax import distributions, transform
@@ -23,7 +24,7 @@ def sparse_momentum(
     granularity: str | granularity_lib.Unstructured = granularity_lib.Unstructured(),
     sparsifiable: PathPredicate | None = None,
     stacked: PathPredicate | None = None,
-    seed: int = 0,
+    seed: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sparse momentum: SGD with momentum, weights pruned by magnitude, grown and redistributed by momentum.
 
@@ -46,7 +47,7 @@ def sparse_momentum(
       granularity: what one unit of selection is.
       sparsifiable: which leaves are sparse.
       stacked: which leaves hold layers along their first axis.
-      seed: of the first masks.
+      seed: of the first masks: an integer, or a typed random key.
 
     Returns:
       An optax transformation whose state is a :class:`sparse_jax.SparsifyState`.

@@ -17,14 +17,13 @@ from sparse_jax.masks import Layer, PathPredicate, SparsifyState, UpdateStats
 
 Criterion = Callable[[criteria.LeafInfo], jax.Array]
 
+_MASK_STREAM = 0x6D61736B  # 'mask' in ASCII
 _AVERAGE_DECAY = 0.9  # of the gradient average that stands in for a missing momentum
 
 
 def _check_arguments(density, update_every, total_steps, prune_rate, start_step, stop_step, seed):
     """One clear error for each argument that cannot work."""
-    static = dict(
-        density=density, update_every=update_every, total_steps=total_steps, start_step=start_step, stop_step=stop_step, seed=seed
-    )
+    static = dict(density=density, update_every=update_every, total_steps=total_steps, start_step=start_step, stop_step=stop_step)
     for name, value in static.items():
         if isinstance(value, jax.Array):
             raise ValueError(
@@ -32,6 +31,8 @@ def _check_arguments(density, update_every, total_steps, prune_rate, start_step,
                 'inject into the inner optimizer, sparsify(inject_hyperparams(optax.sgd)(learning_rate=...), ...), or name every '
                 'argument but the learning rate in static_args.'
             )
+    if not _is_key(seed) and not isinstance(seed, numbers.Integral):
+        raise ValueError(f'seed={seed!r}: must be an integer, or a typed random key such as jax.random.key(0).')
     if not isinstance(density, numbers.Real) or not 0 < float(density) <= 1:
         raise ValueError(f'density={density!r}: must be a number in (0, 1], the share of the weights that exist.')
     for name, least in {'update_every': 1, 'total_steps': 1, 'start_step': 0}.items():
@@ -75,7 +76,7 @@ def sparsify(
     sparsifiable: PathPredicate | None = None,
     stacked: PathPredicate | None = None,
     momentum: momentum_lib.MomentumOption = None,
-    seed: int = 0,
+    seed: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Wraps an optimizer so that it trains a sparse network, moving weights every `update_every` steps.
 
@@ -115,7 +116,7 @@ def sparsify(
       momentum: where the inner state keeps its momentum: a NamedTuple field's name, or a function of the inner state. None: it is
         found (``trace``; Adam's ``mu / (sqrt(nu) + 1e-8)``; ``mu``), and where there is none, or several, an average of the
         gradients with decay 0.9 is kept beside it.
-      seed: of the first masks and of random criteria.
+      seed: of the first masks and of random criteria: an integer, or a typed random key that nothing else uses.
 
     Returns:
       An optax transformation whose state is a :class:`SparsifyState` and whose ``update`` requires ``params``.
@@ -248,7 +249,8 @@ def sparsify(
         return jax.tree.unflatten(treedef, masks), jax.tree.unflatten(treedef, grown), stats
 
     def init_fn(params):
-        rng_key = jax.random.key(seed)
+        # An integer's key is folded with a constant: masks drawn from the very bits of the weights would keep the largest ones.
+        rng_key = jnp.copy(seed) if _is_key(seed) else jax.random.fold_in(jax.random.key(seed), _MASK_STREAM)
         masks, num_layers = init_masks(params, rng_key)
         inner_state = inner.init(params)
         if any(isinstance(x, optax.LookaheadState) for x in jax.tree.leaves(inner_state, is_leaf=_is_lookahead)):
@@ -274,7 +276,8 @@ def sparsify(
             raise ValueError('sparsify needs the current params: call tx.update(grads, state, params).')
         _check_params(params, state.masks)
         grads = updates
-        layers = masks_lib.layer_table(state.masks, lambda _, mask: mask.ndim > 0, stacked)
+        in_order = iter(jax.tree.leaves(state.masks))
+        layers = masks_lib.layer_table(params, lambda path, leaf: next(in_order).ndim > 0, stacked)
         average = state.method_state.get('gradient_average')
         t = jnp.asarray(optax.safe_increment(state.count))
         if not layers:
@@ -308,6 +311,10 @@ def sparsify(
         return updates, SparsifyState(t, state.rng_key, masks, grown, inner_state, stats, method_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _is_key(x):
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _is_lookahead(x):

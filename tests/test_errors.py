@@ -30,6 +30,7 @@ PARAMS = {'w': jnp.ones((4, 4)), 'bias': jnp.ones(4)}
         (dict(start_step=-1), 'start_step=-1: must be'),
         (dict(stop_step=-1), 'stop_step=-1: must be'),
         (dict(prune_rate=1.5), 'prune_rate=1.5: must be in [0, 1]'),
+        (dict(seed=0.5), 'seed=0.5: must be an integer, or a typed random key'),
         (dict(distribution='unifrom'), "distribution='unifrom' does not exist. Did you mean 'uniform'?"),
         (dict(granularity='block:4x4'), "granularity='block:4x4' does not exist"),
     ],
@@ -101,6 +102,14 @@ def test_default_sparsifiable_is_by_path_axes_and_dtype():
     }  # fmt: skip
     masks = sj.get_masks(sj.sparsify(optax.sgd(0.1), **GOOD).init(params))
     assert sj.layer_names(masks) == ['block/dense/kernel', 'conv1x1']
+
+
+def test_stacked_may_ask_for_the_dtype():
+    stacked = lambda path, leaf: leaf.ndim == 3 and jnp.issubdtype(leaf.dtype, jnp.floating)
+    tx = sj.sparsify(optax.sgd(0.1), stacked=stacked, **GOOD)
+    params = {'blocks': jnp.ones((2, 4, 4)), 'head': jnp.ones((4, 2))}
+    _, state = tx.update(params, tx.init(params), params)
+    assert state.stats.share.shape == (3,)
 
 
 def test_layer_names_of_stacked_leaves():

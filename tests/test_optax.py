@@ -205,6 +205,19 @@ def test_lookahead_is_refused():
         tx.update(jax.tree.map(jnp.ones_like, params.fast), tx.init(params), params)
 
 
+def test_check_sparse_tells_of_lookahead_outside():
+    tx = optax.lookahead(sj.sparsify(optax.sgd(0.1, 0.9), density=0.25, update_every=1, total_steps=50), 4, 0.5)
+    fast = _params()
+    state = tx.init(optax.LookaheadParams.init_synced(fast))
+    params = optax.LookaheadParams.init_synced(sj.apply_masks(fast, sj.get_masks(state)))
+    step = jax.jit(lambda p, s: tx.update(jax.grad(_loss)(p.fast, 0.0), s, p))
+    with pytest.raises(ValueError, match='weights off the mask are not zero'):
+        for _ in range(8):
+            updates, state = step(params, state)
+            params = optax.apply_updates(params, updates)
+            sj.check_sparse(params.fast, state)
+
+
 def test_bfloat16_params_with_float32_updates_stay_exactly_sparse():
     tx = sj.sparsify(optax.adam(0.01, mu_dtype=jnp.float32), **SETTINGS)
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), _params())

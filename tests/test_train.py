@@ -89,7 +89,7 @@ def test_a_run_leaves_its_files_and_prints_its_result(undisturbed):
 def test_kill_at_several_moments_changes_no_bit(undisturbed, tmp_path):
     reference, _ = undisturbed
     folder = tmp_path / 'killed'
-    for target in (260, 1010, 1990):  # kill -9 as soon as metrics.jsonl reaches this step
+    for target in (0, 260, 1010, 1990):  # kill -9 as soon as metrics.jsonl reaches this step; at 0 no checkpoint exists yet
         process = subprocess.Popen(_command(folder, *STEPS), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         while True:

@@ -2,11 +2,10 @@
 
 import gzip
 import hashlib
+import http.client
 import os
 import pathlib
 import struct
-import tempfile
-import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 
@@ -62,16 +61,16 @@ def download(
                     content = response.read()
                 _check_md5(content, md5, mirror + name, 'not used.')
                 break
-            except (urllib.error.URLError, OSError, ValueError) as error:
+            except (http.client.HTTPException, OSError, ValueError) as error:  # URLError is an OSError
                 reasons.append(f'{mirror}: {error}')
         else:
             raise ValueError(
                 f'data.download: no mirror gave {name} ({"; ".join(reasons)}). Put the file into data.dir={folder} by hand.'
             )
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as partial:
-            partial.write(content)
-        os.replace(partial.name, folder / name)
+        partial = folder / f'{name}.{os.getpid()}.partial'
+        partial.write_bytes(content)
+        os.replace(partial, folder / name)
 
 
 def read_idx(path: pathlib.Path, md5: str | None = None) -> np.ndarray:

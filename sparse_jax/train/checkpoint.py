@@ -58,13 +58,14 @@ def fingerprint(tree: Any) -> str:
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, folder: pathlib.Path, *, keep: int):
+    def __init__(self, folder: pathlib.Path, *, keep: int = 1, read_only: bool = False):
         self._folder = folder
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
-                cleanup_tmp_directories=True,
+                read_only=read_only,
+                cleanup_tmp_directories=not read_only,
                 atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
             ),
         )
@@ -98,8 +99,10 @@ class Checkpoints:
         remedy = 'delete its folder to go on from the one before, or the whole workdir to start anew.'
         try:
             meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
-            version = meta['format']
+            version, expected, seconds = meta['format'], meta['fingerprint'], meta['seconds']
             if version == FORMAT:
+                device = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # wherever it was saved
+                target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), target)
                 args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
                 state = self._manager.restore(step, args=args)['state']
         except Exception as error:  # orbax and tensorstore raise many kinds
@@ -109,9 +112,9 @@ class Checkpoints:
             raise ValueError(
                 f'{where} has format {version}, this version reads {FORMAT}: use the version that wrote it, or {remedy}'
             )
-        if fingerprint(state) != meta['fingerprint']:
+        if fingerprint(state) != expected:
             raise ValueError(f'{where} is damaged (its content is not what was saved): {remedy}')
-        return state, meta['seconds']
+        return state, seconds
 
     def close(self) -> None:
         """Waits for the last save, and raises if it failed."""

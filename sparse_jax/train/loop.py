@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import sparse_jax as sj
@@ -23,8 +24,8 @@ from sparse_jax.train import state as state_lib
 _EVALUATION_BATCH = 1000
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss is NaN or infinite: the run cannot go on."""
+class NonFiniteError(RuntimeError):
+    """The loss or a parameter is NaN or infinite: the run cannot go on."""
 
 
 def _prepare(config: config_lib.Config, folder: pathlib.Path) -> tuple[data_lib.Dataset, state_lib.Experiment]:
@@ -56,6 +57,11 @@ def _nonzeros(masks: Any) -> list[jax.Array]:
     return [mask.sum() for mask in jax.tree.leaves(masks) if mask.ndim]
 
 
+@jax.jit
+def _all_finite(params: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]))
+
+
 class _StepMetrics:
     """Collects each step's metrics, fetched after the next step has been dispatched, so that fetching never stalls the device."""
 
@@ -73,7 +79,7 @@ class _StepMetrics:
             self._pending = None
             fetched = {k: float(v) for k, v in jax.device_get(values).items()}
             if not math.isfinite(fetched['loss']):
-                raise NonFiniteLossError(
+                raise NonFiniteError(
                     f'the loss is {fetched["loss"]} at step {step}: lower optimizer.learning_rate. The last checkpoint is intact.'
                 )
             self._collected.append(fetched)
@@ -97,8 +103,14 @@ def train(config: config_lib.Config, folder: pathlib.Path) -> dict[str, Any]:
 
     Raises:
       ValueError: for anything wrong with the input, before a file is made.
-      NonFiniteLossError: if the loss stops being finite.
+      NonFiniteError: if the loss or a parameter stops being finite.
     """
+    config_lib.validate(config)
+    workdir.check(config, folder)
+    if (folder / 'result.json').exists():
+        result = json.loads((folder / 'result.json').read_text())
+        report.print_table(result)
+        return result
     data, experiment = _prepare(config, folder)
     with workdir.locked(folder):
         workdir.check(config, folder)  # once more, now that nobody else can write there
@@ -106,10 +118,6 @@ def train(config: config_lib.Config, folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _train_or_go_on(config, folder, data, experiment) -> dict[str, Any]:
-    if (folder / 'result.json').exists():
-        result = json.loads((folder / 'result.json').read_text())
-        report.print_table(result)
-        return result
     workdir.write_json(folder / 'config.json', config_lib.identity(config))
 
     checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', keep=config.checkpoint.keep)
@@ -120,9 +128,12 @@ def _train_or_go_on(config, folder, data, experiment) -> dict[str, Any]:
         state, seconds = checkpoints.restore(start, jax.eval_shape(init, key))
     else:
         state, seconds = init(key), 0.0
-    state, seconds = _train_loop(config, folder, data, experiment, checkpoints, state, start, seconds)
-    checkpoints.close()
-    return _finish(config, folder, data, experiment, state, seconds, start)
+    try:
+        state, seconds = _train_loop(config, folder, data, experiment, checkpoints, state, start, seconds)
+        checkpoints.close()
+        return _finish(config, folder, data, experiment, state, seconds, start)
+    except ValueError as error:  # no longer the input's fault
+        raise RuntimeError(f'the run failed: {error}') from error
 
 
 def _train_loop(config, folder, data, experiment, checkpoints, state, start, seconds):
@@ -171,6 +182,8 @@ def _train_loop(config, folder, data, experiment, checkpoints, state, start, sec
                 writer.write(step, values)
                 shown |= {f'{part}_accuracy': values[f'{part}_accuracy']}
             if step % config.checkpoint.every == 0 or step == experiment.total_steps:
+                if not _all_finite(state.params):
+                    raise NonFiniteError(f'a parameter is not finite after step {step}: lower optimizer.learning_rate.')
                 checkpoints.save(step, state, seconds + time.perf_counter() - begin)
     finally:
         progress.close()
@@ -244,7 +257,7 @@ def evaluate(config: config_lib.Config, folder: pathlib.Path) -> dict[str, Any]:
     if not (folder / 'checkpoints').is_dir():
         raise ValueError(f'--workdir={folder} has no checkpoint: train first, with --mode=train.')
     data, experiment = _prepare(config, folder)
-    checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', keep=config.checkpoint.keep)
+    checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', read_only=True)
     step = checkpoints.latest_step()
     if step is None:
         raise ValueError(f'--workdir={folder} has no complete checkpoint: train first, with --mode=train.')

@@ -16,7 +16,7 @@ class Writer:
 
     def __init__(self, workdir: pathlib.Path, *, step: int, tensorboard: bool):
         path = workdir / 'metrics.jsonl'
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step] if path.exists() else []
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step] if step and path.exists() else []
         partial = path.with_suffix('.tmp')
         partial.write_text(''.join(line + '\n' for line in kept))
         partial.replace(path)
@@ -70,6 +70,7 @@ class Progress:
     def __init__(self, total: int, start: int):
         self._total = total
         self._interval = max(1, total // 10)
+        self._shown = start
         self._bar = None
         if sys.stderr.isatty():
             from rich.console import Console
@@ -90,7 +91,8 @@ class Progress:
         numbers = '  '.join(f'{name} {value:.4g}' for name, value in values.items())
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=numbers)
-        elif step % self._interval == 0 or step == self._total:
+        elif step // self._interval > self._shown // self._interval or step == self._total:
+            self._shown = step
             _LOG.info('step %d/%d  %s', step, self._total, numbers)
 
     def close(self) -> None:

@@ -89,7 +89,7 @@ def create(config: config_lib.Config, *, num_examples: int, image_shape: tuple[i
             stop_step=sparsity.stop_step or None,
             distribution=sparsity.distribution,
             granularity=sparsity.granularity,
-            seed=config.seed,
+            seed=jax.random.key(config.seed),  # the parameters' keys are split off it
         )
 
     def init(key: jax.Array) -> TrainState:

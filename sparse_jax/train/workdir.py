@@ -37,7 +37,11 @@ def check(config: config_lib.Config, workdir: pathlib.Path) -> None:
         raise ValueError(f'--workdir={workdir} is a file: give a folder, or a name that does not exist yet.')
     if different := differences(config, workdir):
         raise ValueError(f'--workdir={workdir} holds another experiment ({"; ".join(different)}): give another --workdir.')
-    foreign = workdir.exists() and not (workdir / 'config.json').exists() and any(p.name != '.lock' for p in workdir.iterdir())
+    foreign = (
+        workdir.exists()
+        and not (workdir / 'config.json').exists()
+        and any(p.name not in ('.lock', 'config.tmp') for p in workdir.iterdir())
+    )
     if foreign:
         raise ValueError(f'--workdir={workdir} holds files but no experiment: give a new or an empty folder.')
 
@@ -52,8 +56,12 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     Raises:
       ValueError: if another process has it.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / '.lock').open('w') as handle:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        handle = (workdir / '.lock').open('w')
+    except OSError as error:
+        raise ValueError(f'--workdir={workdir} cannot be written ({error}): give another folder.') from error
+    with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
