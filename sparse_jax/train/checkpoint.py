@@ -63,8 +63,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                read_only=read_only,
+                max_to_keep=None if read_only else keep,
                 cleanup_tmp_directories=not read_only,
                 atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
             ),
