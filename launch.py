@@ -30,6 +30,7 @@ def main(argv) -> int:
     del argv
     absl_logging.set_verbosity(absl_logging.WARNING)  # of jax, orbax and matplotlib
     logging.getLogger('sparse_jax').setLevel(logging.INFO)
+    sys.unraisablehook = _report_unraisable
     from sparse_jax import train  # after the flags: a wrong flag is told at once
 
     try:
@@ -42,6 +43,12 @@ def main(argv) -> int:
         print(f'error: {error}', file=sys.stderr)
         return 70
     return 0
+
+
+def _report_unraisable(unraisable) -> None:
+    """Leaves out the reads that orbax abandons when one of them fails: pages of text about a damaged checkpoint, told in a line."""
+    if '_read_array_index_and_device_put' not in repr(unraisable.object):
+        sys.__unraisablehook__(unraisable)
 
 
 def _wrong_input(error) -> int:
