@@ -1,7 +1,6 @@
 """The core: any optax optimizer, made to train a network that is sparse from its first step to its last."""
 
 import math
-import numbers
 from collections.abc import Callable
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from sparse_jax import criteria, distributions, redistribution, schedules, selection
+from sparse_jax import _arguments, criteria, distributions, redistribution, schedules, selection
 from sparse_jax import granularity as granularity_lib
 from sparse_jax import masks as masks_lib
 from sparse_jax import momentum as momentum_lib
@@ -19,29 +18,6 @@ Criterion = Callable[[criteria.LeafInfo], jax.Array]
 
 _MASK_STREAM = 0x6D61736B  # 'mask' in ASCII
 _AVERAGE_DECAY = 0.9  # of the gradient average that stands in for a missing momentum
-
-
-def _check_arguments(density, update_every, total_steps, prune_rate, start_step, stop_step, seed):
-    """One clear error for each argument that cannot work."""
-    static = dict(density=density, update_every=update_every, total_steps=total_steps, start_step=start_step, stop_step=stop_step)
-    for name, value in static.items():
-        if isinstance(value, jax.Array):
-            raise ValueError(
-                f'{name} must be a Python number, but is a jax array: it decides shapes and counts. Under optax.inject_hyperparams '
-                'inject into the inner optimizer, sparsify(inject_hyperparams(optax.sgd)(learning_rate=...), ...), or name every '
-                'argument but the learning rate in static_args.'
-            )
-    if not _is_key(seed) and not isinstance(seed, numbers.Integral):
-        raise ValueError(f'seed={seed!r}: must be an integer, or a typed random key such as jax.random.key(0).')
-    if not isinstance(density, numbers.Real) or not 0 < float(density) <= 1:
-        raise ValueError(f'density={density!r}: must be a number in (0, 1], the share of the weights that exist.')
-    for name, least in {'update_every': 1, 'total_steps': 1, 'start_step': 0}.items():
-        if not isinstance(static[name], numbers.Integral) or static[name] < least:
-            raise ValueError(f'{name}={static[name]!r}: must be an integer, at least {least} (in steps).')
-    if stop_step is not None and (not isinstance(stop_step, numbers.Integral) or stop_step < 0):
-        raise ValueError(f'stop_step={stop_step!r}: must be an integer, at least 0 (in steps), or None for total_steps.')
-    if isinstance(prune_rate, numbers.Real) and not 0 <= float(prune_rate) <= 1:
-        raise ValueError(f'prune_rate={prune_rate!r}: must be in [0, 1], or a schedule of the step.')
 
 
 def _over(layer: Layer, function):
@@ -141,7 +117,7 @@ def sparsify(
       Dettmers and Zettlemoyer, `Sparse Networks from Scratch: Faster Training without Losing Performance
       <https://arxiv.org/abs/1907.04840>`_, 2019.
     """
-    _check_arguments(density, update_every, total_steps, prune_rate, start_step, stop_step, seed)
+    _arguments.check(density, update_every, total_steps, prune_rate, start_step, stop_step, seed)
     rate_schedule = prune_rate if callable(prune_rate) else schedules.cosine(prune_rate, total_steps)
     distribute = distributions.get(distribution)
     granularity_lib.get(granularity)
@@ -250,10 +226,10 @@ def sparsify(
 
     def init_fn(params):
         # An integer's key is folded with a constant: masks drawn from the very bits of the weights would keep the largest ones.
-        rng_key = jnp.copy(seed) if _is_key(seed) else jax.random.fold_in(jax.random.key(seed), _MASK_STREAM)
+        rng_key = jnp.copy(seed) if _arguments.is_key(seed) else jax.random.fold_in(jax.random.key(seed), _MASK_STREAM)
         masks, num_layers = init_masks(params, rng_key)
         inner_state = inner.init(params)
-        if any(isinstance(x, optax.LookaheadState) for x in jax.tree.leaves(inner_state, is_leaf=_is_lookahead)):
+        if any(_arguments.is_lookahead(x) for x in jax.tree.leaves(inner_state, is_leaf=_arguments.is_lookahead)):
             raise ValueError(
                 'inner: optax.lookahead is not supported: its slow weights are not sparse. Wrap its fast optimizer alone.'
             )
@@ -274,7 +250,7 @@ def sparsify(
     def update_fn(updates, state, params=None, **extra_args):
         if params is None:
             raise ValueError('sparsify needs the current params: call tx.update(grads, state, params).')
-        _check_params(params, state.masks)
+        _arguments.check_params(params, state.masks)
         grads = updates
         in_order = iter(jax.tree.leaves(state.masks))
         layers = masks_lib.layer_table(params, lambda path, leaf: next(in_order).ndim > 0, stacked)
@@ -311,23 +287,3 @@ def sparsify(
         return updates, SparsifyState(t, state.rng_key, masks, grown, inner_state, stats, method_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _is_key(x):
-    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def _is_lookahead(x):
-    return isinstance(x, optax.LookaheadState)
-
-
-def _check_params(params, masks):
-    if jax.tree.structure(params) != jax.tree.structure(masks):
-        raise ValueError(
-            f'params has the tree {jax.tree.structure(params)}, but init was given {jax.tree.structure(masks)}: update must be given '
-            'the params (or their shapes) that init was given.'
-        )
-    for (path, param), mask in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(masks), strict=True):
-        if mask.ndim and mask.shape != param.shape:
-            name = jax.tree_util.keystr(path, simple=True, separator='/')
-            raise ValueError(f'params: {name} has the shape {param.shape}, but at init it had {mask.shape}.')
