@@ -30,25 +30,22 @@ def main(argv) -> int:
     del argv
     absl_logging.set_verbosity(absl_logging.WARNING)  # of jax, orbax and matplotlib
     logging.getLogger('sparse_jax').setLevel(logging.INFO)
-    sys.unraisablehook = _report_unraisable
     from sparse_jax import train  # after the flags: a wrong flag is told at once
 
     try:
         train.MODES[_MODE.value](_CONFIG.value, pathlib.Path(_WORKDIR.value or ''))
     except ValueError as error:
-        return _wrong_input(error)
+        _wrong_input(error)
+        # At once: where a damaged checkpoint was read, orbax's abandoned reads would otherwise add pages to that line.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)
     except Exception as error:
         if not isinstance(error, train.NonFiniteError):
             traceback.print_exc()
         print(f'error: {error}', file=sys.stderr)
         return 70
     return 0
-
-
-def _report_unraisable(unraisable) -> None:
-    """Leaves out the reads that orbax abandons when one of them fails: pages of text about a damaged checkpoint, told in a line."""
-    if '_read_array_index_and_device_put' not in repr(unraisable.object):
-        sys.__unraisablehook__(unraisable)
 
 
 def _wrong_input(error) -> int:
