@@ -5,8 +5,11 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 from absl import flags
+
+import sparse_jax as sj
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
@@ -19,7 +22,14 @@ def _blocks(language: str) -> list[str]:
 @pytest.mark.parametrize('code', _blocks('python'))
 def test_code_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, 'README.md', 'exec'), {'__name__': 'readme'})
+    names = {'__name__': 'readme'}
+    exec(compile(code, 'README.md', 'exec'), names)
+    params, opt_state = names['params'], names['opt_state']
+    for _ in range(101):  # past a mask update
+        params, opt_state = names['step'](params, opt_state)
+    sj.check_sparse(params, opt_state)
+    masks = [m for m in jax.tree.leaves(sj.get_masks(opt_state)) if m.ndim]
+    assert sum(int(m.sum()) for m in masks) == round(0.05 * sum(m.size for m in masks)), 'the example is not exactly sparse'
 
 
 def _commands() -> list[str]:
