@@ -1,20 +1,25 @@
 """What decides which weights are pruned, which are grown, and how much each layer is worth.
 
 A criterion is a plain function of one layer's :class:`LeafInfo`. Prune and grow criteria return non-negative scores of the layer's
-shape: the smallest scores are pruned, the largest grown, and scores that are not finite count as 0. Redistribute criteria return
-one number, the layer's share, on any scale that the layers have in common. Writing one takes a line::
+shape: the smallest scores are pruned, the largest grown, and scores that are not finite count as 0. In blocks the score of a
+unit is the mean of its weights' scores. Redistribute criteria return one number, the layer's share, on any scale that the layers
+have in common. Writing one takes a line::
 
-    def magnitude_times_momentum(info):
-        return jnp.abs(info.weight) * jnp.abs(info.momentum)
+    def magnitude_times_variance(info):
+        return jnp.abs(info.weight) * jnp.square(info.momentum)
+
+A criterion that reads one of the last two fields of ``LeafInfo`` says so with :func:`needs`, and ``sparsify`` keeps it.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sparse_jax import redistribution, selection
+from sparse_jax import _exact, _names, _reduce, redistribution, selection
+from sparse_jax import granularity as granularity_lib
 
 
 class LeafInfo(NamedTuple):
@@ -24,7 +29,50 @@ class LeafInfo(NamedTuple):
     mask: jax.Array  # bool, the active positions: before the pruning for prune and redistribute, after it for grow
     gradient: jax.Array  # as given to the optimizer
     momentum: jax.Array  # signed, dense: that of missing weights too
-    key: jax.Array  # a typed random key of this layer and update
+    key: Any  # a typed random key of this layer, update and use
+    amount: Any = 0  # int32, how many units this update prunes (to prune and redistribute) or grows (to grow) in this layer
+    granularity: granularity_lib.Granularity = granularity_lib.Unstructured()
+    ever_active: Any = None  # bool, positions that have been active since the start; kept where a criterion needs it
+    accumulated_gradient: Any = None  # float32, sum of the gradients of the last steps up to this one; kept likewise
+
+
+Criterion = Callable[[LeafInfo], jax.Array]
+
+
+def needs(*, ever_active: bool = False, accumulated_gradient: int = 0, amount: bool = False) -> Callable[[Criterion], Criterion]:
+    """Marks a criterion that reads what ``sparsify`` provides only on demand: state in ``SparsifyState.method_state``, or an amount.
+
+    Args:
+      ever_active: it reads ``info.ever_active`` (one byte a weight).
+      accumulated_gradient: it reads ``info.accumulated_gradient``, of so many steps (four bytes a weight).
+      amount: it redistributes and reads ``info.amount``: it is then called once it is known how much each layer prunes.
+
+    Returns:
+      A decorator.
+
+    Example:
+      >>> @needs(accumulated_gradient=10)
+      ... def score(info):
+      ...     return jnp.abs(info.accumulated_gradient)
+      >>> requirements(score)['accumulated_gradient']
+      10
+    """
+
+    def mark(criterion: Criterion) -> Criterion:
+        criterion.needs = {'ever_active': ever_active, 'accumulated_gradient': accumulated_gradient, 'amount': amount}  # pyright: ignore
+        return criterion
+
+    return mark
+
+
+def requirements(*criteria: Criterion | None) -> dict[str, Any]:
+    """What the given criteria need together (see :func:`needs`)."""
+    marks = [getattr(criterion, 'needs', {}) for criterion in criteria]
+    return {
+        'ever_active': any(mark.get('ever_active', False) for mark in marks),
+        'amount': any(mark.get('amount', False) for mark in marks),
+        'accumulated_gradient': max([mark.get('accumulated_gradient', 0) for mark in marks], default=0),
+    }
 
 
 def magnitude(info: LeafInfo) -> jax.Array:
@@ -34,6 +82,50 @@ def magnitude(info: LeafInfo) -> jax.Array:
     [1.0, 2.0]
     """
     return jnp.abs(info.weight)
+
+
+def magnitude_times_momentum(info: LeafInfo) -> jax.Array:
+    """Prune by |weight| |momentum|: small weights that nothing pulls at (a variant of Dettmers and Zettlemoyer's code)."""
+    return jnp.abs(info.weight) * jnp.abs(info.momentum)
+
+
+def taylor(info: LeafInfo) -> jax.Array:
+    r"""Prune by \|weight gradient\|, the first-order change of the loss (Molchanov et al., https://arxiv.org/abs/1906.10771)."""
+    return jnp.abs(info.weight) * jnp.abs(info.gradient)
+
+
+def signed_magnitude(info: LeafInfo) -> jax.Array:
+    r"""Prune the smallest positive and the largest negative weights, of both signs the same part: SET's rule as published.
+
+    Of the k weights to prune, :math:`k_+ = \mathrm{round}(k n_+ / n)` (halves up) are positive and the others negative, where
+    :math:`n_+` of the n active weights are not negative. A weight's score is its magnitude against the largest that goes of its
+    sign, so that exactly those score at most 1.
+
+    Reference:
+      Mocanu et al., `Scalable Training of Artificial Neural Networks with Adaptive Sparse Connectivity
+      <https://arxiv.org/abs/1707.04780>`_, 2018.
+    """
+    size, negative = jnp.abs(info.weight), info.weight < 0
+    finite = info.mask & jnp.isfinite(info.weight)
+    groups = jnp.stack([finite & ~negative, finite & negative])
+    numbers = jax.vmap(selection.count)(groups)
+    active_units = granularity_lib.active(info.granularity, info.mask)
+    # of a part amount / units of the weights, those that are not negative; in blocks units and weights are not the same number
+    amount, units = (x.astype(jnp.uint32) for x in (jnp.asarray(info.amount), jnp.maximum(selection.count(active_units), 1)))
+    quotient, remainder = redistribution.multiply_divide(
+        (numbers[0].astype(jnp.uint32) >> 16, numbers[0].astype(jnp.uint32) & 0xFFFF), amount[None], units
+    )
+    positive = (quotient + (2 * remainder >= units))[0].astype(jnp.int32)
+    weights = granularity_lib.unit_size(info.granularity, info.weight.shape) * amount.astype(jnp.int32)
+    pruned = jnp.stack([positive, jnp.maximum(weights - positive, 0)])
+    pruned = jnp.minimum(pruned, numbers)
+    score = jnp.zeros(size.shape, jnp.float32)
+    for group, k in zip(groups, pruned, strict=True):
+        goes = selection.select_smallest(size, k, group)
+        limit = jnp.max(jnp.where(goes, size, 0)).astype(jnp.float32)
+        ratio = redistribution.divide(size.astype(jnp.float32), jnp.maximum(limit, jnp.finfo(jnp.float32).tiny))
+        score = jnp.where(group, jnp.where(goes, jnp.minimum(ratio, 1.0), jnp.maximum(ratio, 1.0 + 2.0**-20)), score)
+    return score
 
 
 def momentum(info: LeafInfo) -> jax.Array:
@@ -46,44 +138,124 @@ def gradient(info: LeafInfo) -> jax.Array:
     return jnp.abs(info.gradient)
 
 
+def accumulated_gradient(steps: int) -> Criterion:
+    """Grow by |sum of the gradients| of the last steps up to the update's own: RigL for small batches.
+
+    Args:
+      steps: how many, at most ``update_every``.
+
+    Returns:
+      A grow criterion.
+
+    Example:
+      >>> requirements(accumulated_gradient(8))['accumulated_gradient']
+      8
+    """
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f'accumulated_gradient: steps={steps!r} must be an integer, at least 1.')
+
+    @needs(accumulated_gradient=steps)
+    def criterion(info: LeafInfo) -> jax.Array:
+        return jnp.abs(info.accumulated_gradient)
+
+    return criterion
+
+
 def random(info: LeafInfo) -> jax.Array:
-    """Grow at random, by scores uniform in [0, 1) (SET: Mocanu et al., https://arxiv.org/abs/1707.04780)."""
-    return jax.random.uniform(info.key, info.weight.shape)
+    """Grow (or prune) at random, by scores uniform in [0, 1), one a unit (SET: Mocanu et al., https://arxiv.org/abs/1707.04780)."""
+    units = jax.random.uniform(info.key, info.granularity.unit_shape(info.weight.shape))
+    return info.granularity.expand(units, info.weight.shape)
+
+
+@needs(ever_active=True)
+def random_never_active(info: LeafInfo) -> jax.Array:
+    """Grow at random among units that have never been active, and where there are none left among the others (ITOP's
+    ``random_unfired``: Liu et al., https://arxiv.org/abs/2102.02887)."""
+    fired = granularity_lib.active(info.granularity, info.ever_active)
+    return random(info) + 1.0 - info.granularity.expand(fired, info.weight.shape)
+
+
+def momentum_by_neuron(info: LeafInfo) -> jax.Array:
+    r"""Grow at the output neurons with the largest mean \|momentum\|: the original's ``momentum_neuron``.
+
+    Each output neuron is given a part of the layer's growth in proportion to the mean \|momentum\| of its weights, active and
+    missing, and grows its largest; what does not fit or is left over by rounding goes to the layer's largest \|momentum\|.
+    """
+    scores = jnp.abs(info.momentum).astype(jnp.float32)
+    columns = jnp.moveaxis(scores, -1, 0)
+    room = jnp.moveaxis(~info.mask, -1, 0)
+    axes = tuple(range(1, columns.ndim))
+    means = _exact.mean_magnitude(
+        columns,
+        jnp.ones(columns.shape, bool),
+        lambda x, initial, operation: lax.reduce(x, jnp.asarray(initial, x.dtype), operation, axes),
+        lambda x: x.reshape(-1, *[1] * len(axes)),
+        columns[0].size,
+    )
+    # integers whose sum stays below 2^31, however many outputs there are
+    scale = 2.0 ** min(20, 30 - len(means).bit_length())
+    weight = jnp.round(redistribution.divide(means, jnp.maximum(jnp.max(means), jnp.finfo(jnp.float32).tiny)) * scale)
+    weight = weight.astype(jnp.uint32)
+    units = jnp.asarray(info.amount).astype(jnp.uint32) * granularity_lib.unit_size(info.granularity, info.weight.shape)
+    share, _ = redistribution.multiply_divide((units >> 16, units & 0xFFFF), weight, jnp.maximum(jnp.sum(weight), 1))
+    chosen = jax.vmap(selection.select_largest)(columns, share.astype(jnp.int32), room)
+    finite = jnp.where(jnp.isfinite(scores), scores, 0.0)
+    relative = redistribution.divide(finite, jnp.maximum(jnp.max(finite), jnp.finfo(jnp.float32).tiny))
+    return jnp.moveaxis(chosen, 0, -1) + relative
+
+
+def _mean(values: jax.Array, info: LeafInfo) -> jax.Array:
+    return _exact.mean_magnitude(values, info.mask, _reduce.reduce_all, lambda x: x, info.mask.size)
 
 
 def mean_momentum(info: LeafInfo) -> jax.Array:
-    r"""Redistribute by the mean |momentum| of a layer's active weights: the paper's rule, summed exactly.
-
-    A float sum depends on its order, and so on the mesh. Instead each \|m\| becomes an integer of at most 24 bits: its
-    significand, shifted to the exponent of the layer's largest and rounded (halves up). The integers are summed in limbs so
-    narrow that no 32-bit sum overflows, and the limbs' sums are put together by products with powers of two, which are exact, so
-    that a contraction to a fused multiply-add changes nothing. Terms that are not finite count as 0.
+    r"""Redistribute by the mean \|momentum\| of a layer's active weights: the paper's rule, summed exactly.
 
     Args:
       info: the layer.
 
     Returns:
-      float32 scalar; 0 for a layer without active weights.
+      float32 scalar; 0 for a layer without active weights. Terms that are not finite count as 0.
 
     Example:
       >>> mask = jnp.array([True, True, False])
       >>> float(mean_momentum(LeafInfo(None, mask, None, jnp.array([1.0, -3.0, 9.0]), None)))
       2.0
     """
-    bits = selection.score_bits(info.momentum.astype(jnp.float32))
-    bits = jnp.where(info.mask, bits, jnp.uint32(0))
-    exponent = bits >> 23
-    significand = (bits & 0x7FFFFF) | (jnp.minimum(exponent, 1) << 23)
-    exponent = jnp.maximum(exponent, 1)  # denormals have the exponent of the smallest normal
-    largest = jnp.max(exponent, initial=1)
-    shift = jnp.minimum(largest - exponent, 25)  # from 25 on nothing is left
-    value = (significand + ((jnp.uint32(1) << shift) >> 1)) >> shift
-    width = min(12, 32 - info.mask.size.bit_length())
-    total = jnp.float32(0)
-    for low in range(0, 24, width):
-        limb = jnp.sum((value >> low) & (2**width - 1), dtype=jnp.uint32)
-        total = total + limb.astype(jnp.float32) * 2.0**low
-    active = jnp.maximum(selection.count(info.mask), 1).astype(jnp.float32)
-    # value = |m| * 2^(150 - largest); 2^(largest - 150) is a denormal for small exponents, so two normal factors
-    scale = lax.bitcast_convert_type(largest << 23, jnp.float32)  # 2^(largest - 127)
-    return redistribution.divide(total, active) * 2.0**-23 * scale
+    return _mean(info.momentum, info)
+
+
+def mean_magnitude(info: LeafInfo) -> jax.Array:
+    """Redistribute by the mean |weight| of a layer's active weights (the original's ``magnitude``), summed exactly."""
+    return _mean(info.weight, info)
+
+
+def mean_gradient(info: LeafInfo) -> jax.Array:
+    """Redistribute by the mean |gradient| of a layer's active weights, summed exactly."""
+    return _mean(info.gradient, info)
+
+
+@needs(amount=True)
+def nonzeros(info: LeafInfo) -> jax.Array:
+    """Redistribute by the number of units that a layer has left after the pruning (DSR: https://arxiv.org/abs/1902.05967)."""
+    left = selection.count(granularity_lib.active(info.granularity, info.mask)) - info.amount
+    return left.astype(jnp.float32)
+
+
+PRUNE = {f.__name__: f for f in (magnitude, magnitude_times_momentum, signed_magnitude, taylor, random)}
+GROW = {f.__name__: f for f in (momentum, momentum_by_neuron, gradient, random, random_never_active)}
+REDISTRIBUTE = {f.__name__: f for f in (mean_momentum, mean_magnitude, mean_gradient, nonzeros)}
+
+
+def get(setting: str, criterion: str | Criterion | None) -> Criterion | None:
+    """The criterion of that name for the setting `prune`, `grow` or `redistribute`; a function or None as given.
+
+    >>> get('grow', 'gradient').__name__
+    'gradient'
+    """
+    known = {'prune': PRUNE, 'grow': GROW, 'redistribute': REDISTRIBUTE}[setting]
+    if criterion is None or callable(criterion):
+        return criterion
+    if criterion not in known:
+        raise _names.unknown(setting, criterion, known)
+    return known[criterion]

@@ -1,12 +1,14 @@
 """The state of a sparse optimizer, and the masks in it: find, replace, apply and check them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from sparse_jax import distributions
 
 Masks = Any  # a tree like the params: bool arrays of the leaf's shape where it is sparse, a scalar True where it is dense
 PathPredicate = Callable[[str, Any], bool]
@@ -32,7 +34,8 @@ class SparsifyState(NamedTuple):
     grown: Masks  # True where the last update grew a new weight; scalar False at dense leaves
     inner_state: Any
     stats: UpdateStats
-    method_state: dict[str, Any]  # 'gradient_average' where the inner optimizer keeps no momentum, else empty
+    # 'gradient_average' where the inner optimizer keeps no momentum; 'ever_active', 'accumulated_gradient' where they are needed
+    method_state: dict[str, Any]
 
 
 class Layer(NamedTuple):
@@ -59,11 +62,43 @@ def default_sparsifiable(path: str, leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim >= 2 and not named_dense
 
 
+def sparse_leaves(params: Any, sparsifiable: PathPredicate | None, dense: Sequence[str]) -> PathPredicate:
+    """The predicate of the leaves that are trained sparse; ValueError for a dense pattern that matches none of them.
+
+    >>> params = {'conv1': jnp.ones((3, 3)), 'conv2': jnp.ones((3, 3))}
+    >>> [path for path in params if sparse_leaves(params, None, ['conv1'])(path, params[path])]
+    ['conv2']
+    """
+    chosen = sparsifiable or default_sparsifiable
+    names = [path for path, leaf in leaf_paths(params) if chosen(path, leaf)]
+    kept_dense = {name for name, i in zip(names, distributions.matching(dense, names, 'dense'), strict=True) if i is not None}
+    return lambda path, leaf: path not in kept_dense and chosen(path, leaf)
+
+
+def leaf_paths(tree: Any) -> list[tuple[str, Any]]:
+    """(path joined by /, leaf) of all leaves.
+
+    >>> leaf_paths({'a': {'b': 1}})
+    [('a/b', 1)]
+    """
+    return [
+        (jax.tree_util.keystr(key_path, simple=True, separator='/'), leaf)
+        for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def names_of(layers: Sequence[Layer]) -> list[str]:
+    """A name for each layer; those of a stacked leaf end in [0], [1], ..."""
+    names = []
+    for layer in layers:
+        names += [layer.name] if layer.depth is None else [f'{layer.name}[{i}]' for i in range(layer.depth)]
+    return names
+
+
 def layer_table(tree: Any, is_sparse: PathPredicate, stacked: PathPredicate | None) -> list[Layer]:
     """The sparse leaves of a tree (params, masks, or their shapes) in its order; ValueError for a leaf that cannot be sparse."""
     layers, start = [], 0
-    for i, (key_path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
-        path = jax.tree_util.keystr(key_path, simple=True, separator='/')
+    for i, (path, leaf) in enumerate(leaf_paths(tree)):
         if not is_sparse(path, leaf):
             continue
         is_stacked = stacked is not None and stacked(path, leaf)
@@ -96,10 +131,7 @@ def layer_names(masks: Masks, stacked: PathPredicate | None = None) -> list[str]
       >>> layer_names({'a': {'kernel': jnp.ones((2, 2), bool), 'bias': jnp.array(True)}})
       ['a/kernel']
     """
-    names = []
-    for layer in layer_table(masks, lambda _, mask: mask.ndim > 0, stacked):
-        names += [layer.name] if layer.depth is None else [f'{layer.name}[{i}]' for i in range(layer.depth)]
-    return names
+    return names_of(layer_table(masks, lambda _, mask: mask.ndim > 0, stacked))
 
 
 def _is_state(x: Any) -> bool:

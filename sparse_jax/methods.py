@@ -1,16 +1,129 @@
-"""Published methods, each as one thin call of :func:`sparse_jax.sparsify`."""
+"""Published methods: each one row of parts for :func:`sparse_jax.sparsify`, and a thin function that calls it with them.
+
+ITOP (In-Time Over-Parameterization, Liu et al., https://arxiv.org/abs/2102.02887) needs no method: it is any of them with an
+``update_every`` long enough to train what was grown, and as many updates as it takes for the exploration rate
+(``sj.stats.exploration_rate``, with ``track_exploration=True``) to come near 1.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import optax
 
-from sparse_jax import distributions, transform
+from sparse_jax import _names, criteria, distributions, schedules, transform
 from sparse_jax import granularity as granularity_lib
 from sparse_jax.masks import PathPredicate
 
 
+def _last_update(update_every: int, total_steps: int, stop_step: int | None) -> int:
+    last = total_steps if stop_step is None else min(stop_step, total_steps)
+    return max((last - 1) // update_every * update_every, update_every)
+
+
+def _gradual(initial: float, density: float, update_every: int, total_steps: int, options: Mapping[str, Any]) -> optax.Schedule:
+    start = options.get('start_step', 0)
+    end = _last_update(update_every, total_steps, options.get('stop_step'))
+    return schedules.cubic(initial, density, min(start, end - 1), end)
+
+
+def _three_quarters(total_steps: int) -> int:
+    return max(1, round(0.75 * total_steps))
+
+
+# name -> the parts of sparsify that make the method, by (density, update_every, total_steps, the caller's own options)
+_ROWS: dict[str, Callable[[float, int, int, Mapping[str, Any]], dict[str, Any]]] = {
+    'sparse_momentum': lambda density, every, total, options: dict(
+        prune=criteria.magnitude, grow=criteria.momentum, redistribute=criteria.mean_momentum, prune_rate=0.5
+    ),
+    'set': lambda density, every, total, options: dict(
+        prune=criteria.signed_magnitude,
+        grow=criteria.random,
+        redistribute=None,
+        prune_rate=schedules.constant(0.3),
+        distribution='erdos_renyi',
+    ),
+    'rigl': lambda density, every, total, options: dict(
+        prune=criteria.magnitude,
+        grow=criteria.gradient,
+        redistribute=None,
+        prune_rate=schedules.cosine(0.3, options.get('stop_step') or _three_quarters(total), final=0.0),
+        stop_step=_three_quarters(total),
+        distribution='erk',
+    ),
+    'snfs': lambda density, every, total, options: dict(
+        prune=criteria.magnitude,
+        grow=criteria.momentum,
+        redistribute=None,
+        momentum='gradient_average',
+        prune_rate=0.5,
+        distribution='erk',
+    ),
+    'dsr': lambda density, every, total, options: dict(
+        prune=criteria.magnitude,
+        prune_scope='global',
+        grow=criteria.random,
+        redistribute=criteria.nonzeros,
+        prune_rate=schedules.constant(0.2),
+    ),
+    'static': lambda density, every, total, options: dict(grow=None, redistribute=None, distribution='erk'),
+    'gmp': lambda density, every, total, options: dict(
+        density=_gradual(1.0, density, every, total, options), prune=criteria.magnitude, grow=None, redistribute=None
+    ),
+    'granet': lambda density, every, total, options: dict(
+        density=_gradual(max(0.5, density), density, every, total, options),
+        prune=criteria.magnitude,
+        prune_scope='global',
+        grow=criteria.gradient,
+        redistribute=None,
+        prune_rate=0.5,
+        distribution='erk',
+    ),
+}
+
+NAMES = tuple(_ROWS)
+
+
+def parts(name: str, density: float, update_every: int, total_steps: int, **options: Any) -> dict[str, Any]:
+    """All arguments of ``sparsify`` that make a method, with those of one's own in their place.
+
+    Args:
+      name: ``sparse_momentum``, ``set``, ``rigl``, ``snfs``, ``dsr``, ``static``, ``gmp`` or ``granet``.
+      density: share of the weights that exist, in (0, 1]; where the density follows a schedule, at its end.
+      update_every: steps between mask updates.
+      total_steps: length of the training, in steps.
+      **options: arguments of :func:`sparse_jax.sparsify` that replace the method's.
+
+    Returns:
+      A dictionary: ``sparsify(inner, **parts(...))``.
+
+    Raises:
+      ValueError: for a name that does not exist.
+
+    Example:
+      >>> chosen = parts('rigl', 0.1, update_every=100, total_steps=10_000, distribution='uniform')
+      >>> chosen['stop_step'], chosen['distribution']
+      (7500, 'uniform')
+    """
+    if name not in _ROWS:
+        raise _names.unknown('method', name, _ROWS)
+    row = dict(density=density, update_every=update_every, total_steps=total_steps)
+    return {**row, **_ROWS[name](density, update_every, total_steps, options), **options}
+
+
+def create(
+    name: str, inner: optax.GradientTransformation, density: float, update_every: int, total_steps: int, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """The method of that name around any optimizer; arguments as for :func:`parts`.
+
+    >>> tx = create('set', optax.adam(1e-3), 0.1, update_every=100, total_steps=1000)
+    """
+    return transform.sparsify(inner, **parts(name, density, update_every, total_steps, **options))
+
+
 def sparse_momentum(
     learning_rate: optax.ScalarOrSchedule,
-    density: float,
+    density: optax.ScalarOrSchedule,
     update_every: int,
     total_steps: int,
     momentum: float = 0.9,
@@ -20,11 +133,11 @@ def sparse_momentum(
     *,
     start_step: int = 0,
     stop_step: int | None = None,
-    distribution: str | distributions.Distribution = 'uniform',
-    granularity: str | granularity_lib.Unstructured = granularity_lib.Unstructured(),
+    distribution: str | Mapping[str, float] | distributions.Distribution = 'uniform',
+    granularity: str | granularity_lib.Granularity = granularity_lib.Unstructured(),
     sparsifiable: PathPredicate | None = None,
-    stacked: PathPredicate | None = None,
     seed: int | jax.Array = 0,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sparse momentum: SGD with momentum, weights pruned by magnitude, grown and redistributed by momentum.
 
@@ -46,8 +159,8 @@ def sparse_momentum(
       distribution: initial nonzeros of each layer; see :func:`sparse_jax.sparsify`, as for the arguments below.
       granularity: what one unit of selection is.
       sparsifiable: which leaves are sparse.
-      stacked: which leaves hold layers along their first axis.
       seed: of the first masks: an integer, or a typed random key.
+      **options: further arguments of :func:`sparse_jax.sparsify`, such as ``stacked`` or ``dense``.
 
     Returns:
       An optax transformation whose state is a :class:`sparse_jax.SparsifyState`.
@@ -78,6 +191,231 @@ def sparse_momentum(
         distribution=distribution,
         granularity=granularity,
         sparsifiable=sparsifiable,
-        stacked=stacked,
         seed=seed,
+        **options,
     )
+
+
+def set_(
+    inner: optax.GradientTransformation, density: float, update_every: int, total_steps: int, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """SET: the smallest positive and the largest negative weights go, and as many grow at random in the same layer.
+
+    Args:
+      inner: any optax transformation.
+      density: share of the sparse leaves' weights that exist, in (0, 1].
+      update_every: steps between mask updates; the paper's is one epoch.
+      total_steps: length of the training, in steps.
+      **options: arguments of :func:`sparse_jax.sparsify` that replace the method's: a prune rate of 0.3 throughout, an
+        Erdős-Rényi distribution.
+
+    Returns:
+      An optax transformation whose state is a :class:`sparse_jax.SparsifyState`.
+
+    Raises:
+      ValueError: as :func:`sparse_jax.sparsify`.
+
+    Example:
+      >>> tx = set_(optax.sgd(0.1, 0.9), 0.05, update_every=100, total_steps=1000)
+
+    Reference:
+      Mocanu et al., `Scalable Training of Artificial Neural Networks with Adaptive Sparse Connectivity
+      <https://arxiv.org/abs/1707.04780>`_, 2018.
+    """
+    return create('set', inner, density, update_every, total_steps, **options)
+
+
+def rigl(
+    inner: optax.GradientTransformation,
+    density: float,
+    update_every: int,
+    total_steps: int,
+    *,
+    accumulate_steps: int = 1,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    r"""RigL: the smallest weights go, and as many grow in the same layer where the \|gradient\| of missing weights is largest.
+
+    Args:
+      inner: any optax transformation.
+      density: share of the sparse leaves' weights that exist, in (0, 1].
+      update_every: steps between mask updates; the paper's is 100.
+      total_steps: length of the training, in steps.
+      accumulate_steps: grow by the sum of the gradients of so many steps, for small batches; 1: the update's own step alone.
+      **options: arguments of :func:`sparse_jax.sparsify` that replace the method's: a prune rate that falls from 0.3 by a cosine to
+        0 at three quarters of the training, where updates stop; an ERK distribution.
+
+    Returns:
+      An optax transformation whose state is a :class:`sparse_jax.SparsifyState`.
+
+    Raises:
+      ValueError: as :func:`sparse_jax.sparsify`.
+
+    Example:
+      >>> tx = rigl(optax.sgd(0.1, 0.9), 0.05, update_every=100, total_steps=1000, accumulate_steps=10)
+
+    Reference:
+      Evci et al., `Rigging the Lottery: Making All Tickets Winners <https://arxiv.org/abs/1911.11134>`_, 2020.
+    """
+    if accumulate_steps != 1:
+        options = {'grow': criteria.accumulated_gradient(accumulate_steps), **options}
+    return create('rigl', inner, density, update_every, total_steps, **options)
+
+
+def snfs(
+    inner: optax.GradientTransformation,
+    density: float,
+    update_every: int,
+    total_steps: int,
+    *,
+    redistribute: str | criteria.Criterion | None = None,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """SNFS as RigL's paper compares against: sparse momentum on an average of the gradients of its own, without redistribution.
+
+    Args:
+      inner: any optax transformation; its momentum is not used.
+      density: share of the sparse leaves' weights that exist, in (0, 1].
+      update_every: steps between mask updates.
+      total_steps: length of the training, in steps.
+      redistribute: ``'mean_momentum'`` for the original's redistribution; None: each layer regrows what it pruned.
+      **options: arguments of :func:`sparse_jax.sparsify` that replace the method's: a prune rate of 0.5 that falls by a cosine, an
+        ERK distribution.
+
+    Returns:
+      An optax transformation whose state is a :class:`sparse_jax.SparsifyState`.
+
+    Raises:
+      ValueError: as :func:`sparse_jax.sparsify`.
+
+    Example:
+      >>> tx = snfs(optax.sgd(0.1), 0.05, update_every=100, total_steps=1000, redistribute='mean_momentum')
+
+    Reference:
+      Dettmers and Zettlemoyer, `Sparse Networks from Scratch <https://arxiv.org/abs/1907.04840>`_, 2019, in the form of Evci et
+      al., `Rigging the Lottery <https://arxiv.org/abs/1911.11134>`_, 2020.
+    """
+    return create('snfs', inner, density, update_every, total_steps, redistribute=redistribute, **options)
+
+
+def dsr(
+    inner: optax.GradientTransformation, density: float, update_every: int, total_steps: int, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """DSR: one threshold prunes over all layers, and what went grows at random, shared out by the weights that layers have left.
+
+    The published threshold is adapted from update to update so that about the wanted number goes; here it is found exactly.
+
+    Args:
+      inner: any optax transformation.
+      density: share of the sparse leaves' weights that exist, in (0, 1].
+      update_every: steps between mask updates.
+      total_steps: length of the training, in steps.
+      **options: arguments of :func:`sparse_jax.sparsify` that replace the method's: a prune rate of 0.2 throughout, a uniform
+        distribution.
+
+    Returns:
+      An optax transformation whose state is a :class:`sparse_jax.SparsifyState`.
+
+    Raises:
+      ValueError: as :func:`sparse_jax.sparsify`.
+
+    Example:
+      >>> tx = dsr(optax.sgd(0.1, 0.9), 0.05, update_every=100, total_steps=1000)
+
+    Reference:
+      Mostafa and Wang, `Parameter Efficient Training of Deep Convolutional Neural Networks by Dynamic Sparse Reparameterization
+      <https://arxiv.org/abs/1902.05967>`_, 2019.
+    """
+    return create('dsr', inner, density, update_every, total_steps, **options)
+
+
+def static(
+    inner: optax.GradientTransformation, density: float, update_every: int = 1, total_steps: int = 1, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Static sparse training: the first mask, drawn at random, stays.
+
+    Args:
+      inner: any optax transformation.
+      density: share of the sparse leaves' weights that exist, in (0, 1].
+      update_every: not used: there are no updates.
+      total_steps: not used.
+      **options: arguments of :func:`sparse_jax.sparsify` that replace the method's: an ERK distribution.
+
+    Returns:
+      An optax transformation whose state is a :class:`sparse_jax.SparsifyState`; ``set_masks`` gives it a mask of one's own.
+
+    Raises:
+      ValueError: as :func:`sparse_jax.sparsify`.
+
+    Example:
+      >>> tx = static(optax.sgd(0.1, 0.9), 0.05)
+
+    Reference:
+      As the baseline ``Static`` of Evci et al., `Rigging the Lottery <https://arxiv.org/abs/1911.11134>`_, 2020.
+    """
+    return create('static', inner, density, update_every, total_steps, **options)
+
+
+def gmp(
+    inner: optax.GradientTransformation, density: float, update_every: int, total_steps: int, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Gradual magnitude pruning: dense at first, and the smallest weights go for good as a cubic schedule of the density asks.
+
+    Args:
+      inner: any optax transformation.
+      density: share of the sparse leaves' weights that exist after the last update, in (0, 1].
+      update_every: steps between mask updates.
+      total_steps: length of the training, in steps.
+      **options: arguments of :func:`sparse_jax.sparsify` that replace the method's: a density from 1 after ``start_step`` to the given
+        one at the last update (before ``stop_step``, where that is given), a uniform distribution.
+
+    Returns:
+      An optax transformation whose state is a :class:`sparse_jax.SparsifyState`.
+
+    Raises:
+      ValueError: as :func:`sparse_jax.sparsify`.
+
+    Example:
+      >>> tx = gmp(optax.sgd(0.1, 0.9), 0.05, update_every=100, total_steps=1000, stop_step=800)
+
+    Reference:
+      Zhu and Gupta, `To prune, or not to prune <https://arxiv.org/abs/1710.01878>`_, 2017.
+    """
+    return create('gmp', inner, density, update_every, total_steps, **options)
+
+
+def granet(
+    inner: optax.GradientTransformation,
+    density: float,
+    update_every: int,
+    total_steps: int,
+    *,
+    initial_density: float = 0.5,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    r"""GraNet: gradual pruning by one threshold over all layers, and at each update some weights move as in RigL.
+
+    Args:
+      inner: any optax transformation.
+      density: share of the sparse leaves' weights that exist after the last update, in (0, 1].
+      update_every: steps between mask updates.
+      total_steps: length of the training, in steps.
+      initial_density: where the density begins, in (0, 1]; the paper's sparse-to-sparse runs begin at 0.5, its dense ones at 1.
+      **options: arguments of :func:`sparse_jax.sparsify` that replace the method's: a cubic schedule of the density, a prune rate of
+        0.5 that falls by a cosine and moves weights within each layer, growth by \|gradient\|, an ERK distribution.
+
+    Returns:
+      An optax transformation whose state is a :class:`sparse_jax.SparsifyState`.
+
+    Raises:
+      ValueError: as :func:`sparse_jax.sparsify`.
+
+    Example:
+      >>> tx = granet(optax.sgd(0.1, 0.9), 0.05, update_every=100, total_steps=1000)
+
+    Reference:
+      Liu et al., `Sparse Training via Boosting Pruning Plasticity with Neuroregeneration <https://arxiv.org/abs/2106.10404>`_, 2021.
+    """
+    chosen = parts('granet', density, update_every, total_steps, **options)
+    chosen['density'] = _gradual(initial_density, density, update_every, total_steps, options)
+    return transform.sparsify(inner, **chosen)

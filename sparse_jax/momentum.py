@@ -40,7 +40,8 @@ def find(inner_state: Any, treedef: Any, momentum: MomentumOption = None) -> Any
     Args:
       inner_state: an optax optimizer's state.
       treedef: the parameters' tree structure.
-      momentum: name of the NamedTuple field to take as it is, or a function of the inner state that returns the momentum tree.
+      momentum: name of the NamedTuple field to take as it is, or a function of the inner state that returns the momentum tree;
+        ``'gradient_average'``: none of them.
 
     Returns:
       A tree of the parameters' structure, or None where the state has no such field, or several.
@@ -57,6 +58,8 @@ def find(inner_state: Any, treedef: Any, momentum: MomentumOption = None) -> Any
       >>> find(optax.sgd(0.1).init(params), jax.tree.structure(params)) is None
       True
     """
+    if momentum == 'gradient_average':
+        return None
     if callable(momentum):
         tree = momentum(inner_state)
         if jax.tree.structure(tree) != treedef:

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+Amount = tuple[jax.Array, jax.Array]  # uint32 scalars (high, low): high * 2^16 + low, the low below 2^16, the high below 2^32
+
 MAX_LAYERS = 2047  # their weights, of at most 2^20 each, must add up to less than 2^31
 
 
@@ -45,15 +47,53 @@ def weights(shares: jax.Array) -> Weights:
     return Weights(weight, jnp.sum(weight, dtype=jnp.int32))
 
 
-def _total(x):
-    """Exact sum of up to 2^11 integers in [0, 2^32) as (high, low)."""
+def total(x: jax.Array) -> Amount:
+    """Exact sum of up to 2^11 integers in [0, 2^32).
+
+    >>> [int(part) for part in total(jnp.array([2**32 - 1, 2**32 - 1], jnp.uint32))]
+    [131071, 65534]
+    """
     x = x.astype(jnp.uint32)
     low = jnp.sum(x & 0xFFFF, dtype=jnp.uint32)
     return jnp.sum(x >> 16, dtype=jnp.uint32) + (low >> 16), low & 0xFFFF
 
 
-def _at_most(a, b):
+def at_most(a: Amount, b: Amount) -> jax.Array:
+    """Whether a <= b."""
     return (a[0] < b[0]) | ((a[0] == b[0]) & (a[1] <= b[1]))
+
+
+def add(a: Amount, b: Amount) -> Amount:
+    """a + b."""
+    low = a[1] + b[1]
+    return a[0] + b[0] + (low >> 16), low & 0xFFFF
+
+
+def subtract(a: Amount, b: Amount) -> Amount:
+    """a - b, or zero where that would be negative."""
+    borrow = (a[1] < b[1]).astype(jnp.uint32)
+    negative = ~at_most(b, a)
+    zero = jnp.uint32(0)
+    return jnp.where(negative, zero, a[0] - b[0] - borrow), jnp.where(negative, zero, (borrow << 16) + a[1] - b[1])
+
+
+def _small(a: Amount) -> jax.Array:
+    """The amount as one uint32, 2^31 where it is larger."""
+    return jnp.where(a[0] >= 2**15, jnp.uint32(2**31), (a[0] << 16) | a[1])
+
+
+def first_come(amount: Amount, most: jax.Array) -> jax.Array:
+    """An amount given out to the layers in order, to each as much as it takes: int32[layers].
+
+    >>> first_come((jnp.uint32(0), jnp.uint32(5)), jnp.array([2, 4, 3])).tolist()
+    [2, 3, 0]
+    """
+
+    def give(left, takes):
+        given = jnp.minimum(_small(left), takes.astype(jnp.uint32))
+        return subtract(left, (given >> 16, given & 0xFFFF)), given.astype(jnp.int32)
+
+    return lax.scan(give, amount, most)[1]
 
 
 def multiply_divide(amount: tuple[jax.Array, jax.Array], weight: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -108,37 +148,61 @@ def prune_counts(
     return jnp.maximum(jnp.minimum(count, jnp.minimum(prunable, nonzeros - 1)), 0)
 
 
-def growth_targets(pruned: jax.Array, shares: Weights | None, room: jax.Array) -> jax.Array:
-    r"""How many weights each layer grows: int32[layers] that add up to exactly the number pruned.
+def share_out(amount: Amount, shares: Weights, room: jax.Array) -> jax.Array:
+    r"""An amount T given out to the layers in proportion to their shares, none getting more than its room: int32[layers].
 
-    With :math:`T = \sum_l r_l` and the integer shares w of sum W, layer l asks for :math:`b_l = \min(c_l, \lfloor T w_l / W
-    \rfloor)` where :math:`c_l` is its room, at least :math:`r_l`. What is left is spread equally: :math:`\lambda` is the largest
-    integer with :math:`\sum_l \min(c_l, b_l + \lambda) \le T`. The last few go one each to the layers with room and the largest
-    remainder of :math:`T w_l / W`, the lowest layer first. It is the fixed point of the original's repeated spreading, without
-    its 0.99. Without shares, or where they are all zero, each layer regrows what it pruned.
+    With the integer shares w of sum W, layer l asks for :math:`b_l = \min(c_l, \lfloor T w_l / W \rfloor)` where :math:`c_l` is
+    its room. What is left is spread equally: :math:`\lambda` is the largest integer with :math:`\sum_l \min(c_l, b_l + \lambda) \le
+    T`. The last few go one each to the layers with room and the largest remainder of :math:`T w_l / W`, the lowest layer first.
+    It is the fixed point of the original's repeated spreading, without its 0.99. The sum is exactly T, or all the room.
 
-    >>> growth_targets(jnp.array([4, 4]), weights(jnp.array([3.0, 1.0])), jnp.array([5, 9])).tolist()
+    >>> share_out(total(jnp.array([8])), weights(jnp.array([3.0, 1.0])), jnp.array([5, 9])).tolist()
     [5, 3]
     """
-    if shares is None:
-        return pruned
-    amount = _total(pruned)
     weight = shares.weight.astype(jnp.uint32)
-    total = jnp.maximum(shares.total, 1).astype(jnp.uint32)
-    quotient, remainder = multiply_divide(amount, weight, total)
+    quotient, remainder = multiply_divide(amount, weight, jnp.maximum(shares.total, 1).astype(jnp.uint32))
     room = room.astype(jnp.uint32)
     base = jnp.minimum(room, quotient)
 
     def bit(i, extra):
         candidate = extra | (jnp.uint32(1) << (30 - i).astype(jnp.uint32))
-        return jnp.where(_at_most(_total(jnp.minimum(room, base + candidate)), amount), candidate, extra)
+        return jnp.where(at_most(total(jnp.minimum(room, base + candidate)), amount), candidate, extra)
 
     extra = lax.fori_loop(0, 31, bit, jnp.uint32(0))
     target = jnp.minimum(room, base + extra)
-    given = _total(target)
-    left = ((amount[0] - given[0]) << 16) + amount[1] - given[1]  # fewer than there are layers with room
+    left = _small(subtract(amount, total(target)))  # fewer than there are layers with room, if there are any
     order = jnp.where(target < room, remainder.astype(jnp.int32), -1)
     earlier = jnp.arange(len(order))[None, :] < jnp.arange(len(order))[:, None]
     ahead = (order[None, :] > order[:, None]) | ((order[None, :] == order[:, None]) & earlier)
-    target = target + (jnp.sum(ahead, axis=1, dtype=jnp.uint32) < left)
-    return jnp.where(shares.total > 0, target.astype(jnp.int32), pruned)
+    last = (target < room) & (jnp.sum(ahead, axis=1, dtype=jnp.uint32) < left)
+    return (target + last).astype(jnp.int32)
+
+
+def growth_targets(amount: Amount, own: jax.Array, shares: Weights | None, room: jax.Array) -> jax.Array:
+    """How many weights each layer grows: int32[layers] that add up to the amount (:func:`share_out`).
+
+    Without shares, or where they are all zero, each layer grows its own: as many as it pruned, where the density is constant.
+
+    >>> own = jnp.array([4, 4])
+    >>> growth_targets(total(own), own, weights(jnp.array([3.0, 1.0])), jnp.array([5, 9])).tolist()
+    [5, 3]
+    """
+    if shares is None:
+        return own
+    return jnp.where(shares.total > 0, share_out(amount, shares, room), own)
+
+
+def decreases(amount: Amount, nonzeros: jax.Array, prunable: jax.Array, final: jax.Array) -> jax.Array:
+    """How many weights each layer gives up when the density falls: int32[layers] that add up to the amount.
+
+    A layer gives in proportion to what it has above its final count, so that all arrive there together; what cannot be had in
+    this way is taken from whatever layer has weights left. No layer gives its last one.
+
+    >>> decreases(total(jnp.array([12])), jnp.array([20, 8]), jnp.array([20, 8]), jnp.array([2, 2])).tolist()
+    [9, 3]
+    """
+    most = jnp.maximum(jnp.minimum(prunable, nonzeros - 1), 0)
+    above = jnp.maximum(nonzeros - final, 0)
+    given = share_out(amount, weights(above.astype(jnp.float32)), jnp.minimum(above, most))
+    rest = most - given
+    return given + share_out(subtract(amount, total(given)), weights(rest.astype(jnp.float32)), rest)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 _FINAL = 0.005  # the original's eta_min
@@ -50,3 +51,76 @@ def constant(value: float) -> optax.Schedule:
     0.25
     """
     return optax.constant_schedule(value)
+
+
+def cubic(initial: float, final: float, start_step: int, end_step: int) -> optax.Schedule:
+    r"""Density for gradual pruning: :math:`d(t) = d_f + (d_i - d_f) (1 - \frac{t - t_0}{t_1 - t_0})^3`, and constant outside.
+
+    Args:
+      initial: density up to the start step, in (0, 1].
+      final: density from the end step on, in (0, 1].
+      start_step: :math:`t_0`, in steps.
+      end_step: :math:`t_1`, in steps.
+
+    Returns:
+      A schedule; of a Python integer or a NumPy array it is computed in float64, so that counts of large networks are exact.
+
+    Raises:
+      ValueError: for a density out of range, or an end that is not after the start.
+
+    Example:
+      >>> density = cubic(1.0, 0.1, start_step=0, end_step=100)
+      >>> [round(float(density(t)), 6) for t in (0, 50, 100)]
+      [1.0, 0.2125, 0.1]
+
+    Reference:
+      Zhu and Gupta, `To prune, or not to prune <https://arxiv.org/abs/1710.01878>`_, 2017.
+    """
+    for name, value in {'initial': initial, 'final': final}.items():
+        if not 0 < value <= 1:
+            raise ValueError(f'cubic: {name}={value!r} must be a density in (0, 1].')
+    if end_step <= start_step:
+        raise ValueError(f'cubic: end_step={end_step} must be after start_step={start_step}.')
+
+    def schedule(count):
+        xp = jnp if isinstance(count, jax.Array) else np
+        remaining = 1 - xp.clip((count - start_step) / (end_step - start_step), 0, 1)
+        return final + (initial - final) * remaining**3
+
+    return schedule
+
+
+def is_update(t, *, update_every: int, total_steps: int, start_step: int = 0, stop_step: int | None = None):
+    """Whether step t (1-based; an integer or an array) updates the masks.
+
+    >>> [t for t in range(1, 10) if is_update(t, update_every=3, total_steps=9)]
+    [3, 6]
+    """
+    last = total_steps if stop_step is None else stop_step
+    return (start_step < t) & (t % update_every == 0) & (t < last)
+
+
+def budgets(density, size: int, *, update_every: int, total_steps: int, start_step: int, stop_step: int | None) -> np.ndarray:
+    """The number of units that a density schedule asks for: float64 densities at t = update_every, 2 update_every, ... as counts.
+
+    Entry j is of step (j + 1) update_every, update step or not; int64, round(density * size), evaluated on the host in float64.
+
+    >>> budgets(cubic(1.0, 0.5, 0, 4), 100, update_every=2, total_steps=6, start_step=0, stop_step=None).tolist()
+    [56, 50]
+    """
+    last = total_steps if stop_step is None else min(stop_step, total_steps)
+    steps = np.arange(update_every, max(last, update_every + 1), update_every)
+    values = densities(density, steps)
+    return np.round(values * size).astype(np.int64)
+
+
+def densities(density, steps: np.ndarray) -> np.ndarray:
+    """A density schedule at several steps, float64."""
+    with jax.ensure_compile_time_eval():
+        try:
+            values = np.asarray(density(steps), np.float64)
+        except Exception:  # a schedule with branches takes one step at a time
+            values = np.array([float(density(int(t))) for t in steps], np.float64)
+        if values.shape != steps.shape:
+            values = np.array([float(density(int(t))) for t in steps], np.float64)
+    return values

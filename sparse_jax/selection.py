@@ -1,15 +1,24 @@
 """Exact selection of the k largest or smallest scores, k traced, ties by the lowest flat index.
 
 The bits of a non-negative float, read as an unsigned integer, order as the float does. So the k-th largest score is the largest
-integer t with count(bits >= t) >= k, and it is found from the top bit down with one comparison and one count a bit. The ties at t
-are then settled the same way over the flat index. There are elementwise operations and scalar reductions only: a sharded array is
+integer t with count(key >= t) >= k, and it is found from the top bit down with one comparison and one count a bit. The ties at t
+are then settled the same way over the flat index. There are elementwise operations and small reductions only: a sharded array is
 never gathered (a sort would gather it), and since the counts are integers the result has the same bits on every mesh.
+
+Keys: unsigned integers, one array ``[depth, ...]`` a leaf, each of its ``depth`` rows a layer with a k of its own. Key 0 is never
+selected. All leaves that are given together share one loop, and so one reduction a round.
 """
+
+import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from sparse_jax import _reduce, redistribution
+from sparse_jax._reduce import count
 
 def score_bits(scores: jax.Array) -> jax.Array:
     """Non-negative scores as unsigned integers of the same order, shape and width.
@@ -29,9 +38,19 @@ def score_bits(scores: jax.Array) -> jax.Array:
     return jnp.where(bits < infinity, bits, dtype.type(0))
 
 
-def count(mask: jax.Array) -> jax.Array:
-    """Number of True entries as int32, exact below 2^31."""
-    return jnp.sum(mask, dtype=jnp.int32)
+def keys(scores: jax.Array, where: jax.Array, *, smallest: bool = False) -> jax.Array:
+    """Selection keys of scores: larger for larger (or smaller) scores, positive where an entry may be selected, else 0.
+
+    >>> keys(jnp.array([0.0, 1.0, 1.0], jnp.bfloat16), jnp.array([True, True, False])).tolist()
+    [1, 16257, 0]
+    """
+    bits = score_bits(scores)
+    top = 2 ** (bits.dtype.itemsize * 8 - 1)
+    bits = bits if bits.dtype.itemsize >= 4 else bits.astype(jnp.uint32)
+    key = bits.dtype.type(top) - bits if smallest else bits + bits.dtype.type(1)
+    # The barrier keeps XLA from computing a score twice, once for the threshold and once to compare with it: the two might be
+    # rounded differently (contraction to fused multiply-adds), and the count would no longer be exact.
+    return lax.optimization_barrier(jnp.where(where, key, bits.dtype.type(0)))
 
 
 def _flat_index(shape: tuple[int, ...]) -> jax.Array:
@@ -43,54 +62,213 @@ def _flat_index(shape: tuple[int, ...]) -> jax.Array:
     return index
 
 
-def select_largest(keys: jax.Array, k: jax.typing.ArrayLike, where: jax.Array) -> jax.Array:
-    """Mask of the k entries with the largest keys; of equal keys those with the lowest flat index.
+class _Rows:
+    """The layers as rows of their leaves: the form for accelerators and for sharded leaves, which must keep their shape."""
+
+    def __init__(self, leaves: Sequence[jax.Array]):
+        self.parts = list(leaves)
+        self._ends = [sum(len(leaf) for leaf in leaves[: i + 1]) for i in range(len(leaves))]
+
+    def split(self, per_layer: jax.Array) -> list[jax.Array]:
+        """A vector over all layers, in parts that broadcast against the parts of the keys."""
+        cut = [per_layer[end - len(part) : end] for part, end in zip(self.parts, self._ends, strict=True)]
+        return [c.reshape(len(part), *[1] * (part.ndim - 1)) for c, part in zip(cut, self.parts, strict=True)]
+
+    def count(self, masks: Sequence[jax.Array]) -> jax.Array:
+        """Number of True entries a layer, int32[layers]."""
+        return jnp.concatenate([jnp.sum(mask, axis=tuple(range(1, mask.ndim)), dtype=jnp.int32) for mask in masks])
+
+    def index(self) -> list[jax.Array]:
+        """The flat index of each entry within its layer."""
+        return [_flat_index(part.shape[1:])[None] for part in self.parts]
+
+    def join(self, masks: Sequence[jax.Array]) -> list[jax.Array]:
+        """Masks of the parts as masks of the leaves."""
+        return list(masks)
+
+
+class _Chunks:
+    """All layers one after the other in one array of chunks of 32 x 32 entries, each of one layer: the form for one CPU device.
+
+    A round is then one pass, whatever the number of layers, and little to compile; and a count by chunks needs no memory
+    (:func:`sparse_jax._reduce.count` says why).
+    """
+
+    def __init__(self, leaves: Sequence[jax.Array]):
+        self._shapes = [leaf.shape for leaf in leaves]
+        self._chunks = [-(-math.prod(shape[1:]) // _reduce.GROUP**2) for shape in self._shapes]  # of each layer of a leaf
+        self.parts = [jnp.concatenate([self._cut(leaf, chunks) for leaf, chunks in zip(leaves, self._chunks, strict=True)])]
+        lengths = [chunks for shape, chunks in zip(self._shapes, self._chunks, strict=True) for _ in range(shape[0])]
+        self._layer = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+        self._place = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+        self._num_layers = len(lengths)
+
+    def _cut(self, leaf: jax.Array, chunks: int) -> jax.Array:
+        flat = leaf.reshape(len(leaf), -1)
+        flat = lax.pad(flat, jnp.zeros((), leaf.dtype), [(0, 0, 0), (0, chunks * _reduce.GROUP**2 - flat.shape[1], 0)])
+        return flat.reshape(-1, _reduce.GROUP, _reduce.GROUP)
+
+    def split(self, per_layer: jax.Array) -> list[jax.Array]:
+        return [per_layer[self._layer][:, None, None]]
+
+    def count(self, masks: Sequence[jax.Array]) -> jax.Array:
+        of_chunks = jnp.sum(_reduce.count_groups(masks[0]), axis=1, dtype=jnp.int32)
+        return jax.ops.segment_sum(of_chunks, jnp.asarray(self._layer), self._num_layers, indices_are_sorted=True)
+
+    def index(self) -> list[jax.Array]:
+        within = _flat_index((_reduce.GROUP, _reduce.GROUP))
+        return [jnp.asarray(self._place)[:, None, None] * _reduce.GROUP**2 + within]
+
+    def join(self, masks: Sequence[jax.Array]) -> list[jax.Array]:
+        leaves, start = [], 0
+        for shape, chunks in zip(self._shapes, self._chunks, strict=True):
+            stop = start + shape[0] * chunks
+            flat = masks[0][start:stop].reshape(shape[0], -1)
+            leaves.append(flat[:, : math.prod(shape[1:])].reshape(shape))
+            start = stop
+        return leaves
+
+
+def _arrange(leaves: Sequence[jax.Array]) -> _Rows | _Chunks:
+    return _Chunks(leaves) if _reduce.one_cpu_device() else _Rows(leaves)
+
+
+def _search(num_bits: jax.typing.ArrayLike, dtype, shape, enough, *, stop: jax.Array | None = None):
+    """The largest integers t with enough counted at t, and those counts (-1 where t is 0), by one round a bit from the top.
+
+    ``enough(t)`` gives, for t of the shape, whether the count suffices, and the count. With ``stop`` the search ends as soon as
+    all counts equal it. The number of bits may be traced.
+    """
+    one = dtype.type(1)
+
+    def round_(i, t, number):
+        candidate = t | (one << i.astype(dtype))
+        suffices, counted = enough(candidate)
+        return jnp.where(suffices, candidate, t), jnp.where(suffices, counted, number)
+
+    start = jnp.zeros(shape, dtype), jnp.full(shape, -1, jnp.int32)
+    if stop is None and isinstance(num_bits, int):  # a fixed number of rounds spares an accelerator to ask after each
+        return lax.fori_loop(0, num_bits, lambda i, state: round_(num_bits - 1 - i, *state), start)
+
+    def unfinished(state):
+        return (state[0] >= 0) & (True if stop is None else jnp.any(state[2] != stop))
+
+    def body(state):
+        i, t, number = state
+        return i - 1, *round_(i, t, number)
+
+    return lax.while_loop(unfinished, body, (jnp.asarray(num_bits, jnp.int32) - 1, *start))[1:]
+
+
+def select(leaves: Sequence[jax.Array], k: jax.Array) -> list[jax.Array]:
+    """Masks of the k largest keys of each layer; of equal keys those with the lowest flat index within the layer.
 
     Args:
-      keys: unsigned integers of any shape, fewer than 2^31 of them (see :func:`score_bits`).
-      k: how many to select; an int32 scalar, may be traced. At most ``count(where)`` are selected, none if k is not positive.
-      where: bool array of the keys' shape; entries that may be selected.
+      leaves: keys of each leaf, ``[depth, ...]``, fewer than 2^31 entries each.
+      k: int32[layers], the layers being the leaves' rows in order; may be traced. No more are selected than have a positive key.
 
     Returns:
-      bool array of the keys' shape with exactly ``clip(k, 0, count(where))`` entries set.
+      bool arrays of the leaves' shapes.
+    """
+    for leaf in leaves:
+        if leaf.size >= 2**31:
+            raise ValueError(f'keys has {leaf.size} entries; counts are int32, so a selection takes fewer than 2^31 = {2**31}.')
+    dtype = jnp.result_type(*leaves)
+    leaves = [leaf.astype(dtype) for leaf in leaves]
+    k = jnp.maximum(k, 0)
+    rows = _arrange(leaves)
+
+    def count_where(predicate, *per_layer):
+        parts = zip(rows.parts, *map(rows.split, per_layer), strict=True)
+        return rows.count([predicate(*part) for part in parts])
+
+    def enough(candidate):
+        counted = count_where(lambda key, t: key >= t, candidate)
+        return counted >= k, counted
+
+    # The cache of a CPU makes a round cheap against asking whether it was the last one worthwhile.
+    threshold, number = _search(dtype.itemsize * 8, dtype, k.shape, enough, stop=k if isinstance(rows, _Chunks) else None)
+
+    # Where the count is k to the weight, all ties are selected and no search is needed. Else it is for the last tie selected: the
+    # largest bound with fewer than the needed ties below it.
+    layer_size = max(math.prod(leaf.shape[1:]) for leaf in leaves)
+    num_index_bits = jnp.where(jnp.all(number == k), 0, max(1, (layer_size - 1).bit_length()))
+    needed = lax.cond(
+        num_index_bits > 0,
+        lambda: k - count_where(lambda key, t: key > t, threshold),
+        lambda: jnp.zeros_like(k),
+    )
+    ties = [(key == t, index) for key, t, index in zip(rows.parts, rows.split(threshold), rows.index(), strict=True)]
+
+    def too_few(bound):
+        below = rows.count([tie & (index < b) for (tie, index), b in zip(ties, rows.split(bound), strict=True)])
+        return below < needed, below
+
+    bound, _ = _search(num_index_bits, jnp.dtype(jnp.int32), k.shape, too_few)
+    last = jnp.where(num_index_bits == 0, layer_size, jnp.where(needed > 0, bound, -1))
+    last = jnp.where(k > 0, last, -1)
+    chosen = [
+        (key > 0) & ((key > t) | ((key == t) & (index <= b)))
+        for key, t, index, b in zip(rows.parts, rows.split(threshold), rows.index(), rows.split(last), strict=True)
+    ]
+    return rows.join(chosen)
+
+
+def joint_counts(leaves: Sequence[jax.Array], amount: tuple[jax.Array, jax.Array], most: jax.Array) -> jax.Array:
+    """How many of the largest keys over all layers together lie in each layer, by one threshold for all.
+
+    Args:
+      leaves: keys of each leaf, ``[depth, ...]``, on a common scale.
+      amount: how many in all, as a pair (see :mod:`sparse_jax.redistribution`).
+      most: int32[layers], no more than so many in a layer; at most the number of its positive keys.
+
+    Returns:
+      int32[layers]; ties at the threshold are counted in the lowest layers first.
+    """
+    rows, dtype = _arrange(leaves), leaves[0].dtype
+
+    def counted(t):  # with the bound inside, the sum still falls as t rises
+        return jnp.minimum(rows.count([(key >= t) & (key > 0) for key in rows.parts]), most)
+
+    def enough(candidate):
+        return redistribution.at_most(amount, redistribution.total(counted(candidate))), jnp.int32(0)
+
+    threshold, _ = _search(dtype.itemsize * 8, dtype, (), enough)
+    at_least = counted(threshold)
+    above = jnp.where(threshold == ~dtype.type(0), 0, counted(threshold + dtype.type(1)))
+    needed = redistribution.subtract(amount, redistribution.total(above))
+    return above + redistribution.first_come(needed, at_least - above)
+
+
+def _select_one(scores: jax.Array, k: jax.typing.ArrayLike, where: jax.Array, *, smallest: bool) -> jax.Array:
+    leaf = keys(scores, where, smallest=smallest)[None]
+    return select([leaf], jnp.asarray(k, jnp.int32)[None])[0][0]
+
+
+def select_largest(scores: jax.Array, k: jax.typing.ArrayLike, where: jax.Array) -> jax.Array:
+    """Mask of the k entries with the largest scores; of equal scores those with the lowest flat index.
+
+    Args:
+      scores: non-negative numbers of any shape, fewer than 2^31 of them; those that are not finite count as 0.
+      k: how many to select; an int32 scalar, may be traced. At most ``count(where)`` are selected, none if k is not positive.
+      where: bool array of the scores' shape; entries that may be selected.
+
+    Returns:
+      bool array of the scores' shape with exactly ``clip(k, 0, count(where))`` entries set.
 
     Example:
-      >>> scores = jnp.array([2.0, 5.0, 2.0, 2.0])
-      >>> select_largest(score_bits(scores), 2, jnp.ones(4, bool)).tolist()
+      >>> select_largest(jnp.array([2.0, 5.0, 2.0, 2.0]), 2, jnp.ones(4, bool)).tolist()
       [True, True, False, False]
     """
-    if keys.size >= 2**31:
-        raise ValueError(f'keys has {keys.size} entries; counts are int32, so a selection takes fewer than 2^31 = {2**31}.')
-    one = keys.dtype.type(1)
-    num_bits = keys.dtype.itemsize * 8
-
-    def key_bit(i, threshold):
-        candidate = threshold | (one << (num_bits - 1 - i).astype(keys.dtype))
-        return jnp.where(count(where & (keys >= candidate)) >= k, candidate, threshold)
-
-    threshold = lax.fori_loop(0, num_bits, key_bit, jnp.zeros((), keys.dtype))
-    above = where & (keys > threshold)
-    ties = where & (keys == threshold)
-    needed = k - count(above)
-    index = _flat_index(keys.shape)
-    num_index_bits = max(1, (keys.size - 1).bit_length())
-
-    def index_bit(i, bound):  # the largest bound with fewer than `needed` ties below it
-        candidate = bound | (1 << (num_index_bits - 1 - i))
-        return jnp.where(count(ties & (index < candidate)) < needed, candidate, bound)
-
-    last = lax.cond(
-        needed < count(ties),
-        lambda: lax.fori_loop(0, num_index_bits, index_bit, jnp.int32(0)),
-        lambda: jnp.int32(keys.size),
-    )
-    return (above | (ties & (index <= last) & (needed > 0))) & (jnp.asarray(k) > 0)
+    return _select_one(scores, k, where, smallest=False)
 
 
-def select_smallest(keys: jax.Array, k: jax.typing.ArrayLike, where: jax.Array) -> jax.Array:
-    """As :func:`select_largest`, but the k entries with the smallest keys.
+def select_smallest(scores: jax.Array, k: jax.typing.ArrayLike, where: jax.Array) -> jax.Array:
+    """As :func:`select_largest`, but the k entries with the smallest scores.
 
-    >>> select_smallest(score_bits(jnp.array([2.0, 5.0, 2.0])), 1, jnp.ones(3, bool)).tolist()
+    >>> select_smallest(jnp.array([2.0, 5.0, 2.0]), 1, jnp.ones(3, bool)).tolist()
     [True, False, False]
     """
-    return select_largest(~keys, k, where)  # the complement reverses the order of keys and leaves that of indices
+    return _select_one(scores, k, where, smallest=True)
+
+

@@ -22,7 +22,7 @@ PARAMS = {'w': jnp.ones((4, 4)), 'bias': jnp.ones(4)}
         (dict(density=1.5), 'density=1.5: must be'),
         (dict(density=float('nan')), 'density=nan: must be'),
         (dict(density='5%'), "density='5%': must be a number"),
-        (dict(density=lambda t: 0.1), 'must be a number in (0, 1]'),
+        (dict(density=lambda t: 1.1), 'density: the schedule is 1.1 at step 0; it must be in (0, 1]'),
         (dict(density=jnp.float32(0.5)), 'density must be a Python number, but is a jax array'),
         (dict(update_every=0), 'update_every=0: must be an integer, at least 1'),
         (dict(update_every=2.5), 'update_every=2.5: must be an integer'),
@@ -32,7 +32,7 @@ PARAMS = {'w': jnp.ones((4, 4)), 'bias': jnp.ones(4)}
         (dict(prune_rate=1.5), 'prune_rate=1.5: must be in [0, 1]'),
         (dict(seed=0.5), 'seed=0.5: must be an integer, or a typed random key'),
         (dict(distribution='unifrom'), "distribution='unifrom' does not exist. Did you mean 'uniform'?"),
-        (dict(granularity='block:4x4'), "granularity='block:4x4' does not exist"),
+        (dict(granularity='block:4*4'), "granularity='block:4*4' does not exist. Did you mean 'block:16x16'"),
     ],
 )
 def test_arguments(change, message):
@@ -46,19 +46,22 @@ def test_no_sparsifiable_leaf():
 
 
 def test_budget_below_one_weight_a_layer():
-    with pytest.raises(ValueError, match=r'density=0.01 keeps 1 of 64 weights, fewer than the 4 sparse layers.*at least 0.0625'):
+    with pytest.raises(ValueError, match=r'density=0.01 keeps 1 of 64 units, fewer than the 4 sparse layers.*at least 0.0625'):
         sj.sparsify(optax.sgd(0.1), **{**GOOD, 'density': 0.01}).init([jnp.ones((4, 4))] * 4)
 
 
 def test_every_layer_gets_a_weight_from_the_largest():
-    assert sj.distributions.uniform([1000, 10, 1], 0.01) == [8, 1, 1]
-    assert sj.distributions.uniform([1, 1, 1], 1.0) == [1, 1, 1]
+    def uniform(sizes, density):
+        return sj.distributions.uniform([sj.distributions.Layer(str(n), (n, 1), n) for n in sizes], density)
+
+    assert uniform([1000, 10, 1], 0.01) == [8, 1, 1]
+    assert uniform([1, 1, 1], 1.0) == [1, 1, 1]
 
 
 @pytest.mark.parametrize('counts', [[4], [0, 8], [4, 17]])
 def test_a_distribution_of_ones_own_is_checked(counts):
     with pytest.raises(ValueError, match='distribution returned'):
-        sj.sparsify(optax.sgd(0.1), distribution=lambda sizes, density: counts, **GOOD).init([jnp.ones((4, 4))] * 2)
+        sj.sparsify(optax.sgd(0.1), distribution=lambda layers, density: counts, **GOOD).init([jnp.ones((4, 4))] * 2)
 
 
 def test_missing_and_foreign_params():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sparse_jax import selection
+from sparse_jax import _reduce, selection
 
 pytestmark = pytest.mark.core
 
@@ -31,9 +31,17 @@ def _expected(scores: np.ndarray, k: int, where: np.ndarray, sign: int) -> np.nd
 
 
 @functools.cache
-def _select(largest: bool, sharded: bool):
+def _select(largest: bool, one_cpu_device: bool = False):
+    """Compiled for one CPU device (all layers in one array of chunks, ending early) or for several (leaves as they are)."""
     function = selection.select_largest if largest else selection.select_smallest
-    return jax.jit(lambda scores, k, where: function(selection.score_bits(scores), k, where))
+    jitted = jax.jit(lambda scores, k, where: function(scores, k, where))
+
+    def select(*args):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_reduce, 'one_cpu_device', lambda: one_cpu_device)
+            return jitted(*args)
+
+    return select if one_cpu_device else jitted
 
 
 @settings(max_examples=250)
@@ -44,8 +52,9 @@ def _select(largest: bool, sharded: bool):
     k=st.one_of(st.sampled_from([-1, 0, 1, 383, 384, 385]), st.integers(0, 384)),
     portion=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     largest=st.booleans(),
+    one_cpu_device=st.booleans(),
 )
-def test_selection_is_exact(seed, dtype, kind, k, portion, largest):
+def test_selection_is_exact(seed, dtype, kind, k, portion, largest, one_cpu_device):
     rng = np.random.default_rng(seed)
     if kind == 'random bits':
         width = jnp.dtype(dtype).itemsize * 8
@@ -59,7 +68,7 @@ def test_selection_is_exact(seed, dtype, kind, k, portion, largest):
                 'equal': np.full(SHAPE, 0.5),
             }[kind].astype(jnp.dtype(dtype))
     where = rng.random(SHAPE) < portion
-    got = _select(largest, False)(jnp.asarray(scores), jnp.int32(k), jnp.asarray(where))
+    got = _select(largest, one_cpu_device)(jnp.asarray(scores), jnp.int32(k), jnp.asarray(where))
     np.testing.assert_array_equal(got, _expected(scores, k, where, 1 if largest else -1))
 
 
@@ -73,7 +82,7 @@ def test_selection_is_exact_where_sharded_and_gathers_nothing(spec, dtype, axis_
     scores, where = rng.integers(-9, 10, SHAPE).astype(jnp.dtype(dtype)), rng.random(SHAPE) < 0.8
     with jax.set_mesh(mesh):
         args = jax.device_put(scores, sharding), jnp.int32(100), jax.device_put(where, sharding)
-        compiled = jax.jit(_select(True, True)).lower(*args).compile()
+        compiled = _select(True).lower(*args).compile()
         got = compiled(*args)
     assert 'all-gather' not in compiled.as_text()
     np.testing.assert_array_equal(got, _expected(scores, 100, where, 1))
@@ -82,11 +91,11 @@ def test_selection_is_exact_where_sharded_and_gathers_nothing(spec, dtype, axis_
 def test_float64_scores_are_compared_in_full():
     with jax.enable_x64(True):
         scores = jnp.array([1.0, 1.0 + 2**-50, 1.0 - 2**-50], jnp.float64)
-        got = selection.select_largest(selection.score_bits(scores), 1, jnp.ones(3, bool))
+        got = selection.select_largest(scores, 1, jnp.ones(3, bool))
     assert got.tolist() == [False, True, False]
 
 
 def test_a_leaf_of_2_to_the_31_elements_is_refused():
-    huge = jax.ShapeDtypeStruct((2**16, 2**15), jnp.uint32)
+    huge = jax.ShapeDtypeStruct((2**16, 2**15), jnp.float32)
     with pytest.raises(ValueError, match=r'fewer than 2\^31'):
         jax.eval_shape(selection.select_largest, huge, 1, jax.ShapeDtypeStruct(huge.shape, jnp.bool_))
