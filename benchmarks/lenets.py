@@ -7,36 +7,19 @@ be stopped and started again), and prints a Markdown table. Cost: about an hour 
 """
 
 import argparse
-import concurrent.futures
-import json
 import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
-from rich.progress import track
 from scipy import stats
+
+from benchmarks import _runs
 
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 1.0)  # 1.0: the dense twin
 
 
 def workdir(root: pathlib.Path, model: str, density: float, seed: int) -> pathlib.Path:
     return root / f'{model}-{"dense" if density == 1 else density}-{seed}'
-
-
-def train(root: pathlib.Path, task: tuple[str, float, int], extra: list[str], core: int | None) -> None:
-    model, density, seed = task
-    folder = workdir(root, model, density, seed)
-    if (folder / 'result.json').exists():
-        return
-    sparsity = '--config.sparsity.method=dense' if density == 1 else f'--config.sparsity.density={density}'
-    command = [sys.executable, 'launch.py', f'--config=configs/mnist_{model}.py:offline', f'--workdir={folder}', sparsity]
-    command += [f'--config.seed={seed}', '--config.checkpoint.keep=1', *extra]
-    affinity = None if core is None else lambda: os.sched_setaffinity(0, {core})
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=affinity)
-    if done.returncode:
-        raise RuntimeError(f'{" ".join(command)} ended with {done.returncode}:\n{done.stderr}')
 
 
 def table(root: pathlib.Path, models: list[str], seeds: int) -> str:
@@ -48,7 +31,7 @@ def table(root: pathlib.Path, models: list[str], seeds: int) -> str:
     for model in models:
         accuracy, nonzeros = {}, {}
         for density in DENSITIES:
-            results = [json.loads((workdir(root, model, density, s) / 'result.json').read_text()) for s in range(seeds)]
+            results = [_runs.result(workdir(root, model, density, s)) for s in range(seeds)]
             accuracy[density] = 100 * np.array([r['test_accuracy'] for r in results])
             nonzeros[density] = {r['nonzeros'] for r in results}
         for density in DENSITIES:
@@ -75,22 +58,20 @@ def main() -> None:
     parser.add_argument('extra', nargs='*', help='further flags of launch.py, after --')
     args = parser.parse_args()
     models = args.models.split(',')
-    cores = sorted(os.sched_getaffinity(0)) if args.jobs > 1 else [None]
-    tasks = [(m, d, s) for m in models for d in DENSITIES for s in range(args.seeds)]
-    free = [cores[i % len(cores)] for i in range(args.jobs)]
-
-    def run(task: tuple[str, float, int]) -> None:
-        core = free.pop()
-        try:
-            train(args.root, task, args.extra, core)
-        finally:
-            free.append(core)
-
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for future in track(
-            concurrent.futures.as_completed([pool.submit(run, t) for t in tasks]), total=len(tasks), description='runs'
-        ):
-            future.result()
+    _runs.train_all(
+        {
+            workdir(args.root, model, density, seed): [
+                f'--config=configs/mnist_{model}.py:offline',
+                '--config.sparsity.method=dense' if density == 1 else f'--config.sparsity.density={density}',
+                f'--config.seed={seed}',
+                *args.extra,
+            ]
+            for model in models
+            for density in DENSITIES
+            for seed in range(args.seeds)
+        },
+        args.jobs,
+    )
     print(table(args.root, models, args.seeds))
 
 

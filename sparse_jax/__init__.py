@@ -4,6 +4,8 @@ The core needs jax and optax only. Read it in this order: :mod:`~sparse_jax.tran
 :mod:`~sparse_jax.criteria`, :mod:`~sparse_jax.redistribution`, :mod:`~sparse_jax.selection`.
 """
 
+import importlib
+
 from sparse_jax import criteria, distributions, granularity, methods, momentum, redistribution, schedules, selection
 from sparse_jax._version import __version__
 from sparse_jax.masks import SparsifyState, UpdateStats, apply_masks, check_sparse, get_masks, layer_names, set_masks
@@ -29,4 +31,11 @@ __all__ = [
     'set_masks',
     'sparse_momentum',
     'sparsify',
+    'stats',
 ]
+
+
+def __getattr__(name: str):
+    if name == 'stats':  # for looking, not for training: loaded when it is first used
+        return importlib.import_module('sparse_jax.stats')
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -30,14 +30,20 @@ class Optimizer:
 
 @dataclasses.dataclass
 class Sparsity:
-    method: str = 'sparse_momentum'  # or 'dense': the dense twin, everything else equal
-    density: float = 0.05  # share of the sparse leaves' weights that exist, in (0, 1]
-    prune_rate: float = 0.5  # part of the weights an update moves, at the start of a cosine that ends at 0.005
+    method: str = 'sparse_momentum'  # see sparse_jax.methods; or 'dense': the dense twin, everything else equal
+    density: float = 0.05  # share of the sparse leaves' weights that exist, in (0, 1]; with gmp and granet: at the end
+    initial_density: float = 0.5  # granet: where its density begins, in (0, 1]
+    accumulate_steps: int = 1  # rigl: grow by the sum of the gradients of so many steps
+    prune: str = ''  # criterion of sparse_jax.criteria in place of the method's; empty: the method's
+    grow: str = ''  # likewise; 'none': nothing is grown
+    redistribute: str = ''  # likewise; 'none': each layer regrows what it pruned
+    prune_rate: float = 0.0  # part of the weights an update moves, at the start of a cosine to 0.005; 0: the method's
     update_every: int = 0  # steps between mask updates; 0: one epoch
     start_step: int = 0  # no mask update up to this step
-    stop_step: int = 0  # no mask update from this step on; 0: the end of the training
-    distribution: str = 'uniform'  # of the first weights over the layers
-    granularity: str = 'unstructured'  # what one unit of selection is
+    stop_step: int = 0  # no mask update from this step on; 0: the method's
+    distribution: str = ''  # of the first weights over the layers: uniform, erdos_renyi, erk; empty: the method's
+    granularity: str = 'unstructured'  # what one unit of selection is; block:16x16, block:16x16:kernel
+    dense: str = ''  # path patterns of leaves that stay dense, separated by commas, such as fc3/*
 
 
 @dataclasses.dataclass
@@ -123,10 +129,12 @@ _RANGES = (
     ('optimizer.decay_every', lambda v: v >= 0, 'at least 0 (0: never)'),
     ('optimizer.decay_factor', lambda v: v > 0, 'positive'),
     ('sparsity.density', lambda v: 0 < v <= 1, 'in (0, 1]'),
-    ('sparsity.prune_rate', lambda v: 0 <= v <= 1, 'in [0, 1]'),
+    ('sparsity.initial_density', lambda v: 0 < v <= 1, 'in (0, 1]'),
+    ('sparsity.accumulate_steps', lambda v: v >= 1, 'at least 1'),
+    ('sparsity.prune_rate', lambda v: 0 <= v <= 1, "in [0, 1] (0: the method's)"),
     ('sparsity.update_every', lambda v: v >= 0, 'at least 0 (0: one epoch)'),
     ('sparsity.start_step', lambda v: v >= 0, 'at least 0'),
-    ('sparsity.stop_step', lambda v: v >= 0, 'at least 0 (0: the end of the training)'),
+    ('sparsity.stop_step', lambda v: v >= 0, "at least 0 (0: the method's)"),
     ('train.epochs', lambda v: v >= 1, 'at least 1'),
     ('train.steps', lambda v: v >= 0, 'at least 0 (0: train.epochs decides)'),
     ('train.eval_every', lambda v: v >= 0, 'at least 0 (0: one epoch)'),

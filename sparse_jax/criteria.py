@@ -39,13 +39,16 @@ class LeafInfo(NamedTuple):
 Criterion = Callable[[LeafInfo], jax.Array]
 
 
-def needs(*, ever_active: bool = False, accumulated_gradient: int = 0, amount: bool = False) -> Callable[[Criterion], Criterion]:
+def needs(
+    *, ever_active: bool = False, accumulated_gradient: int = 0, amount: bool = False, dense_gradients: int | None = None
+) -> Callable[[Criterion], Criterion]:
     """Marks a criterion that reads what ``sparsify`` provides only on demand: state in ``SparsifyState.method_state``, or an amount.
 
     Args:
       ever_active: it reads ``info.ever_active`` (one byte a weight).
       accumulated_gradient: it reads ``info.accumulated_gradient``, of so many steps (four bytes a weight).
       amount: it redistributes and reads ``info.amount``: it is then called once it is known how much each layer prunes.
+      dense_gradients: to grow it needs the gradients of missing weights in so many steps before an update; None: in all.
 
     Returns:
       A decorator.
@@ -59,7 +62,12 @@ def needs(*, ever_active: bool = False, accumulated_gradient: int = 0, amount: b
     """
 
     def mark(criterion: Criterion) -> Criterion:
-        criterion.needs = {'ever_active': ever_active, 'accumulated_gradient': accumulated_gradient, 'amount': amount}  # pyright: ignore
+        criterion.needs = {  # pyright: ignore[reportFunctionMemberAccess]
+            'ever_active': ever_active,
+            'accumulated_gradient': accumulated_gradient,
+            'amount': amount,
+            'dense_gradients': dense_gradients,
+        }
         return criterion
 
     return mark
@@ -73,6 +81,15 @@ def requirements(*criteria: Criterion | None) -> dict[str, Any]:
         'amount': any(mark.get('amount', False) for mark in marks),
         'accumulated_gradient': max([mark.get('accumulated_gradient', 0) for mark in marks], default=0),
     }
+
+
+def dense_gradient_steps(grow: Criterion | None) -> int | None:
+    """In how many steps up to an update a growth criterion needs the gradients of missing weights; None: in all.
+
+    >>> dense_gradient_steps(gradient), dense_gradient_steps(random), dense_gradient_steps(momentum)
+    (1, 0, None)
+    """
+    return 0 if grow is None else getattr(grow, 'needs', {}).get('dense_gradients')
 
 
 def magnitude(info: LeafInfo) -> jax.Array:
@@ -133,6 +150,7 @@ def momentum(info: LeafInfo) -> jax.Array:
     return jnp.abs(info.momentum)
 
 
+@needs(dense_gradients=1)
 def gradient(info: LeafInfo) -> jax.Array:
     """Grow by |gradient| of the update's own step (RigL: Evci et al., https://arxiv.org/abs/1911.11134)."""
     return jnp.abs(info.gradient)
@@ -154,20 +172,21 @@ def accumulated_gradient(steps: int) -> Criterion:
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f'accumulated_gradient: steps={steps!r} must be an integer, at least 1.')
 
-    @needs(accumulated_gradient=steps)
+    @needs(accumulated_gradient=steps, dense_gradients=steps)
     def criterion(info: LeafInfo) -> jax.Array:
         return jnp.abs(info.accumulated_gradient)
 
     return criterion
 
 
+@needs(dense_gradients=0)
 def random(info: LeafInfo) -> jax.Array:
     """Grow (or prune) at random, by scores uniform in [0, 1), one a unit (SET: Mocanu et al., https://arxiv.org/abs/1707.04780)."""
     units = jax.random.uniform(info.key, info.granularity.unit_shape(info.weight.shape))
     return info.granularity.expand(units, info.weight.shape)
 
 
-@needs(ever_active=True)
+@needs(ever_active=True, dense_gradients=0)
 def random_never_active(info: LeafInfo) -> jax.Array:
     """Grow at random among units that have never been active, and where there are none left among the others (ITOP's
     ``random_unfired``: Liu et al., https://arxiv.org/abs/2102.02887)."""

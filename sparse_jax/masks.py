@@ -142,7 +142,8 @@ def _is_masked_node(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
-def _find_state(opt_state: Any) -> SparsifyState:
+def find_state(opt_state: Any) -> SparsifyState:
+    """The one SparsifyState in any chain's state; ValueError if there is none, or several."""
     states = [x for x in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(x)]
     if len(states) != 1:
         raise ValueError(
@@ -171,7 +172,7 @@ def get_masks(opt_state: Any) -> Masks:
       >>> int(get_masks(tx.init({'w': jnp.ones((4, 4))}))['w'].sum())
       8
     """
-    return _find_state(opt_state).masks
+    return find_state(opt_state).masks
 
 
 def set_masks(opt_state: Any, masks: Masks) -> Any:
@@ -194,7 +195,7 @@ def set_masks(opt_state: Any, masks: Masks) -> Any:
       >>> get_masks(state)['w'].tolist()
       [[True, False], [False, True]]
     """
-    old = _find_state(opt_state).masks
+    old = find_state(opt_state).masks
     if jax.tree.structure(masks) != jax.tree.structure(old):
         raise ValueError(f"masks has the tree {jax.tree.structure(masks)}, but the state's masks have {jax.tree.structure(old)}.")
     for (path, new), present in zip(jax.tree_util.tree_leaves_with_path(masks), jax.tree.leaves(old), strict=True):

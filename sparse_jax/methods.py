@@ -71,7 +71,7 @@ _ROWS: dict[str, Callable[[float, int, int, Mapping[str, Any]], dict[str, Any]]]
         density=_gradual(1.0, density, every, total, options), prune=criteria.magnitude, grow=None, redistribute=None
     ),
     'granet': lambda density, every, total, options: dict(
-        density=_gradual(max(0.5, density), density, every, total, options),
+        density=_gradual(max(options.get('initial_density', 0.5), density), density, every, total, options),
         prune=criteria.magnitude,
         prune_scope='global',
         grow=criteria.gradient,
@@ -92,7 +92,7 @@ def parts(name: str, density: float, update_every: int, total_steps: int, **opti
       density: share of the weights that exist, in (0, 1]; where the density follows a schedule, at its end.
       update_every: steps between mask updates.
       total_steps: length of the training, in steps.
-      **options: arguments of :func:`sparse_jax.sparsify` that replace the method's.
+      **options: arguments of :func:`sparse_jax.sparsify` that replace the method's; and granet's ``initial_density``.
 
     Returns:
       A dictionary: ``sparsify(inner, **parts(...))``.
@@ -108,7 +108,8 @@ def parts(name: str, density: float, update_every: int, total_steps: int, **opti
     if name not in _ROWS:
         raise _names.unknown('method', name, _ROWS)
     row = dict(density=density, update_every=update_every, total_steps=total_steps)
-    return {**row, **_ROWS[name](density, update_every, total_steps, options), **options}
+    given = {key: value for key, value in options.items() if key != 'initial_density' or name != 'granet'}
+    return {**row, **_ROWS[name](density, update_every, total_steps, options), **given}
 
 
 def create(
@@ -416,6 +417,4 @@ def granet(
     Reference:
       Liu et al., `Sparse Training via Boosting Pruning Plasticity with Neuroregeneration <https://arxiv.org/abs/2106.10404>`_, 2021.
     """
-    chosen = parts('granet', density, update_every, total_steps, **options)
-    chosen['density'] = _gradual(initial_density, density, update_every, total_steps, options)
-    return transform.sparsify(inner, **chosen)
+    return create('granet', inner, density, update_every, total_steps, initial_density=initial_density, **options)

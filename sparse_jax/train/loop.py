@@ -153,7 +153,7 @@ def _train_loop(config, folder, data, experiment, checkpoints, state, start, sec
         density = {name: int(count) / size for count, (name, (_, size)) in zip(counts, layers.items(), strict=True)}
         writer.write(step, {'density': density, **extra})
 
-    if start == 0 and experiment.prune_rate is not None:
+    if start == 0 and config.sparsity.method != 'dense':
         write_density(0, {})
     begin = last_time = time.perf_counter()
     last_step = start
@@ -161,12 +161,13 @@ def _train_loop(config, folder, data, experiment, checkpoints, state, start, sec
         for step in range(start + 1, experiment.total_steps + 1):
             state, values = train_step(state, batches[step - 1], dense_gradients=True)
             step_metrics.add(step, values)
-            if state_lib.is_mask_update(experiment, config, step):
+            if experiment.is_mask_update(step):
                 stats = jax.device_get(state.opt_state.stats)
                 extra = {
                     name: dict(zip(layers, getattr(stats, name).tolist(), strict=True)) for name in ('share', 'pruned', 'grown')
                 }
-                write_density(step, {**extra, 'flips': int(stats.flipped.sum())})
+                explored = sj.stats.exploration_rate(state.opt_state)
+                write_density(step, {**extra, 'flips': int(stats.flipped.sum()), 'exploration_rate': explored})
             if step % config.log.every == 0 or step == experiment.total_steps:
                 means = step_metrics.means()
                 now = time.perf_counter()
@@ -207,10 +208,14 @@ def _finish(config, folder, data, experiment, state, seconds, start) -> dict[str
         split = getattr(data, part)
         if len(split.labels):
             result |= {f'{part}_{k}': v for k, v in _evaluate(evaluate, state, split).items()}
+    rows = metrics.read(folder)
+    result |= state_lib.operations(experiment, state, data.train.images.shape[1:], _mean_density(rows, experiment.total_steps))
+    if config.sparsity.method != 'dense':
+        result['exploration_rate'] = sj.stats.exploration_rate(state.opt_state)
     result |= {'seconds': round(seconds, 3), 'steps_per_second': round(experiment.total_steps / max(seconds, 1e-9), 1)}
     report.draw(
         folder / 'report.png',
-        metrics.read(folder),
+        rows,
         title=f'{config.model.name}, {config.sparsity.method}: {result["test_accuracy"]:.2%} with {sizes.nonzeros:,} of '
         f'{sizes.sparse_size:,} weights',
         input_counts=_input_counts(config, state, data.train.images.shape[1:]),
@@ -233,11 +238,21 @@ def _finish(config, folder, data, experiment, state, seconds, start) -> dict[str
     return result
 
 
+def _mean_density(rows, total_steps: int) -> dict[str, float]:
+    """Density of each layer on average over the steps, from the lines that say what it was from a step on."""
+    at = [(row['step'], row['density']) for row in rows if 'density' in row]
+    ends = [step for step, _ in at[1:]] + [total_steps]
+    names = at[0][1] if at else {}
+    return {name: sum(d[name] * (end - step) for (step, d), end in zip(at, ends, strict=True)) / total_steps for name in names}
+
+
 def _input_counts(config, state, image_shape) -> np.ndarray | None:
     """Weights that each pixel of the image kept, where the first layer takes the image as a vector."""
     if config.model.name != 'lenet300' or config.sparsity.method == 'dense':
         return None
     mask = np.asarray(sj.get_masks(state.opt_state)['fc1']['kernel'])
+    if mask.ndim == 0:
+        return None
     return mask.sum(axis=1).reshape(image_shape).sum(axis=-1)
 
 

@@ -38,6 +38,10 @@ def print_table(result: dict[str, Any]) -> None:
     facts.add_row('parameters', f'{result["parameters"]:,}')
     facts.add_row('size dense, float32', _bytes(dense))
     facts.add_row('size sparse, float32 values + 1-bit mask', _bytes(sparse))
+    for part in ('inference', 'training'):
+        facts.add_row(f'multiply-adds of {part}, against dense', f'{result[f"operations_{part}_against_dense"]:.1%}')
+    if 'exploration_rate' in result:
+        facts.add_row('weights that have ever existed', f'{result["exploration_rate"]:.1%}')
     facts.add_row('steps', f'{result["steps"]:,}')
     facts.add_row('training time', f'{result["seconds"]:.1f} s ({result["steps_per_second"]:.0f} steps/s)')
     console.print(facts)

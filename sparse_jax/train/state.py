@@ -1,5 +1,6 @@
 """What is trained and how: pure functions made from a config."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from sparse_jax import _names, models
 from sparse_jax import config as config_lib
 from sparse_jax import masks as masks_lib
 
-METHODS = ('sparse_momentum', 'dense')
+METHODS = (*sj.methods.NAMES, 'dense')
 
 
 class TrainState(NamedTuple):
@@ -32,10 +33,33 @@ class Experiment(NamedTuple):
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]  # (state, batch, *, dense_gradients)
     evaluate: Callable[..., dict[str, jax.Array]]  # (state, batch): sums over the batch
     learning_rate: optax.Schedule
-    prune_rate: optax.Schedule | None  # None for the dense twin
+    prune_rate: optax.Schedule | None  # None where nothing is pruned and grown
+    is_mask_update: Callable[[int], bool]  # of a step's number, 1-based
+    dense_gradient_steps: int | None  # before a mask update whose gradients off the masks the method needs; None: all
+    apply: Callable[..., Any]  # (params, model_state, images): logits
     total_steps: int
     steps_per_epoch: int
     update_every: int
+
+
+def _sparsify(config: config_lib.Config, inner, update_every: int, total_steps: int) -> tuple[Any, dict[str, Any]]:
+    """The sparse optimizer, and the arguments that make it."""
+    s = config.sparsity
+    only_for = {'initial_density': 'granet', 'accumulate_steps': 'rigl'}
+    for name, method in only_for.items():
+        if getattr(s, name) != getattr(config_lib.Sparsity(), name) and s.method != method:
+            raise ValueError(f'config.sparsity.{name}={getattr(s, name)!r} is for the method {method}, not for {s.method}.')
+    options: dict[str, Any] = dict(start_step=s.start_step, granularity=s.granularity)
+    options['dense'] = tuple(pattern for pattern in s.dense.split(',') if pattern)
+    for name in ('prune_rate', 'stop_step', 'distribution', 'prune', 'grow', 'redistribute'):
+        if value := getattr(s, name):
+            options[name] = None if value == 'none' else value
+    if s.method == 'rigl' and s.accumulate_steps > 1:
+        options['grow'] = sj.criteria.accumulated_gradient(s.accumulate_steps)
+    if s.method == 'granet':
+        options['initial_density'] = s.initial_density
+    parts = sj.methods.parts(s.method, s.density, update_every, total_steps, **options)
+    return sj.sparsify(inner, **parts, track_exploration=True, seed=jax.random.key(config.seed)), parts
 
 
 def create(config: config_lib.Config, *, num_examples: int, image_shape: tuple[int, int, int], num_classes: int) -> Experiment:
@@ -70,33 +94,25 @@ def create(config: config_lib.Config, *, num_examples: int, image_shape: tuple[i
         if opt.decay_every
         else optax.constant_schedule(opt.learning_rate)
     )
-    prune_rate = None
-    if sparsity.method == 'dense':
-        sgd = optax.sgd(learning_rate, opt.momentum, opt.nesterov)
-        tx = optax.chain(optax.add_decayed_weights(opt.weight_decay), sgd)
-    else:
-        prune_rate = sj.schedules.cosine(sparsity.prune_rate, total_steps)
-        tx = sj.sparse_momentum(
-            learning_rate,
-            sparsity.density,
-            update_every,
-            total_steps,
-            momentum=opt.momentum,
-            nesterov=opt.nesterov,
-            weight_decay=opt.weight_decay,
-            prune_rate=prune_rate,
-            start_step=sparsity.start_step,
-            stop_step=sparsity.stop_step or None,
-            distribution=sparsity.distribution,
-            granularity=sparsity.granularity,
-            seed=jax.random.key(config.seed),  # the parameters' keys are split off it
-        )
+    sgd = optax.sgd(learning_rate, opt.momentum, opt.nesterov)
+    tx = optax.chain(optax.add_decayed_weights(opt.weight_decay), sgd)
+    is_sparse, prune_rate, is_mask_update, dense_steps = sparsity.method != 'dense', None, lambda step: False, None
+    if is_sparse:
+        tx, parts = _sparsify(config, tx, update_every, total_steps)
+        timing = {name: parts[name] for name in ('update_every', 'total_steps', 'start_step')}
+        grow = sj.criteria.get('grow', parts.get('grow', sj.criteria.momentum))
+        dense_steps = sj.criteria.dense_gradient_steps(grow)
+        if grow is not None or callable(parts['density']):
+            is_mask_update = functools.partial(sj.schedules.is_update, **timing, stop_step=parts.get('stop_step'))
+        if grow is not None:
+            prune_rate = parts['prune_rate']
+            prune_rate = prune_rate if callable(prune_rate) else sj.schedules.cosine(prune_rate, total_steps)
 
     def init(key: jax.Array) -> TrainState:
         params_key, rng_key = jax.random.split(key)
         params, model_state = model.init(params_key)
         opt_state = tx.init(params)
-        if prune_rate is not None:
+        if is_sparse:
             params = sj.apply_masks(params, sj.get_masks(opt_state))
         return TrainState(jnp.zeros([], jnp.int32), params, model_state, opt_state, rng_key)
 
@@ -108,7 +124,7 @@ def create(config: config_lib.Config, *, num_examples: int, image_shape: tuple[i
             return loss, (logits, model_state)
 
         (loss, (logits, model_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        if prune_rate is not None and not dense_gradients:
+        if is_sparse and not dense_gradients:
             grads = sj.apply_masks(grads, sj.get_masks(state.opt_state))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -121,8 +137,23 @@ def create(config: config_lib.Config, *, num_examples: int, image_shape: tuple[i
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
         return {'loss': losses.sum(), 'correct': jnp.sum(jnp.argmax(logits, axis=-1) == batch['label'])}
 
+    def apply(params, model_state, images):
+        return model.apply(params, model_state, images, train=False, rng=None)[0]
+
     jax.eval_shape(init, jax.random.key(0))  # budget and leaves are checked before any file is made
-    return Experiment(init, train_step, evaluate, learning_rate, prune_rate, total_steps, steps_per_epoch, update_every)
+    return Experiment(
+        init,
+        train_step,
+        evaluate,
+        learning_rate,
+        prune_rate,
+        is_mask_update,
+        dense_steps,
+        apply,
+        total_steps,
+        steps_per_epoch,
+        update_every,
+    )
 
 
 class Sizes(NamedTuple):
@@ -141,32 +172,50 @@ class Sizes(NamedTuple):
 def sizes(state: TrainState) -> Sizes:
     """Counts the parameters of a concrete state, as Python integers."""
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    has_masks = any(isinstance(x, sj.SparsifyState) for x in jax.tree.leaves(state.opt_state, is_leaf=_is_state))
     layers = {}
-    if has_masks:
-        leaves = jax.tree_util.tree_leaves_with_path(sj.get_masks(state.opt_state))
-        for path, mask in leaves:
-            if mask.ndim:
-                layers[_path(path)] = int(mask.sum()), mask.size
+    if _has_masks(state):
+        counts = sj.stats.nonzeros(sj.get_masks(state.opt_state))
+        layers = {name: (counts[name], leaf.size) for name, leaf in masks_lib.leaf_paths(state.params) if name in counts}
     else:
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
-            if masks_lib.default_sparsifiable(_path(path), leaf):
-                layers[_path(path)] = leaf.size, leaf.size
+        for path, leaf in masks_lib.leaf_paths(state.params):
+            if masks_lib.default_sparsifiable(path, leaf):
+                layers[path] = leaf.size, leaf.size
     nonzeros, size = (sum(column) for column in zip(*layers.values(), strict=True))
     return Sizes(parameters, size, nonzeros, layers)
 
 
-def is_mask_update(experiment: Experiment, config: config_lib.Config, step: int) -> bool:
-    """Whether the step of that number (1-based) updates the masks."""
-    if experiment.prune_rate is None:
-        return False
-    stop = config.sparsity.stop_step or experiment.total_steps
-    return config.sparsity.start_step < step < stop and step % experiment.update_every == 0
+def _has_masks(state: TrainState) -> bool:
+    is_state = lambda x: isinstance(x, sj.SparsifyState)
+    return any(is_state(x) for x in jax.tree.leaves(state.opt_state, is_leaf=is_state))
 
 
-def _is_state(x: Any) -> bool:
-    return isinstance(x, sj.SparsifyState)
+def operations(
+    experiment: Experiment, state: TrainState, image_shape: tuple[int, ...], mean_density: dict[str, float]
+) -> dict[str, float]:
+    """Multiply-adds of one example, sparse and against dense: for inference now, for training on average over the run.
 
+    Args:
+      experiment: its functions.
+      state: concrete.
+      image_shape: height, width and channels.
+      mean_density: density of each layer, on average over the training's steps; empty for the dense twin.
 
-def _path(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator='/')
+    Returns:
+      Numbers for ``result.json``: what the method needs, with gradients off the masks in those steps only that it needs them in
+      (this version's products are dense all the same).
+    """
+    masks = jax.tree.map(lambda _: jnp.array(True), state.params)
+    if _has_masks(state):
+        masks = sj.get_masks(state.opt_state)
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    count = functools.partial(sj.stats.operations, lambda p, x: experiment.apply(p, state.model_state, x), masks)
+    window = experiment.dense_gradient_steps
+    now = count(state.params, image, update_every=experiment.update_every, dense_gradient_window=window)
+    layers = {name: row._replace(forward=round(row.forward_dense * mean_density[name])) for name, row in now.layers.items()}
+    # a step has a batch, and the masks are updated for all of it
+    average = now._replace(layers=layers, mask_updates=0.0)
+    return {
+        'operations_inference': now.inference,
+        'operations_inference_against_dense': now.inference / now.inference_dense,
+        'operations_training_against_dense': average.training / average.training_dense,
+    }

@@ -1,0 +1,316 @@
+"""Counting multiply-adds of a sparse network exactly, from its jaxpr. Used as ``sj.stats.operations``.
+
+A masked leaf is followed through the operations that keep its zeros (reshapes, transposes, casts, slices, products, scans) to the
+matrix products and convolutions that it takes part in. There each weight is used a number of times that is known from the shapes:
+in a matrix product every weight equally often; in a convolution a weight at tap k as often as its window position lies inside the
+image, so that padding is not counted.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_jax import masks as masks_lib
+
+# An update reads each weight's key about 32 times for each of its two selections, and a few times more to make them.
+MASK_UPDATE_OPERATIONS = 70
+
+
+class LayerOperations(NamedTuple):
+    """Multiply-adds of one leaf for one batch; each forward product has one of the same cost in each gradient."""
+
+    forward: int  # with the weights that exist
+    forward_dense: int  # with all of them
+    input_gradient: bool  # whether its input's gradient is needed: not in a first layer
+    size: int
+
+
+class Operations(NamedTuple):
+    """Multiply-adds for one batch, in all and a leaf; of sparse training as an average over steps."""
+
+    layers: dict[str, LayerOperations]
+    other_forward: int  # products without a masked leaf, the same in the dense network
+    other_backward: int
+    dense_gradient_part: float  # part of the steps whose weight gradients are dense
+    mask_updates: float  # a step
+
+    @property
+    def inference(self) -> int:
+        """Of the sparse network's forward pass."""
+        return sum(layer.forward for layer in self.layers.values()) + self.other_forward
+
+    @property
+    def inference_dense(self) -> int:
+        """Of the dense network's forward pass."""
+        return sum(layer.forward_dense for layer in self.layers.values()) + self.other_forward
+
+    @property
+    def training(self) -> float:
+        """Of a sparse training step: forward, input gradients, weight gradients, and its part of a mask update."""
+        products = sum(
+            layer.forward * (1 + layer.input_gradient) + self.weight_gradient(layer) for layer in self.layers.values()
+        )
+        return products + self.other_forward + self.other_backward + self.mask_updates
+
+    @property
+    def training_dense(self) -> int:
+        """Of a dense training step."""
+        products = sum(layer.forward_dense * (2 + layer.input_gradient) for layer in self.layers.values())
+        return products + self.other_forward + self.other_backward
+
+    def weight_gradient(self, layer: LayerOperations) -> float:
+        """Of a layer's weight gradient, as an average over steps with a dense and with an active-only gradient."""
+        return layer.forward + (layer.forward_dense - layer.forward) * self.dense_gradient_part
+
+    def log(self) -> dict[str, float]:
+        """Numbers to log."""
+        return {
+            'operations/inference': self.inference,
+            'operations/inference_against_dense': self.inference / max(self.inference_dense, 1),
+            'operations/training': self.training,
+            'operations/training_against_dense': self.training / max(self.training_dense, 1),
+        }
+
+    def table(self) -> str:
+        """A table to print: each leaf's forward, input gradient and weight gradient, in millions, and against dense."""
+        lines = [f'{"leaf":32} {"forward":>12} {"input grad.":>12} {"weight grad.":>12} {"dense forward":>14} {"ratio":>8}']
+        for name, layer in self.layers.items():
+            values = layer.forward, layer.forward * layer.input_gradient, self.weight_gradient(layer), layer.forward_dense
+            numbers = ' '.join(f'{v / 1e6:>{w}.4g}' for v, w in zip(values, (12, 12, 12, 14), strict=True))
+            lines.append(f'{name[-32:]:32} {numbers} {layer.forward / max(layer.forward_dense, 1):>8.2%}')
+        lines.append(f'{"products of dense leaves":32} {self.other_forward / 1e6:>12.4g}')
+        for name, sparse, dense in (
+            ('inference', self.inference, self.inference_dense),
+            ('training step', self.training, self.training_dense),
+        ):
+            lines.append(f'{name:32} {sparse / 1e6:>12.4g} {"against dense":>25} {dense / 1e6:>14.4g} {sparse / max(dense, 1):>8.2%}')
+        return '\n'.join(lines) + '\n(millions of multiply-adds for this batch)'
+
+
+def operations(
+    apply_fn: Callable[..., Any],
+    masks: masks_lib.Masks,
+    *inputs: Any,
+    dense_gradient_window: int | None = None,
+    update_every: int | None = None,
+) -> Operations:
+    """Exact multiply-adds of a network with these masks, dense and sparse, for inference and training.
+
+    Args:
+      apply_fn: the network, called as ``apply_fn(*inputs)``; it is traced, not run. It may contain scans, not while loops with
+        products.
+      masks: tree of concrete masks.
+      *inputs: the function's arguments, arrays or their shapes; the first is the params, a tree like the masks.
+      dense_gradient_window: steps before a mask update whose weight gradients are dense; None: all steps.
+      update_every: steps between mask updates; None: there are none.
+
+    Returns:
+      Counts by leaf and in all.
+
+    Raises:
+      ValueError: if the first input is not a tree like the masks, or products stand in a while loop.
+
+    Example:
+      >>> masks = {'w': jnp.eye(4, dtype=bool), 'bias': jnp.array(True)}
+      >>> params = {'w': jnp.ones((4, 4)), 'bias': jnp.ones(4)}
+      >>> counted = operations(lambda p, x: x @ p['w'] + p['bias'], masks, params, jnp.ones((10, 4)))
+      >>> counted.inference, counted.inference_dense
+      (40, 160)
+    """
+    if not inputs or jax.tree.structure(inputs[0]) != jax.tree.structure(masks):
+        raise ValueError(
+            "operations: the first of apply_fn's inputs must be the params, a tree like the masks: operations(apply_fn, masks, "
+            'params, x, ...).'
+        )
+    closed = jax.make_jaxpr(apply_fn)(*inputs)
+    values, counter = [], _Counter()
+    for (name, _), mask, param in zip(
+        masks_lib.leaf_paths(inputs[0]), jax.tree.leaves(masks), jax.tree.leaves(inputs[0]), strict=True
+    ):
+        tracked = mask.ndim > 0
+        if tracked:
+            counter.layers[name] = [0, 0, False, param.size]
+        values.append(_Value(np.asarray(mask) if tracked else None, name if tracked else None, True))
+    values += [_Value(None, None, False)] * (len(closed.jaxpr.invars) - len(values))
+    counter.walk(closed.jaxpr, values, 1)
+    layers = {name: LayerOperations(*row) for name, row in counter.layers.items()}
+    part, update = 1.0, 0.0
+    if update_every is not None:
+        part = 1.0 if dense_gradient_window is None else min(dense_gradient_window, update_every) / update_every
+        update = MASK_UPDATE_OPERATIONS * sum(layer.size for layer in layers.values()) / update_every
+    return Operations(layers, counter.other_forward, counter.other_backward, part, update)
+
+
+class _Value(NamedTuple):
+    mask: np.ndarray | None  # where it is not known to be zero
+    name: str | None  # the leaf that it comes from
+    depends: bool  # on a parameter
+
+
+_SHAPE = {'reshape', 'transpose', 'squeeze', 'expand_dims', 'broadcast_in_dim', 'slice', 'rev'}  # done to the mask as well
+_SAME = {
+    'convert_element_type', 'neg', 'copy', 'copy_p', 'reduce_precision', 'abs', 'sign', 'sharding_constraint', 'stop_gradient',
+    'mul', 'div', 'optimization_barrier', 'integer_pow', 'sqrt', 'tanh',
+}  # fmt: skip
+
+
+class _Counter:
+    def __init__(self):
+        self.layers: dict[str, list] = {}
+        self.other_forward = 0
+        self.other_backward = 0
+
+    def walk(self, jaxpr, arguments: list[_Value], times: int) -> list[_Value]:
+        nothing = _Value(None, None, False)
+        environment = dict.fromkeys(jaxpr.constvars, nothing) | dict(zip(jaxpr.invars, arguments, strict=True))
+
+        def read(atom):
+            return nothing if hasattr(atom, 'val') else environment[atom]
+
+        for eqn in jaxpr.eqns:
+            results = self.step(eqn, [read(atom) for atom in eqn.invars], times)
+            environment |= dict(zip(eqn.outvars, results, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def step(self, eqn, values: list[_Value], times: int) -> list[_Value]:
+        name = eqn.primitive.name
+        depends = any(v.depends for v in values)
+        plain = [_Value(None, None, depends)] * len(eqn.outvars)
+        if name == 'dot_general':
+            self.product(eqn, values, _uses_in_dot(eqn), times)
+        elif name == 'conv_general_dilated':
+            self.product(eqn, values, _uses_in_convolution(eqn), times)
+        elif name == 'scan':
+            return self.scan(eqn, values, times)
+        elif name == 'while':
+            inner = [_body(eqn.params[key]) for key in ('cond_jaxpr', 'body_jaxpr')]
+            if any(_has_products(jaxpr) for jaxpr in inner):
+                raise ValueError('operations: products stand in a while_loop, which has no known number of rounds: use lax.scan.')
+        elif name == 'cond':
+            self.branches(eqn, values[1:], times)
+        elif name in _SHAPE and values[0].name is not None and len(values) == 1:
+            mask = np.asarray(eqn.primitive.bind(jnp.asarray(values[0].mask), **eqn.params))
+            return [values[0]._replace(mask=mask)]
+        elif name in _SAME:
+            tracked = [v for v in values if v.name is not None]
+            if tracked and not (name == 'div' and values[0].name is None):
+                first = tracked[0]
+                mask = first.mask
+                for other in tracked[1:]:
+                    mask = mask & other.mask if mask.shape == other.mask.shape else mask
+                return [first._replace(mask=mask)] if len(eqn.outvars) == 1 else list(values)
+        elif (inner := _called(eqn)) is not None:
+            return self.walk(inner, values[len(values) - len(inner.invars) :], times)
+        return plain
+
+    def product(self, eqn, values, uses: tuple[Any, Any, int], times: int) -> None:
+        """Counts a product; `uses` gives how often each entry of either operand is used, and the multiply-adds in all."""
+        *of_operands, total = uses
+        left, right = values
+        masked, other, use = (right, left, of_operands[1]) if right.name is not None else (left, right, of_operands[0])
+        if masked.name is None:
+            self.other_forward += times * total
+            self.other_backward += times * total * (left.depends + right.depends)
+            return
+        row = self.layers[masked.name]
+        row[0] += times * int((masked.mask * use).sum(dtype=np.int64))
+        row[1] += times * total
+        row[2] |= other.depends
+
+    def scan(self, eqn, values, times):
+        num_consts, num_carry, length = (eqn.params[key] for key in ('num_consts', 'num_carry', 'length'))
+        jaxpr = _body(eqn.params['jaxpr'])
+        fixed, rows = values[: num_consts + num_carry], values[num_consts + num_carry :]
+        # what a carry depends on, after the first round, is what the body made of it
+        _, carried = self.dry(jaxpr, fixed + [_Value(None, None, v.depends) for v in rows], num_consts, num_carry)
+        fixed = [*fixed[:num_consts], *carried]
+        if any(v.name is not None for v in rows):
+            for i in range(length):
+                self.walk(jaxpr, fixed + [v if v.name is None else v._replace(mask=v.mask[i]) for v in rows], times)
+        else:
+            self.walk(jaxpr, fixed + rows, times * length)
+        return [_Value(None, None, any(v.depends for v in values))] * len(eqn.outvars)
+
+    def dry(self, jaxpr, values, num_consts, num_carry):
+        """What the carry depends on, without counting."""
+        counter = _Counter()
+        counter.layers = {name: list(row) for name, row in self.layers.items()}
+        out = counter.walk(jaxpr, values, 0)
+        carry = [
+            _Value(None, None, before.depends or after.depends)
+            for before, after in zip(values[num_consts : num_consts + num_carry], out[:num_carry], strict=True)
+        ]
+        return counter, carry
+
+    def branches(self, eqn, values, times):
+        """Of a condition's branches the one with the most multiply-adds counts."""
+        best = None
+        for branch in eqn.params['branches']:
+            counter = _Counter()
+            counter.layers = {name: [0, 0, row[2], row[3]] for name, row in self.layers.items()}
+            counter.walk(_body(branch), values, times)
+            total = counter.other_forward + sum(row[1] for row in counter.layers.values())
+            if best is None or total > best[0]:
+                best = total, counter
+        counter = best[1]
+        self.other_forward += counter.other_forward
+        self.other_backward += counter.other_backward
+        for name, row in counter.layers.items():
+            mine = self.layers[name]
+            self.layers[name] = [mine[0] + row[0], mine[1] + row[1], mine[2] or row[2], mine[3]]
+
+
+def _body(jaxpr):
+    return getattr(jaxpr, 'jaxpr', jaxpr)
+
+
+def _called(eqn):
+    """The jaxpr of a call (jit, checkpoint, custom_jvp_call, custom_vjp_call, ...)."""
+    for key in ('jaxpr', 'call_jaxpr', 'fun_jaxpr'):
+        if key in eqn.params:
+            return _body(eqn.params[key])
+    return None
+
+
+def _has_products(jaxpr) -> bool:
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ('dot_general', 'conv_general_dilated'):
+            return True
+        inner = [v for p in eqn.params.values() for v in (p if isinstance(p, (tuple, list)) else [p])]
+        if any(hasattr(_body(v), 'eqns') and _has_products(_body(v)) for v in inner):
+            return True
+    return False
+
+
+def _uses_in_dot(eqn):
+    left, right = (v.aval for v in eqn.invars)
+    contracted = [left.shape[i] for i in eqn.params['dimension_numbers'][0][0]]
+    total = math.prod(eqn.outvars[0].aval.shape) * math.prod(contracted)
+    return total // max(left.size, 1), total // max(right.size, 1), total
+
+
+def _uses_in_convolution(eqn):
+    image, kernel = (v.aval for v in eqn.invars)
+    out, p = eqn.outvars[0].aval, eqn.params
+    numbers = p['dimension_numbers']
+    use = np.array(image.shape[numbers.lhs_spec[0]] // p['batch_group_count'], np.int64)
+    shape = [1] * kernel.ndim
+    for axis in range(len(p['window_strides'])):
+        kernel_axis, side = numbers.rhs_spec[2 + axis], image.shape[numbers.lhs_spec[2 + axis]]
+        taps, positions = kernel.shape[kernel_axis], out.shape[numbers.out_spec[2 + axis]]
+        place = (
+            np.arange(positions)[None, :] * p['window_strides'][axis]
+            + np.arange(taps)[:, None] * p['rhs_dilation'][axis]
+            - p['padding'][axis][0]
+        )
+        inside = (place >= 0) & (place <= (side - 1) * p['lhs_dilation'][axis]) & (place % p['lhs_dilation'][axis] == 0)
+        along = list(shape)
+        along[kernel_axis] = taps
+        use = use * inside.sum(1).reshape(along)
+    use = np.broadcast_to(use, kernel.shape)
+    total = int(use.sum(dtype=np.int64))
+    return total // max(image.size, 1), use, total

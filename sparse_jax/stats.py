@@ -1,0 +1,249 @@
+"""Numbers to look at: density, exploration, flips, shares, dead neurons, memory, operations. For logging, on concrete arrays."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_jax import granularity as granularity_lib
+from sparse_jax import masks as masks_lib
+from sparse_jax.masks import Layer, Masks, PathPredicate
+from sparse_jax.operations import LayerOperations, Operations, operations
+
+__all__ = [
+    'LayerOperations', 'Operations', 'dead_neurons', 'density', 'exploration_rate', 'flip_rate', 'memory', 'nonzeros', 'operations',
+    'summary', 'table',
+]  # fmt: skip
+
+
+@jax.jit
+def _counts(leaves: list[jax.Array]) -> list[jax.Array]:
+    # of rows: a leaf that is sharded has its counts reduced, not itself gathered; int32 to 2^31, which a leaf stays below
+    return [jnp.sum(leaf, dtype=jnp.int32) for leaf in leaves]
+
+
+def _sparse(masks: Masks) -> list[tuple[str, jax.Array]]:
+    return [(name, mask) for name, mask in masks_lib.leaf_paths(masks) if mask.ndim]
+
+
+def nonzeros(masks: Masks) -> dict[str, int]:
+    """Active weights of each sparse leaf, as Python integers.
+
+    Args:
+      masks: tree of masks.
+
+    Returns:
+      By path.
+
+    Example:
+      >>> nonzeros({'a': jnp.eye(3, dtype=bool), 'bias': jnp.array(True)})
+      {'a': 3}
+    """
+    leaves = _sparse(masks)
+    return {name: int(count) for (name, _), count in zip(leaves, jax.device_get(_counts([m for _, m in leaves])), strict=True)}
+
+
+def density(masks: Masks) -> float:
+    """Share of the sparse leaves' weights that exist, over all of them; exact counts, however large the network.
+
+    >>> density({'a': jnp.eye(4, dtype=bool), 'bias': jnp.array(True)})
+    0.25
+    """
+    size = sum(mask.size for _, mask in _sparse(masks))
+    return sum(nonzeros(masks).values()) / max(size, 1)
+
+
+def exploration_rate(opt_state: Any) -> float:
+    r"""Share of the sparse leaves' weights that have ever been active: ITOP's :math:`R_s`.
+
+    Args:
+      opt_state: state of an optimizer with ``sparsify(..., track_exploration=True)``.
+
+    Returns:
+      From the density to 1.
+
+    Raises:
+      ValueError: if it was not tracked.
+
+    Example:
+      >>> import optax, sparse_jax as sj
+      >>> tx = sj.methods.rigl(optax.sgd(0.1), 0.25, update_every=2, total_steps=9, track_exploration=True)
+      >>> exploration_rate(tx.init({'w': jnp.ones((4, 4))}))
+      0.25
+
+    Reference:
+      Liu et al., `Do We Actually Need Dense Over-Parameterization? <https://arxiv.org/abs/2102.02887>`_, 2021.
+    """
+    state = masks_lib.find_state(opt_state)
+    if 'ever_active' not in state.method_state:
+        raise ValueError('exploration_rate: what has been active was not kept: give sparsify track_exploration=True.')
+    return density(state.method_state['ever_active'])
+
+
+def _layers(opt_state: Any, stacked: PathPredicate | None) -> list[Layer]:
+    masks = masks_lib.get_masks(opt_state)
+    return masks_lib.layer_table(masks, lambda _, mask: mask.ndim > 0, stacked)
+
+
+def flip_rate(opt_state: Any, stacked: PathPredicate | None = None, granularity: Any = 'unstructured') -> float:
+    r"""Share of all units whose mask the last update changed: :math:`\|m_t - m_{t-1}\|_1 / n`.
+
+    Args:
+      opt_state: state of an optimizer with one ``sparsify``.
+      stacked: as given to ``sparsify``.
+      granularity: as given to ``sparsify``.
+
+    Returns:
+      0 before the first update.
+    """
+    units = _units(_layers(opt_state, stacked), granularity_lib.get(granularity))
+    flipped = jax.device_get(masks_lib.find_state(opt_state).stats.flipped)
+    return int(flipped.sum(dtype=np.int64)) / max(sum(units), 1)
+
+
+def _units(layers: list[Layer], granularity) -> list[int]:
+    return [int(np.prod(granularity.unit_shape(layer.shape))) for layer in layers for _ in range(layer.depth or 1)]
+
+
+def dead_neurons(masks: Masks, stacked: PathPredicate | None = None) -> dict[str, tuple[int, int]]:
+    """Outputs of each layer without an active weight into them, and inputs without one out of them.
+
+    Args:
+      masks: tree of masks; the last axis of a leaf is its outputs, the one before its inputs.
+      stacked: as given to ``sparsify``.
+
+    Returns:
+      (dead outputs, dead inputs) by layer. A layer of one axis has no inputs: 0.
+
+    Example:
+      >>> dead_neurons({'w': jnp.array([[True, False, False], [True, False, True]])})
+      {'w': (1, 0)}
+    """
+    layers = masks_lib.layer_table(masks, lambda _, mask: mask.ndim > 0, stacked)
+    leaves = jax.tree.leaves(masks)
+    found = []
+    for layer in layers:
+        mask = leaves[layer.leaf] if layer.depth is not None else leaves[layer.leaf][None]
+        axes = tuple(range(1, mask.ndim))
+        outputs = jnp.sum(~mask.any(axis=axes[:-1]), axis=1)
+        inputs = jnp.sum(~mask.any(axis=(*axes[:-2], axes[-1])), axis=1) if len(axes) > 1 else jnp.zeros(len(mask), int)
+        found += zip(outputs.tolist(), inputs.tolist(), strict=True)
+    return dict(zip(masks_lib.names_of(layers), found, strict=True))
+
+
+def memory(params: Any, masks: Masks) -> dict[str, int]:
+    """Bytes that the params take: dense, with a bit a weight for the mask, and in compressed rows (int32 indices).
+
+    Training holds dense arrays today: these are the sizes of what could be stored or sent.
+
+    Args:
+      params: tree of parameters, or their shapes.
+      masks: tree of masks.
+
+    Returns:
+      ``dense``, ``values_and_bits``, ``compressed_rows``; leaves that are not sparse count as they are.
+
+    Example:
+      >>> memory({'w': jnp.ones((32, 32)), 'bias': jnp.ones(32)}, {'w': jnp.eye(32, dtype=bool), 'bias': jnp.array(True)})
+      {'dense': 4224, 'values_and_bits': 384, 'compressed_rows': 516}
+    """
+    counts = nonzeros(masks)
+    dense = bits = rows = 0
+    for name, param in masks_lib.leaf_paths(params):
+        size, width = int(np.prod(param.shape)), jnp.dtype(param.dtype).itemsize
+        dense += size * width
+        if name in counts:
+            bits += counts[name] * width + -(-size // 8)
+            rows += counts[name] * (width + 4) + 4 * (size // param.shape[-1] + 1)
+        else:
+            bits += size * width
+            rows += size * width
+    return {'dense': dense, 'values_and_bits': bits, 'compressed_rows': rows}
+
+
+def summary(opt_state: Any, stacked: PathPredicate | None = None, granularity: Any = 'unstructured') -> dict[str, float]:
+    """Everything about the masks in one flat dictionary to log.
+
+    Args:
+      opt_state: state of an optimizer with one ``sparsify``.
+      stacked: as given to ``sparsify``.
+      granularity: as given to ``sparsify``.
+
+    Returns:
+      ``density``, ``nonzeros``, ``flip_rate``, ``exploration_rate`` where it is tracked, and by layer ``density/...``, ``share/...``,
+      ``pruned/...``, ``grown/...``, ``dead_outputs/...``, ``dead_inputs/...``.
+
+    Example:
+      >>> import sparse_jax as sj
+      >>> tx = sj.sparse_momentum(0.1, density=0.25, update_every=10, total_steps=100)
+      >>> numbers = summary(tx.init({'w': jnp.ones((4, 4))}))
+      >>> numbers['density'], numbers['nonzeros'], numbers['grown/w']
+      (0.25, 4, 0)
+    """
+    state = masks_lib.find_state(opt_state)
+    layers = _layers(opt_state, stacked)
+    names = masks_lib.names_of(layers)
+    numbers: dict[str, float] = {'density': density(state.masks), 'nonzeros': sum(nonzeros(state.masks).values())}
+    numbers['flip_rate'] = flip_rate(opt_state, stacked, granularity)
+    if 'ever_active' in state.method_state:
+        numbers['exploration_rate'] = exploration_rate(opt_state)
+    counts = _layer_counts(state.masks, layers)
+    sizes = [int(np.prod(layer.shape)) for layer in layers for _ in range(layer.depth or 1)]
+    dead = dead_neurons(state.masks, stacked)
+    stats = jax.device_get(state.stats)
+    for i, name in enumerate(names):
+        numbers[f'density/{name}'] = counts[i] / sizes[i]
+        for field in ('share', 'pruned', 'grown'):
+            numbers[f'{field}/{name}'] = getattr(stats, field)[i].item()
+        numbers[f'dead_outputs/{name}'], numbers[f'dead_inputs/{name}'] = dead[name]
+    return numbers
+
+
+def _layer_counts(masks: Masks, layers: list[Layer]) -> list[int]:
+    leaves = jax.tree.leaves(masks)
+    counts = []
+    for layer in layers:
+        mask = leaves[layer.leaf] if layer.depth is not None else leaves[layer.leaf][None]
+        counts += jnp.sum(mask, axis=tuple(range(1, mask.ndim)), dtype=jnp.int32).tolist()
+    return counts
+
+
+def table(opt_state: Any, stacked: PathPredicate | None = None, granularity: Any = 'unstructured') -> str:
+    """The layers as a table to print: sizes, densities, what the last update did, dead neurons; blocks with their edges.
+
+    Args:
+      opt_state: state of an optimizer with one ``sparsify``.
+      stacked: as given to ``sparsify``.
+      granularity: as given to ``sparsify``.
+
+    Returns:
+      Text.
+
+    Example:
+      >>> import sparse_jax as sj
+      >>> tx = sj.sparse_momentum(0.1, density=0.25, update_every=10, total_steps=100, granularity='block:4x4')
+      >>> print(table(tx.init({'w': jnp.ones((8, 6))}), granularity='block:4x4').splitlines()[1])
+      w                                       48         8   16.67%          0        0             4            4 4x4, edge blocks
+    """
+    units = granularity_lib.get(granularity)
+    numbers = summary(opt_state, stacked, granularity)
+    heads = ('weights', 10), ('nonzeros', 9), ('density', 8), ('pruned', 10), ('grown', 8), ('dead outputs', 13), ('dead inputs', 12)
+    lines = [f'{"layer":32}' + ' '.join(f'{name:>{width}}' for name, width in heads)]
+    total = 0
+    for layer in _layers(opt_state, stacked):
+        size = int(np.prod(layer.shape))
+        blocks = ''
+        if isinstance(units, granularity_lib.Block):
+            kernel = ' of the whole kernel' if units.whole_kernel and len(layer.shape) > 2 else ''
+            blocks = f' {units.rows}x{units.columns}{kernel}' + (', edge blocks' if units.edges(layer.shape) else '')
+        for name in masks_lib.names_of([layer]):
+            of = lambda field, name=name: numbers[f'{field}/{name}']
+            row = size, round(of('density') * size), f'{of("density"):.2%}', of('pruned'), of('grown'), of('dead_outputs'), of('dead_inputs')
+            lines.append(f'{name[-32:]:32}' + ' '.join(f'{v:>{width}}' for v, (_, width) in zip(row, heads, strict=True)) + blocks)
+            total += size
+    flips = f'flip rate {numbers["flip_rate"]:.4f}'
+    if 'exploration_rate' in numbers:
+        flips += f', exploration rate {numbers["exploration_rate"]:.4f}'
+    lines.append(f'{"all":32}{total:>10} {numbers["nonzeros"]:>9} {numbers["density"]:>8.2%}  {flips}')
+    return '\n'.join(lines)
