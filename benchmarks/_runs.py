@@ -15,7 +15,7 @@ def train_all(runs: dict[pathlib.Path, list[str]], jobs: int) -> None:
     """Trains what is not finished yet.
 
     Args:
-      runs: workdir to flags of launch.py.
+      runs: workdir to flags of launch.py, --config first.
       jobs: runs at a time.
     """
     free: list[int | None] = [None]
@@ -26,7 +26,7 @@ def train_all(runs: dict[pathlib.Path, list[str]], jobs: int) -> None:
     def train(folder: pathlib.Path) -> None:
         core = free.pop()
         try:
-            command = [sys.executable, 'launch.py', f'--workdir={folder}', '--config.checkpoint.keep=1', *runs[folder]]
+            command = [sys.executable, 'launch.py', *runs[folder], '--config.checkpoint.keep=1', f'--workdir={folder}']
             affinity = None if core is None else lambda: os.sched_setaffinity(0, {core})
             done = subprocess.run(command, capture_output=True, text=True, preexec_fn=affinity)
             if done.returncode:
@@ -37,8 +37,11 @@ def train_all(runs: dict[pathlib.Path, list[str]], jobs: int) -> None:
     open_ = [folder for folder in runs if not (folder / 'result.json').exists()]
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(train, folder) for folder in open_]
-        for future in track(concurrent.futures.as_completed(futures), total=len(futures), description='runs'):
-            future.result()
+        try:
+            for future in track(concurrent.futures.as_completed(futures), total=len(futures), description='runs'):
+                future.result()
+        finally:  # after a failure the others are not started
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def result(folder: pathlib.Path) -> dict[str, Any]:
