@@ -31,7 +31,8 @@ METHODS = {
 }
 # The output layer, 100 x 10, is smaller than the largest block: dense in all four.
 BLOCKS = {
-    size: [f'--config.sparsity.granularity=block:{size}', '--config.sparsity.dense=fc3/*'] for size in ('1x1', '4x4', '8x8', '16x16')
+    size: [f'--config.sparsity.granularity=block:{size}', '--config.sparsity.dense=fc3/*']
+    for size in ('1x1', '4x4', '8x8', '16x16')
 }
 
 

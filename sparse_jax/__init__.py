@@ -36,6 +36,6 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name == 'stats':  # for looking, not for training: loaded when it is first used
-        return importlib.import_module('sparse_jax.stats')
+    if name in ('stats', 'operations'):  # for looking, not for training: loaded when first used
+        return importlib.import_module(f'sparse_jax.{name}')
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

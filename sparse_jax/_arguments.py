@@ -72,7 +72,8 @@ def check_density_schedule(density, *, can_grow, update_every, total_steps, star
     steps = [
         t
         for t in range(0, total_steps, update_every)
-        if t == 0 or schedules.is_update(t, update_every=update_every, total_steps=total_steps, start_step=start_step, stop_step=stop_step)
+        if t == 0
+        or schedules.is_update(t, update_every=update_every, total_steps=total_steps, start_step=start_step, stop_step=stop_step)
     ]
     values = schedules.densities(density, np.array(steps))
     wrong = ~((values > 0) & (values <= 1))

@@ -143,7 +143,10 @@ def matching(patterns: Sequence[str], names: Sequence[str], setting: str) -> lis
     found = [next((i for i, pattern in enumerate(patterns) if fnmatch.fnmatchcase(name, pattern)), None) for name in names]
     for i, pattern in enumerate(patterns):
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"{_names.unknown(f'{setting}: the pattern', pattern, names)} (* matches any part of a path.)")
+            raise ValueError(
+                f'{setting}: the pattern {pattern!r} matches no sparse leaf.{_names.did_you_mean(pattern, names)} They are '
+                f'{", ".join(names)}; * matches any part of a path.'
+            )
         if i not in found:
             raise ValueError(
                 f'{setting}: the pattern {pattern!r} never comes into play: patterns before it match all that it does.'

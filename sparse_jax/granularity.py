@@ -83,7 +83,10 @@ class Block:
     def collapse(self, x: jax.Array, initial, operation) -> jax.Array:
         """Each unit's weights reduced to one value by a lax operation with its initial value."""
         rows, columns = self.unit_shape(x.shape)[-2:]
-        padding = [(0, 0, 0)] * (x.ndim - 2) + [(0, rows * self.rows - x.shape[-2], 0), (0, columns * self.columns - x.shape[-1], 0)]
+        padding = [(0, 0, 0)] * (x.ndim - 2) + [
+            (0, rows * self.rows - x.shape[-2], 0),
+            (0, columns * self.columns - x.shape[-1], 0),
+        ]
         initial = jnp.asarray(initial, x.dtype)
         x = lax.pad(x, initial, padding).reshape(*x.shape[:-2], rows, self.rows, columns, self.columns)
         lead = tuple(range(x.ndim - 4)) if self.whole_kernel else ()

@@ -135,8 +135,8 @@ def move(rule: Rule, layers: list[Layer], load: Load, operands: Any, masks: list
 
 
 # On one CPU device: keys of so many weights stay in the cache, and no more than a sixteenth of all is held at a time.
-_GROUP_WEIGHTS = 2**22
-_MOST_GROUPS = 16
+GROUP_WEIGHTS = 2**22
+MOST_GROUPS = 16
 
 
 def _groups(rule: Rule, layers: list[Layer]) -> list[list[int]]:
@@ -145,7 +145,7 @@ def _groups(rule: Rule, layers: list[Layer]) -> list[list[int]]:
     if rule.globally or not _reduce.one_cpu_device():
         return [everyone]
     sizes = [math.prod(layer.shape) * (layer.depth or 1) for layer in layers]
-    limit = max(_GROUP_WEIGHTS, sum(sizes) // _MOST_GROUPS)
+    limit = max(GROUP_WEIGHTS, sum(sizes) // MOST_GROUPS)
     groups, filled = [[]], 0
     for i, size in enumerate(sizes):
         if groups[-1] and filled + size > limit:
@@ -277,7 +277,9 @@ class _Group:
         keys = [selection.keys(s, a & m, smallest=True) for s, a, m in zip(scores, active, may_move, strict=True)]
         after = [a & ~removed for a, removed in zip(active, selection.select(keys, pruned), strict=True)]
         if self.rule.grow is not None:
-            pruned_leaves = [leaf._replace(mask=self.expand(layer, a)) for layer, leaf, a in zip(self.layers, leaves, after, strict=True)]
+            pruned_leaves = [
+                leaf._replace(mask=self.expand(layer, a)) for layer, leaf, a in zip(self.layers, leaves, after, strict=True)
+            ]
             scores = self.scores('grow', self.rule.grow, pruned_leaves, self.keys, targets)
             keys = [selection.keys(s, ~a & m) for s, a, m in zip(scores, after, may_move, strict=True)]
             after = [a | chosen for a, chosen in zip(after, selection.select(keys, targets), strict=True)]
@@ -331,7 +333,7 @@ def unit_scores(granularity: granularity_lib.Granularity, scores: jax.Array) -> 
 def _check_shape(setting: str, value, shape: tuple[int, ...], layer: Layer) -> None:
     if jnp.shape(value) != shape:
         want, got = shape[1:], jnp.shape(value)[1:]
-        what = 'one number' if setting == 'redistribute' else f'scores of the layer\'s shape {want}'
+        what = 'one number' if setting == 'redistribute' else f"scores of the layer's shape {want}"
         raise ValueError(f'{setting}: the criterion must return {what}, but for {layer.name!r} it returned the shape {got}.')
 
 

@@ -51,9 +51,7 @@ class Operations(NamedTuple):
     @property
     def training(self) -> float:
         """Of a sparse training step: forward, input gradients, weight gradients, and its part of a mask update."""
-        products = sum(
-            layer.forward * (1 + layer.input_gradient) + self.weight_gradient(layer) for layer in self.layers.values()
-        )
+        products = sum(layer.forward * (1 + layer.input_gradient) + self.weight_gradient(layer) for layer in self.layers.values())
         return products + self.other_forward + self.other_backward + self.mask_updates
 
     @property
@@ -87,7 +85,9 @@ class Operations(NamedTuple):
             ('inference', self.inference, self.inference_dense),
             ('training step', self.training, self.training_dense),
         ):
-            lines.append(f'{name:32} {sparse / 1e6:>12.4g} {"against dense":>25} {dense / 1e6:>14.4g} {sparse / max(dense, 1):>8.2%}')
+            lines.append(
+                f'{name:32} {sparse / 1e6:>12.4g} {"against dense":>25} {dense / 1e6:>14.4g} {sparse / max(dense, 1):>8.2%}'
+            )
         return '\n'.join(lines) + '\n(millions of multiply-adds for this batch)'
 
 

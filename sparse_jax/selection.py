@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from sparse_jax import _reduce, redistribution
-from sparse_jax._reduce import count
+
 
 def score_bits(scores: jax.Array) -> jax.Array:
     """Non-negative scores as unsigned integers of the same order, shape and width.
@@ -270,5 +270,3 @@ def select_smallest(scores: jax.Array, k: jax.typing.ArrayLike, where: jax.Array
     [True, False, False]
     """
     return _select_one(scores, k, where, smallest=True)
-
-

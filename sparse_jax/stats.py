@@ -228,7 +228,15 @@ def table(opt_state: Any, stacked: PathPredicate | None = None, granularity: Any
     """
     units = granularity_lib.get(granularity)
     numbers = summary(opt_state, stacked, granularity)
-    heads = ('weights', 10), ('nonzeros', 9), ('density', 8), ('pruned', 10), ('grown', 8), ('dead outputs', 13), ('dead inputs', 12)
+    heads = (
+        ('weights', 10),
+        ('nonzeros', 9),
+        ('density', 8),
+        ('pruned', 10),
+        ('grown', 8),
+        ('dead outputs', 13),
+        ('dead inputs', 12),
+    )
     lines = [f'{"layer":32}' + ' '.join(f'{name:>{width}}' for name, width in heads)]
     total = 0
     for layer in _layers(opt_state, stacked):
@@ -239,7 +247,15 @@ def table(opt_state: Any, stacked: PathPredicate | None = None, granularity: Any
             blocks = f' {units.rows}x{units.columns}{kernel}' + (', edge blocks' if units.edges(layer.shape) else '')
         for name in masks_lib.names_of([layer]):
             of = lambda field, name=name: numbers[f'{field}/{name}']
-            row = size, round(of('density') * size), f'{of("density"):.2%}', of('pruned'), of('grown'), of('dead_outputs'), of('dead_inputs')
+            row = (
+                size,
+                round(of('density') * size),
+                f'{of("density"):.2%}',
+                of('pruned'),
+                of('grown'),
+                of('dead_outputs'),
+                of('dead_inputs'),
+            )
             lines.append(f'{name[-32:]:32}' + ' '.join(f'{v:>{width}}' for v, (_, width) in zip(row, heads, strict=True)) + blocks)
             total += size
     flips = f'flip rate {numbers["flip_rate"]:.4f}'

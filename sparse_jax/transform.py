@@ -202,7 +202,9 @@ def sparsify(
             params, updates, grads, momenta = map(treedef.flatten_up_to, (params, updates, grads, momenta))
             ever, total = ([None] * len(params) if x is None else treedef.flatten_up_to(x) for x in (ever_active, accumulated))
             return [
-                mask_update.Operands((params[i] + updates[i]).astype(params[i].dtype), mask, grads[i], momenta[i], ever[i], total[i])
+                mask_update.Operands(
+                    (params[i] + updates[i]).astype(params[i].dtype), mask, grads[i], momenta[i], ever[i], total[i]
+                )
                 for mask, i in zip(own_masks, [layers[m].leaf for m in members], strict=True)
             ]
 

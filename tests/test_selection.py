@@ -99,3 +99,24 @@ def test_a_leaf_of_2_to_the_31_elements_is_refused():
     huge = jax.ShapeDtypeStruct((2**16, 2**15), jnp.float32)
     with pytest.raises(ValueError, match=r'fewer than 2\^31'):
         jax.eval_shape(selection.select_largest, huge, 1, jax.ShapeDtypeStruct(huge.shape, jnp.bool_))
+
+
+@pytest.mark.parametrize('one_cpu_device', [False, True])
+def test_the_largest_of_25_million_with_ties(one_cpu_device):
+    size, k = 25_000_003, 2_500_000
+    scores = np.random.default_rng(0).integers(0, 1000, size).astype(np.float32)
+    got = np.asarray(_select(True, one_cpu_device)(jnp.asarray(scores), jnp.int32(k), jnp.ones(size, bool)))
+    threshold = np.partition(scores, size - k)[size - k]
+    ties = np.flatnonzero(scores == threshold)
+    assert got.sum() == k and got[scores > threshold].all() and not got[scores < threshold].any()
+    assert got[ties[: int(got[ties].sum())]].all(), 'not the ties with the lowest indices'
+
+
+def test_one_threshold_over_layers_counts_totals_beyond_32_bits():
+    """Amounts above all that there is, as of a 7B model, take everything up to each layer's bound."""
+    keys = [selection.keys(jnp.arange(6.0)[None], jnp.ones((1, 6), bool)), selection.keys(jnp.ones((2, 3)), jnp.ones((2, 3), bool))]
+    most = jnp.array([5, 3, 2], jnp.int32)
+    counts = lambda n: selection.joint_counts(keys, (jnp.uint32(n >> 16), jnp.uint32(n & 0xFFFF)), most).tolist()
+    assert counts(2**40) == [5, 3, 2]
+    assert counts(6) == [4, 2, 0], 'scores 5, 4, 3, 2, then ties at 1 in the lowest layers first'
+    assert counts(0) == [0, 0, 0]

@@ -1,6 +1,11 @@
 """One mask update against the numpy oracle, bit for bit, given u and m as the inner optimizer returned them."""
 
+import contextlib
 import functools
+import io
+import os
+import subprocess
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparse_jax as sj
-from sparse_jax import _reduce, redistribution
+from sparse_jax import _reduce, mask_update, redistribution
 from tests import oracle
 
 pytestmark = pytest.mark.core
@@ -66,6 +71,8 @@ def _jitted(redistribute: bool, stacked: bool = False, one_cpu_device: bool = Fa
     def step(*args):  # group by group and in chunks, or all in one loop: by what there is when it is traced
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(_reduce, 'one_cpu_device', lambda: one_cpu_device)
+            patch.setattr(mask_update, 'GROUP_WEIGHTS', 64)
+            patch.setattr(mask_update, 'MOST_GROUPS', 64)
             return jitted(*args)
 
     return tx, step
@@ -290,3 +297,23 @@ def test_mean_momentum_of_a_large_layer_is_exact():
     m[: size // 2] = np.float32(1 + 2**-20)
     info = sj.criteria.LeafInfo(None, jnp.ones(size, bool), None, jnp.asarray(m), None)
     assert float(jax.jit(sj.criteria.mean_momentum)(info)) == pytest.approx(m.astype(np.float64).mean(), rel=1.2e-7)
+
+
+def test_a_process_with_one_device_moves_the_same_weights():
+    """Really one device: group by group and in chunks there, all in one loop in this process."""
+    program = """
+import hashlib, jax, jax.numpy as jnp, numpy as np, optax, sparse_jax as sj
+params = {'a': jax.random.normal(jax.random.key(0), (70, 90)), 'b': jax.random.normal(jax.random.key(1), (3, 3, 8, 9))}
+tx = sj.sparsify(optax.identity(), density=0.2, update_every=1, total_steps=9, prune_rate=lambda t: 0.4)
+state = tx.init(params)
+grads = jax.tree.map(lambda p: jnp.round(4 * jnp.roll(p, 7)), params)
+_, state = jax.jit(tx.update)(grads, state, sj.apply_masks(params, state.masks))
+print(hashlib.sha256(b''.join(np.packbits(m).tobytes() for m in jax.tree.leaves(state.masks))).hexdigest(), jax.device_count())
+"""
+    environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, env=environment, check=True)
+    here = io.StringIO()
+    with contextlib.redirect_stdout(here):
+        exec(program, {})
+    there, count = done.stdout.split()
+    assert (there, int(count)) == (here.getvalue().split()[0], 1) and jax.device_count() == 8

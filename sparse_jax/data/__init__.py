@@ -28,7 +28,7 @@ class Dataset(NamedTuple):
     num_classes: int
 
 
-def load(name: str, folder: str, *, download: bool, validation: float) -> Dataset:
+def load(name: str, folder: str, *, download: bool = False, validation: float = 0.0) -> Dataset:
     """A data set by name.
 
     Args:

@@ -1,0 +1,143 @@
+"""Operations counted by hand and by XLA; the other numbers against numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+import sparse_jax as sj
+
+pytestmark = pytest.mark.core
+
+
+def _mask(shape, seed=0, density=0.3):
+    return np.random.default_rng(seed).random(shape) < density
+
+
+def _xla_flops(function, *inputs) -> float:
+    cost = jax.jit(function).lower(*inputs).compile().cost_analysis()
+    return (cost[0] if isinstance(cost, list) else cost)['flops']
+
+
+def _by_hand(mask, image, strides, padding):
+    """Multiply-adds of one image's convolution, by loops over output positions and taps."""
+    height, width, *_ = mask.shape
+    (top, bottom), (left, right) = padding
+    total = 0
+    for y in range(0, image[0] + top + bottom - height + 1, strides[0]):
+        for x in range(0, image[1] + left + right - width + 1, strides[1]):
+            for i in range(height):
+                for j in range(width):
+                    if 0 <= y + i - top < image[0] and 0 <= x + j - left < image[1]:
+                        total += int(mask[i, j].sum())
+    return total
+
+
+@pytest.mark.parametrize(
+    ('strides', 'padding'), [((1, 1), ((1, 1), (1, 1))), ((2, 2), ((0, 1), (2, 0))), ((2, 1), ((0, 0), (0, 0)))]
+)
+def test_a_convolution_with_stride_and_padding(strides, padding):
+    mask = _mask((3, 3, 4, 6))
+    conv = lambda p, x: lax.conv_general_dilated(x, p['w'], strides, padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+    params, x = {'w': jnp.ones(mask.shape)}, jnp.ones((5, 9, 8, 4))
+    counted = sj.stats.operations(conv, {'w': jnp.asarray(mask)}, params, x)
+    assert counted.inference == 5 * _by_hand(mask, (9, 8), strides, padding)
+    assert counted.inference_dense == 5 * _by_hand(np.ones_like(mask), (9, 8), strides, padding)
+    assert 2 * counted.inference_dense == _xla_flops(conv, params, x)
+    assert not counted.layers['w'].input_gradient
+
+
+def test_two_linear_layers_and_their_gradients():
+    masks = {'a': jnp.asarray(_mask((20, 12))), 'b': jnp.asarray(_mask((12, 7), 1)), 'bias': jnp.array(True)}
+    params = {'a': jnp.ones((20, 12)), 'b': jnp.ones((12, 7)), 'bias': jnp.ones(7)}
+    apply = lambda p, x: jnp.tanh(x @ p['a']) @ p['b'] + p['bias']
+    a, b = int(masks['a'].sum()), int(masks['b'].sum())
+    counted = sj.stats.operations(apply, masks, params, jnp.ones((10, 20)), dense_gradient_window=5, update_every=20)
+    assert counted.inference == 10 * (a + b) and counted.inference_dense == 10 * (240 + 84)
+    products = 10 * (a + 2 * b) + 0.75 * 10 * (a + b) + 0.25 * 10 * (240 + 84)
+    assert counted.training == pytest.approx(products + sj.operations.MASK_UPDATE_OPERATIONS * 324 / 20)
+    assert counted.training_dense == 10 * (2 * 240 + 3 * 84)
+    ones = jax.tree.map(jnp.ones_like, masks)
+    assert sj.stats.operations(apply, ones, params, jnp.ones((10, 20))).training == counted.training_dense
+    assert f'{counted.training / counted.training_dense:.2%}' in counted.table()
+    assert counted.log()['operations/inference'] == counted.inference
+
+
+def test_layers_stacked_for_scan_jit_checkpoint_and_transposition():
+    mask = _mask((3, 8, 8))
+    masks, params = {'w': jnp.asarray(mask)}, {'w': jnp.ones((3, 8, 8))}
+
+    @jax.checkpoint
+    def layer(x, w):
+        return jax.jit(lambda x, w: jnp.tanh(x @ w.T.astype(jnp.bfloat16)))(x, w), None
+
+    apply = lambda p, x: lax.scan(layer, x, p['w'])[0]
+    counted = sj.stats.operations(apply, masks, params, jnp.ones((10, 8), jnp.bfloat16))
+    assert counted.inference == 10 * mask.sum() and counted.inference_dense == 10 * 192
+    assert counted.layers['w'].input_gradient, 'all layers but the first need it'
+    shared = sj.stats.operations(
+        lambda p, x: lax.scan(lambda x, _: (x @ p['w'][0], None), x, None, length=4)[0], masks, params, jnp.ones((10, 8))
+    )
+    assert shared.inference == 4 * 10 * mask[0].sum()
+
+
+def test_products_without_a_masked_leaf_are_counted_apart():
+    params = {'w': jnp.ones((8, 8)), 'embed': jnp.ones((8, 8))}
+    masks = {'w': jnp.eye(8, dtype=bool), 'embed': jnp.array(True)}
+
+    def attention(p, x):
+        x = x @ p['embed']
+        y = x @ p['w']
+        return jax.nn.softmax(y @ y.T)
+
+    counted = sj.stats.operations(attention, masks, params, jnp.ones((10, 8)))
+    assert counted.other_forward == 10 * 64 + 10 * 10 * 8
+    assert counted.other_backward == 10 * 64 + 2 * 10 * 10 * 8
+    assert counted.inference == 10 * 8 + counted.other_forward
+
+
+def test_a_condition_counts_its_dearest_branch_and_a_while_loop_is_refused():
+    masks, params = {'w': jnp.eye(4, dtype=bool)}, {'w': jnp.ones((4, 4))}
+    branches = lambda p, x: lax.cond(x.sum() > 0, lambda: x @ p['w'] @ p['w'], lambda: x @ p['w'])
+    assert sj.stats.operations(branches, masks, params, jnp.ones((2, 4))).inference == 16
+    loop = lambda p, x: lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ p['w'], x)
+    with pytest.raises(ValueError, match='products stand in a while_loop'):
+        sj.stats.operations(loop, masks, params, jnp.ones((2, 4)))
+    with pytest.raises(ValueError, match='the first of apply_fn'):
+        sj.stats.operations(branches, masks, jnp.ones((2, 4)))
+
+
+def test_grouped_and_dilated_convolutions_agree_with_xla():
+    params, x = {'w': jnp.ones((3, 3, 2, 8))}, jnp.ones((2, 7, 7, 4))
+    masks = {'w': jnp.ones((3, 3, 2, 8), bool)}
+    grouped = lambda p, x: lax.conv_general_dilated(
+        x, p['w'], (1, 1), 'SAME', rhs_dilation=(2, 2), feature_group_count=2, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
+    assert 2 * sj.stats.operations(grouped, masks, params, x).inference == _xla_flops(grouped, params, x)
+
+
+def test_summary_and_table_of_a_run():
+    stacked = lambda path, leaf: path == 'blocks'
+    tx = sj.methods.rigl(optax.sgd(0.1), 0.2, 2, 41, stacked=stacked, track_exploration=True)
+    params = {'blocks': jax.random.normal(jax.random.key(0), (2, 10, 6)), 'head': jax.random.normal(jax.random.key(1), (6, 4))}
+    state = tx.init(params)
+    first = state.masks
+    step = jax.jit(tx.update)
+    for t in range(2):
+        _, state = step(jax.tree.map(lambda p, t=t: jnp.roll(p, t + 1), params), state, sj.apply_masks(params, state.masks))
+    numbers = sj.stats.summary(state, stacked)
+    masks = {name: np.asarray(mask) for name, mask in state.masks.items()}
+    assert numbers['nonzeros'] == masks['blocks'].sum() + masks['head'].sum() == round(0.2 * 144)
+    assert numbers['density/blocks[1]'] == masks['blocks'][1].mean()
+    assert numbers['dead_outputs/head'] == (~masks['head'].any(0)).sum()
+    assert numbers['dead_inputs/blocks[0]'] == (~masks['blocks'][0].any(1)).sum()
+    flipped = sum((masks[name] != np.asarray(first[name])).sum() for name in masks)
+    assert numbers['flip_rate'] == flipped / 144 > 0
+    ever = sum((masks[name] | np.asarray(first[name])).sum() for name in masks)
+    assert numbers['exploration_rate'] == pytest.approx(ever / 144)
+    table = sj.stats.table(state, stacked)
+    assert len(table.splitlines()) == 5 and 'blocks[1]' in table and 'exploration rate' in table
+    with pytest.raises(ValueError, match='track_exploration=True'):
+        sj.stats.exploration_rate(sj.sparse_momentum(0.1, 0.5, 1, 9).init(params))
