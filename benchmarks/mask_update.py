@@ -118,22 +118,27 @@ def _inputs(shapes):
     return params, jax.tree.map(lambda p: 0.01 * jnp.roll(p, 1), params), jax.jit(_optimizer().init)(params)
 
 
+def _temporaries(compiled, size: int) -> float:
+    """Memory that a program takes beyond its arguments and results, in bytes a weight."""
+    return (compiled.memory_analysis()).temp_size_in_bytes / size
+
+
 def against_sorting(rounds: int) -> None:
     shapes = resnet50()
     size = sum(math.prod(shape) for shape in shapes.values())
     params, grads, state = _inputs(shapes)
     runners, memory, seconds = {}, {}, {}
-    fixed = _lower(_optimizer(grow=None), shapes).compile().memory_analysis().temp_size_in_bytes / size
+    fixed = _temporaries(_lower(_optimizer(grow=None), shapes).compile(), size)
     for name, patched in SELECTIONS.items():
         with patched():
             lowered = _lower(_optimizer(), shapes)
         begin = time.perf_counter()
         compiled = lowered.compile()
         seconds[name] = time.perf_counter() - begin
-        memory[name] = compiled.memory_analysis().temp_size_in_bytes / size - fixed
+        memory[name] = _temporaries(compiled, size) - fixed
         runners[name] = Runner(compiled, params, state, grads)
-    with mock.patch.object(_reduce, 'one_cpu_device', lambda: False):
-        shared = _lower(_optimizer(), shapes).compile().memory_analysis().temp_size_in_bytes / size - fixed
+    with mock.patch.object(_reduce, 'one_cpu_device', return_value=False):
+        shared = _temporaries(_lower(_optimizer(), shapes).compile(), size) - fixed
     times = {name: [] for name in runners}
     ordinary = {name: [] for name in runners}
     for _ in range(rounds + 1):

@@ -5,6 +5,7 @@ The core needs jax and optax only. Read it in this order: :mod:`~sparse_jax.tran
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
 from sparse_jax import criteria, distributions, granularity, methods, momentum, redistribution, schedules, selection
 from sparse_jax._version import __version__
@@ -33,6 +34,10 @@ __all__ = [
     'sparsify',
     'stats',
 ]
+
+
+if TYPE_CHECKING:
+    from sparse_jax import stats
 
 
 def __getattr__(name: str):

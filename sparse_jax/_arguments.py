@@ -53,7 +53,7 @@ def check_criteria(**criteria):
             ) from None
 
 
-def check_rule(prune, grow, prune_scope, update_every, accumulated_steps, dense):
+def check_rule(prune, prune_scope, update_every, accumulated_steps, dense):
     if prune_scope not in ('layer', 'global'):
         raise _names.unknown('prune_scope', prune_scope, ['layer', 'global'])
     if accumulated_steps > update_every:

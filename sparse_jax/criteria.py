@@ -125,10 +125,10 @@ def signed_magnitude(info: LeafInfo) -> jax.Array:
     size, negative = jnp.abs(info.weight), info.weight < 0
     finite = info.mask & jnp.isfinite(info.weight)
     groups = jnp.stack([finite & ~negative, finite & negative])
-    numbers = jax.vmap(selection.count)(groups)
+    numbers = jax.vmap(_reduce.count)(groups)
     active_units = granularity_lib.active(info.granularity, info.mask)
     # of a part amount / units of the weights, those that are not negative; in blocks units and weights are not the same number
-    amount, units = (x.astype(jnp.uint32) for x in (jnp.asarray(info.amount), jnp.maximum(selection.count(active_units), 1)))
+    amount, units = (x.astype(jnp.uint32) for x in (jnp.asarray(info.amount), jnp.maximum(_reduce.count(active_units), 1)))
     quotient, remainder = redistribution.multiply_divide(
         (numbers[0].astype(jnp.uint32) >> 16, numbers[0].astype(jnp.uint32) & 0xFFFF), amount[None], units
     )
@@ -257,7 +257,7 @@ def mean_gradient(info: LeafInfo) -> jax.Array:
 @needs(amount=True)
 def nonzeros(info: LeafInfo) -> jax.Array:
     """Redistribute by the number of units that a layer has left after the pruning (DSR: https://arxiv.org/abs/1902.05967)."""
-    left = selection.count(granularity_lib.active(info.granularity, info.mask)) - info.amount
+    left = _reduce.count(granularity_lib.active(info.granularity, info.mask)) - info.amount
     return left.astype(jnp.float32)
 
 

@@ -201,7 +201,7 @@ class _Counter:
                 first = tracked[0]
                 mask = first.mask
                 for other in tracked[1:]:
-                    mask = mask & other.mask if mask.shape == other.mask.shape else mask
+                    mask = np.logical_and(mask, other.mask)  # pyright: ignore[reportArgumentType, reportCallIssue]
                 return [first._replace(mask=mask)] if len(eqn.outvars) == 1 else list(values)
         elif (inner := _called(eqn)) is not None:
             return self.walk(inner, values[len(values) - len(inner.invars) :], times)
@@ -248,7 +248,7 @@ class _Counter:
 
     def branches(self, eqn, values, times):
         """Of a condition's branches the one with the most multiply-adds counts."""
-        best = None
+        best: tuple[int, _Counter] | None = None
         for branch in eqn.params['branches']:
             counter = _Counter()
             counter.layers = {name: [0, 0, row[2], row[3]] for name, row in self.layers.items()}
@@ -256,6 +256,7 @@ class _Counter:
             total = counter.other_forward + sum(row[1] for row in counter.layers.values())
             if best is None or total > best[0]:
                 best = total, counter
+        assert best is not None
         counter = best[1]
         self.other_forward += counter.other_forward
         self.other_backward += counter.other_backward

@@ -1,6 +1,7 @@
 """The core: any optax optimizer, made to train a network that is sparse from its first step to its last."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from sparse_jax import _arguments, criteria, distributions, mask_update, redistribution, schedules, selection
+from sparse_jax import _arguments, criteria, distributions, layer_groups, mask_update, redistribution, schedules, selection
 from sparse_jax import granularity as granularity_lib
 from sparse_jax import masks as masks_lib
 from sparse_jax import momentum as momentum_lib
@@ -115,17 +116,18 @@ def sparsify(
       Dettmers and Zettlemoyer, `Sparse Networks from Scratch: Faster Training without Losing Performance
       <https://arxiv.org/abs/1907.04840>`_, 2019.
     """
-    prune, grow, redistribute = (
+    prune_by, grow_by, share_by = (
         criteria.get(name, value) for name, value in (('prune', prune), ('grow', grow), ('redistribute', redistribute))
     )
     _arguments.check(density, update_every, total_steps, prune_rate, start_step, stop_step, seed)
-    _arguments.check_criteria(prune=prune, grow=grow, redistribute=redistribute)
-    needed = criteria.requirements(prune, grow, redistribute)
-    _arguments.check_rule(prune, grow, prune_scope, update_every, needed['accumulated_gradient'], dense)
-    timing = dict(update_every=update_every, total_steps=total_steps, start_step=start_step, stop_step=stop_step)
+    _arguments.check_criteria(prune=prune_by, grow=grow_by, redistribute=share_by)
+    needed = criteria.requirements(prune_by, grow_by, share_by)
+    assert prune_by is not None
+    _arguments.check_rule(prune_by, prune_scope, update_every, needed['accumulated_gradient'], dense)
+    timing: dict[str, Any] = dict(update_every=update_every, total_steps=total_steps, start_step=start_step, stop_step=stop_step)
     last_density = density
     if callable(density):
-        last_density = _arguments.check_density_schedule(density, can_grow=grow is not None, **timing)
+        last_density = _arguments.check_density_schedule(density, can_grow=grow_by is not None, **timing)
     rate_schedule = prune_rate if callable(prune_rate) else schedules.cosine(prune_rate, total_steps)
     distribute = distributions.get(distribution)
     units = granularity_lib.get(granularity)
@@ -135,20 +137,20 @@ def sparsify(
     def initial_counts(layers, at_density):
         """Units of each layer at a density; checks it."""
         names = masks_lib.names_of(layers)
-        sizes = mask_update.unit_counts(units, layers)
+        sizes = layer_groups.unit_counts(units, layers)
         shapes = [layer.shape for layer in layers for _ in range(layer.depth or 1)]
         table = [distributions.Layer(*row) for row in zip(names, shapes, sizes, strict=True)]
         return distributions.counts(distribute, table, at_density)
 
-    def rule(layers) -> mask_update.Rule:
+    def rule(layers) -> layer_groups.Rule:
         budgets, final = None, ()
         if callable(density):
-            sizes = mask_update.unit_counts(units, layers)
+            sizes = layer_groups.unit_counts(units, layers)
             budgets = schedules.budgets(density, sum(sizes), **timing)
             # With redistribution the layers keep the proportions that they have found.
-            final = tuple(initial_counts(layers, last_density) if redistribute is None else [0] * len(sizes))
-        return mask_update.Rule(
-            prune, grow, redistribute, rate_schedule, prune_scope == 'global', units, update_every, budgets, final
+            final = tuple(initial_counts(layers, last_density) if share_by is None else [0] * len(sizes))
+        return layer_groups.Rule(
+            prune_by, grow_by, share_by, rate_schedule, prune_scope == 'global', units, update_every, budgets, final
         )
 
     def init_masks(params, key):
@@ -202,7 +204,7 @@ def sparsify(
             params, updates, grads, momenta = map(treedef.flatten_up_to, (params, updates, grads, momenta))
             ever, total = ([None] * len(params) if x is None else treedef.flatten_up_to(x) for x in (ever_active, accumulated))
             return [
-                mask_update.Operands(
+                layer_groups.Operands(
                     (params[i] + updates[i]).astype(params[i].dtype), mask, grads[i], momenta[i], ever[i], total[i]
                 )
                 for mask, i in zip(own_masks, [layers[m].leaf for m in members], strict=True)
@@ -289,7 +291,7 @@ def sparsify(
             return masks, grown, ever_active, stats, t > 0
 
         moving = state.masks, state.grown, ever_active, state.stats
-        if grow is None and not callable(density):  # the mask is fixed
+        if grow_by is None and not callable(density):  # the mask is fixed
             masks, grown, ever_active, stats = moving
         else:
             operands = (grads, state.inner_state, average, accumulated, params, *moving, t, state.rng_key)

@@ -30,9 +30,10 @@ def test_picture_is_drawn(input_counts, dense, tmp_path):
 def test_table_tells_sizes_accuracy_and_time(capsys):
     layers = {'fc/kernel': [50, 1000]}
     result = {'model': 'm', 'method': 'sparse_momentum', 'layers': layers, 'nonzeros': 50, 'density': 0.05, 'parameters': 1010}
-    report.print_table(result | {'test_accuracy': 0.9312, 'steps': 4000, 'seconds': 12.34, 'steps_per_second': 324.1})
+    costs = {'operations_inference_against_dense': 0.051, 'operations_training_against_dense': 0.366, 'exploration_rate': 0.25}
+    report.print_table(result | {'test_accuracy': 0.9312, 'steps': 4000, 'seconds': 12.34, 'steps_per_second': 324.1, **costs})
     out = capsys.readouterr().out
-    for text in ('fc/kernel', '1,000', '5.00%', '93.12%', '4,000', '12.3 s'):
+    for text in ('fc/kernel', '1,000', '5.00%', '93.12%', '4,000', '12.3 s', '5.1%', '36.6%', '25.0%'):
         assert text in out
 
 

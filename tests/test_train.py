@@ -19,7 +19,6 @@ import sparse_jax as sj
 from configs import mnist_lenet5, mnist_lenet300
 from sparse_jax import train
 from sparse_jax.train import checkpoint, metrics
-from sparse_jax.train import state as state_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -194,6 +193,39 @@ def test_the_dense_twin_shares_everything_but_the_masks(tmp_path):
     assert (tmp_path / 'dense' / 'report.png').exists()
 
 
+@pytest.mark.parametrize('method', sj.methods.NAMES)
+def test_every_method_trains_from_the_launcher(method, tmp_path):
+    own = {'rigl': {'sparsity__accumulate_steps': 3}, 'granet': {'sparsity__initial_density': 0.3}}.get(method, {})
+    config = _config(train__steps=12, sparsity__update_every=4, sparsity__method=method, data__batch_size=20, **own)
+    result = train.train(config, tmp_path / 'run')
+    assert result['method'] == method and result['nonzeros'] == 13_310
+    assert result['operations_inference_against_dense'] == pytest.approx(0.05)
+    assert (result['exploration_rate'] == 0.05) == (method == 'static') or method == 'gmp'
+    counted = {'gmp': 1.0, 'static': 0.05}
+    assert counted.get(method, result['exploration_rate']) == result['exploration_rate']
+    updates = [row['step'] for row in metrics.read(tmp_path / 'run') if 'flips' in row]
+    assert updates == ([] if method == 'static' else [4, 8])
+
+
+def test_operations_of_a_run_are_counted_over_its_steps(tmp_path):
+    """GMP by hand: dense for 4 steps, the schedule's density for 4, 5% for the last 4; the first layer needs no input gradient."""
+    config = _config(train__steps=12, sparsity__update_every=4, sparsity__method='gmp', data__batch_size=20)
+    result = train.train(config, tmp_path / 'run')
+    densities = [row['density'] for row in metrics.read(tmp_path / 'run') if 'density' in row]
+    mean = {name: np.mean([d[name] for d in densities]) for name in densities[0]}
+    size = {'fc1/kernel': 235_200, 'fc2/kernel': 30_000, 'fc3/kernel': 1_000}
+    products = sum(mean[name] * size[name] * (2 if name == 'fc1/kernel' else 3) for name in size)
+    dense = sum(size[name] * (2 if name == 'fc1/kernel' else 3) for name in size)
+    assert result['operations_training_against_dense'] == pytest.approx(products / dense, rel=1e-4)
+
+
+def test_blocks_and_a_dense_layer_from_the_launcher(tmp_path):
+    config = _config(train__steps=6, sparsity__update_every=2, sparsity__granularity='block:16x16', sparsity__dense='fc3/*')
+    result = train.train(config, tmp_path / 'run')
+    assert set(result['layers']) == {'fc1/kernel', 'fc2/kernel'}
+    assert result['density'] == pytest.approx(0.05, rel=0.2), 'exact in units; edge blocks are smaller'
+
+
 def test_lenet5_trains_a_few_steps(tmp_path):
     config = mnist_lenet5.get_config('offline')
     config.train.steps, config.sparsity.update_every, config.data.batch_size = 4, 2, 20
@@ -268,4 +300,4 @@ def test_sizes_and_update_steps():
     config = _config(sparsity__start_step=40, sparsity__stop_step=200)
     experiment = train.create(config, num_examples=4000, image_shape=(28, 28, 1), num_classes=10)
     assert experiment.total_steps == 4000 and experiment.update_every == 40
-    assert [t for t in range(1, 4001) if state_lib.is_mask_update(experiment, config, t)] == [80, 120, 160]
+    assert [t for t in range(1, 4001) if experiment.is_mask_update(t)] == [80, 120, 160]

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparse_jax as sj
-from sparse_jax import _reduce, mask_update, redistribution
+from sparse_jax import _reduce, layer_groups, redistribution
 from tests import oracle
 
 pytestmark = pytest.mark.core
@@ -71,8 +71,8 @@ def _jitted(redistribute: bool, stacked: bool = False, one_cpu_device: bool = Fa
     def step(*args):  # group by group and in chunks, or all in one loop: by what there is when it is traced
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(_reduce, 'one_cpu_device', lambda: one_cpu_device)
-            patch.setattr(mask_update, 'GROUP_WEIGHTS', 64)
-            patch.setattr(mask_update, 'MOST_GROUPS', 64)
+            patch.setattr(layer_groups, 'GROUP_WEIGHTS', 64)
+            patch.setattr(layer_groups, 'MOST_GROUPS', 64)
             return jitted(*args)
 
     return tx, step

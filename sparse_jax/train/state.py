@@ -96,17 +96,20 @@ def create(config: config_lib.Config, *, num_examples: int, image_shape: tuple[i
     )
     sgd = optax.sgd(learning_rate, opt.momentum, opt.nesterov)
     tx = optax.chain(optax.add_decayed_weights(opt.weight_decay), sgd)
-    is_sparse, prune_rate, is_mask_update, dense_steps = sparsity.method != 'dense', None, lambda step: False, None
+    is_sparse = sparsity.method != 'dense'
+    prune_rate: Any = None
+    is_mask_update: Callable[[int], bool] = lambda step: False
+    dense_steps = None
     if is_sparse:
         tx, parts = _sparsify(config, tx, update_every, total_steps)
-        timing = {name: parts[name] for name in ('update_every', 'total_steps', 'start_step')}
         grow = sj.criteria.get('grow', parts.get('grow', sj.criteria.momentum))
         dense_steps = sj.criteria.dense_gradient_steps(grow)
         if grow is not None or callable(parts['density']):
+            timing = {name: parts[name] for name in ('update_every', 'total_steps', 'start_step')}
             is_mask_update = functools.partial(sj.schedules.is_update, **timing, stop_step=parts.get('stop_step'))
         if grow is not None:
-            prune_rate = parts['prune_rate']
-            prune_rate = prune_rate if callable(prune_rate) else sj.schedules.cosine(prune_rate, total_steps)
+            rate = parts['prune_rate']
+            prune_rate = rate if callable(rate) else sj.schedules.cosine(rate, total_steps)
 
     def init(key: jax.Array) -> TrainState:
         params_key, rng_key = jax.random.split(key)
