@@ -56,16 +56,13 @@ class Counts(NamedTuple):
 Load = Callable[[Any, list[jax.Array], list[int]], list[Operands]]  # (operands, masks, which leaves)
 
 
-# On one CPU device: keys of so many weights stay in the cache, and no more than a sixteenth of all is held at a time.
+# Keys of so many weights stay in a CPU's cache; and there are no more groups than this, as each is compiled.
 GROUP_WEIGHTS = 2**22
 MOST_GROUPS = 16
 
 
-def groups(rule: Rule, layers: list[Layer]) -> list[list[int]]:
-    """Which leaves are loaded, and selected from, together."""
-    everyone = list(range(len(layers)))
-    if rule.globally or not _reduce.one_cpu_device():
-        return [everyone]
+def groups(layers: list[Layer]) -> list[list[int]]:
+    """Leaves that are next to each other and have few weights together, or one that has many."""
     sizes = [math.prod(layer.shape) * (layer.depth or 1) for layer in layers]
     limit = max(GROUP_WEIGHTS, sum(sizes) // MOST_GROUPS)
     found, filled = [[]], 0
@@ -79,13 +76,16 @@ def groups(rule: Rule, layers: list[Layer]) -> list[list[int]]:
 
 
 class Group:
-    """Some leaves, and what is computed of them."""
+    """Some leaves, and what is computed of them.
 
-    def __init__(self, rule: Rule, layers: list[Layer], load: Load, members: list[int], keys: jax.Array):
+    ``in_turn``: that this is one of several groups, and none is to be loaded before the one before it is done with.
+    """
+
+    def __init__(self, rule: Rule, layers: list[Layer], load: Load, members: list[int], keys: jax.Array, in_turn: bool):
         self.rule, self.load, self.members = rule, load, members
         self.layers = [layers[i] for i in members]
         self.keys = keys[self.layers[0].start : self.layers[-1].stop]
-        self.alone = _reduce.one_cpu_device()
+        self.in_turn = in_turn
         self.num_layers = self.layers[-1].stop - self.layers[0].start
 
     def of(self, leaves):
@@ -100,12 +100,12 @@ class Group:
         return [per_layer[layer.start - first : layer.stop - first] for layer in self.layers]
 
     def run(self, t, function, otherwise, operands, own):
-        """function(operands, own), on one CPU device as a computation of its own.
+        """function(operands, own), in turn: as a computation of its own.
 
-        There XLA orders operations for concurrency: it would compute what is read of all groups before it selects from the
+        XLA on CPU orders operations for concurrency: it would compute what is read of all groups before it selects from the
         first, and hold all of it. The branch of a condition is one operation to it. The condition is always true.
         """
-        if not self.alone:
+        if not self.in_turn:
             return function(operands, own)
         return lax.cond(t > 0, function, otherwise, operands, own)
 
@@ -129,8 +129,10 @@ class Group:
         columns = []
         for leaf, may_move in zip(leaves, self.may_move(finite), strict=True):
             active = self.units(granularity_lib.active, leaf.mask)
-            columns.append([jax.vmap(_reduce.count)(x) for x in (active, ~active, active & may_move, ~active & may_move)])
-        counts = Counts(*(jnp.concatenate(column) for column in zip(*columns, strict=True)))
+            columns.append([jax.vmap(_reduce.count)(x) for x in (active, active & may_move, may_move)])
+        nonzeros, prunable, movable = (jnp.concatenate(column) for column in zip(*columns, strict=True))
+        sizes = jnp.asarray(unit_counts(self.rule.granularity, self.layers), jnp.int32)
+        counts = Counts(nonzeros, sizes - nonzeros, prunable, movable - prunable)
         if self.rule.redistribute is None or self.rule.after_pruning:
             shares = jnp.zeros(self.num_layers, jnp.float32)
         else:

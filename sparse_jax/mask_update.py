@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax import layer_groups, redistribution, selection
+from sparse_jax import _reduce, layer_groups, redistribution, selection
 from sparse_jax.masks import Layer, UpdateStats
 
 
@@ -41,20 +41,25 @@ def move(
     Returns:
       For each sparse leaf the new mask and where it grew new weights, and the stats.
     """
-    groups = layer_groups.groups(rule, layers)
     keys = jax.random.split(jax.random.fold_in(rng_key, t), layers[-1].stop)
-    parts = [layer_groups.Group(rule, layers, load, group, keys) for group in groups]
 
-    firsts = [part.run(t, part.measure, part.nothing_measured, operands, part.of(masks)) for part in parts]
-    finite = [f[0] for f in firsts]
+    def divided(into_groups: bool) -> list[layer_groups.Group]:
+        groups = layer_groups.groups(layers) if into_groups else [list(range(len(layers)))]
+        return [layer_groups.Group(rule, layers, load, group, keys, into_groups) for group in groups]
+
+    measured = divided(jax.default_backend() == 'cpu')
+    parts = divided(_reduce.one_cpu_device() and not rule.globally)
+
+    firsts = [part.run(t, part.measure, part.nothing_measured, operands, part.of(masks)) for part in measured]
+    finite = [leaf for f in firsts for leaf in f[0]]
     counts = layer_groups.Counts(*(jnp.concatenate(column) for column in zip(*(f[1] for f in firsts), strict=True)))
     nonzeros = counts.nonzeros
     none = jnp.zeros_like(nonzeros)
     most = jnp.maximum(jnp.minimum(counts.prunable, nonzeros - 1), 0)
 
     def one_threshold(amount):
-        """One group, of all layers: see layer_groups.groups."""
-        return selection.joint_counts(parts[0].joint_keys(operands, masks, finite[0]), amount, most)
+        # one part, of all layers
+        return selection.joint_counts(parts[0].joint_keys(operands, masks, finite), amount, most)
 
     fall, rise = _density_change(rule, t, nonzeros)
     given_up, moved, shares = none, none, None
@@ -83,9 +88,13 @@ def move(
 
     results = [
         part.run(
-            t, part.select, part.as_before, operands, (part.of(masks), part.of(grown), f, part.pick(pruned), part.pick(targets))
+            t,
+            part.select,
+            part.as_before,
+            operands,
+            (part.of(masks), part.of(grown), part.of(finite), part.pick(pruned), part.pick(targets)),
         )
-        for part, f in zip(parts, finite, strict=True)
+        for part in parts
     ]
     new_masks, new_grown = ([x for r in results for x in r[i]] for i in (0, 1))
     new = jnp.concatenate([r[2] for r in results])

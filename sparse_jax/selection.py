@@ -198,10 +198,10 @@ def select(leaves: Sequence[jax.Array], k: jax.Array) -> list[jax.Array]:
         lambda: k - count_where(lambda key, t: key > t, threshold),
         lambda: jnp.zeros_like(k),
     )
-    ties = [(key == t, index) for key, t, index in zip(rows.parts, rows.split(threshold), rows.index(), strict=True)]
 
     def too_few(bound):
-        below = rows.count([tie & (index < b) for (tie, index), b in zip(ties, rows.split(bound), strict=True)])
+        parts = zip(rows.parts, rows.split(threshold), rows.index(), rows.split(bound), strict=True)
+        below = rows.count([(key == t) & (index < b) for key, t, index, b in parts])
         return below < needed, below
 
     bound, _ = _search(num_index_bits, jnp.dtype(jnp.int32), k.shape, too_few)
