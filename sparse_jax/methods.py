@@ -5,7 +5,7 @@ ITOP (In-Time Over-Parameterization, Liu et al., https://arxiv.org/abs/2102.0288
 (``sj.stats.exploration_rate``, with ``track_exploration=True``) to come near 1.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -137,8 +137,10 @@ def sparse_momentum(
     distribution: str | Mapping[str, float] | distributions.Distribution = 'uniform',
     granularity: str | granularity_lib.Granularity = granularity_lib.Unstructured(),
     sparsifiable: PathPredicate | None = None,
+    dense: Sequence[str] = (),
+    stacked: PathPredicate | None = None,
+    track_exploration: bool = False,
     seed: int | jax.Array = 0,
-    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sparse momentum: SGD with momentum, weights pruned by magnitude, grown and redistributed by momentum.
 
@@ -160,8 +162,10 @@ def sparse_momentum(
       distribution: initial nonzeros of each layer; see :func:`sparse_jax.sparsify`, as for the arguments below.
       granularity: what one unit of selection is.
       sparsifiable: which leaves are sparse.
+      dense: path patterns of leaves that stay dense.
+      stacked: which leaves hold layers along their first axis.
+      track_exploration: whether to keep which weights have ever been active.
       seed: of the first masks: an integer, or a typed random key.
-      **options: further arguments of :func:`sparse_jax.sparsify`, such as ``stacked`` or ``dense``.
 
     Returns:
       An optax transformation whose state is a :class:`sparse_jax.SparsifyState`.
@@ -192,8 +196,10 @@ def sparse_momentum(
         distribution=distribution,
         granularity=granularity,
         sparsifiable=sparsifiable,
+        dense=dense,
+        stacked=stacked,
+        track_exploration=track_exploration,
         seed=seed,
-        **options,
     )
 
 

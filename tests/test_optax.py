@@ -187,7 +187,7 @@ def test_inject_hyperparams_around_works_with_static_args():
     arguments = dict(density=0.25, update_every=3, total_steps=20)
     with pytest.raises(ValueError, match=r'density must be a Python number.*static_args'):
         optax.inject_hyperparams(sj.sparse_momentum)(0.05, **arguments).init(_params())
-    static = ('density', 'update_every', 'total_steps', 'prune_rate', 'start_step', 'seed')
+    static = ('density', 'update_every', 'total_steps', 'prune_rate', 'start_step', 'track_exploration', 'seed')
     tx = optax.inject_hyperparams(sj.sparse_momentum, static_args=static)(0.05, **arguments)
     _, state = _train(tx, _params())
     assert _nonzeros(state) == 54

@@ -118,5 +118,6 @@ def test_one_threshold_over_layers_counts_totals_beyond_32_bits():
     most = jnp.array([5, 3, 2], jnp.int32)
     counts = lambda n: selection.joint_counts(keys, (jnp.uint32(n >> 16), jnp.uint32(n & 0xFFFF)), most).tolist()
     assert counts(2**40) == [5, 3, 2]
-    assert counts(6) == [4, 2, 0], 'scores 5, 4, 3, 2, then ties at 1 in the lowest layers first'
+    assert counts(7) == [5, 2, 0], 'scores 5, 4, 3, 2, then those equal to 1 in the lowest layers first'
+    assert counts(3) == [3, 0, 0]
     assert counts(0) == [0, 0, 0]

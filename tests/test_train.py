@@ -194,15 +194,22 @@ def test_the_dense_twin_shares_everything_but_the_masks(tmp_path):
 
 
 @pytest.mark.parametrize('method', sj.methods.NAMES)
-def test_every_method_trains_from_the_launcher(method, tmp_path):
+def test_every_method_is_made_from_a_config(method):
+    experiment = train.create(_config(sparsity__method=method), num_examples=4000, image_shape=(28, 28, 1), num_classes=10)
+    stop = {'rigl': 3000, 'static': 0}.get(method, 4000)
+    assert [t for t in range(1, 4001) if experiment.is_mask_update(t)] == list(range(40, stop, 40))
+    never, once = ('set', 'dsr', 'static', 'gmp'), ('rigl', 'granet')
+    assert experiment.dense_gradient_steps == (0 if method in never else 1 if method in once else None)
+
+
+@pytest.mark.parametrize('method', ['rigl', 'granet', 'static'])
+def test_methods_train_from_the_launcher(method, tmp_path):
     own = {'rigl': {'sparsity__accumulate_steps': 3}, 'granet': {'sparsity__initial_density': 0.3}}.get(method, {})
     config = _config(train__steps=12, sparsity__update_every=4, sparsity__method=method, data__batch_size=20, **own)
     result = train.train(config, tmp_path / 'run')
     assert result['method'] == method and result['nonzeros'] == 13_310
     assert result['operations_inference_against_dense'] == pytest.approx(0.05)
-    assert (result['exploration_rate'] == 0.05) == (method == 'static') or method == 'gmp'
-    counted = {'gmp': 1.0, 'static': 0.05}
-    assert counted.get(method, result['exploration_rate']) == result['exploration_rate']
+    assert (result['exploration_rate'] == 0.05) == (method == 'static')
     updates = [row['step'] for row in metrics.read(tmp_path / 'run') if 'flips' in row]
     assert updates == ([] if method == 'static' else [4, 8])
 
