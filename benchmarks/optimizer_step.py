@@ -1,9 +1,10 @@
-"""The cost of sparsity in the optimizer: an ordinary step against the dense optimizer's, and a mask update against argsort.
+"""The cost of sparsity in the optimizer: an ordinary step of sparse momentum against the dense optimizer's.
 
     python -m benchmarks.optimizer_step
 
 A tree of 25 million float32 weights, `tx.update` and `apply_updates` in one jit, the state donated, SGD with momentum and weight
-decay. The rivals take turns in one process; each figure is the median over rounds of the ratio within a round. Cost: two minutes.
+decay. The rivals take turns in one process; the figure is the median over rounds of the ratio within a round. Steps with a mask
+update: benchmarks/mask_update.py. Cost: one minute.
 """
 
 import argparse
@@ -29,20 +30,6 @@ def _time(function) -> float:
     begin = time.perf_counter()
     jax.block_until_ready(function())
     return time.perf_counter() - begin
-
-
-@jax.jit
-def _argsort_update(params, momenta, masks):
-    """Prune half and regrow in each layer by two argsorts a layer: what libraries without exact selection do."""
-
-    def one(p, m, mask):
-        k = mask.sum() // 2
-        by_size = jnp.argsort(jnp.where(mask, jnp.abs(p), jnp.inf).reshape(-1))
-        kept = mask.reshape(-1) & ~jnp.zeros(mask.size, bool).at[by_size].set(jnp.arange(mask.size) < k)
-        by_momentum = jnp.argsort(jnp.where(kept, -jnp.inf, jnp.abs(m).reshape(-1)), descending=True)
-        return (kept | jnp.zeros(mask.size, bool).at[by_momentum].set(jnp.arange(mask.size) < k)).reshape(mask.shape)
-
-    return jax.tree.map(one, params, momenta, masks)
 
 
 def main() -> None:
@@ -77,23 +64,10 @@ def main() -> None:
             times[name].append(_time(lambda n=name: [advance(n) for _ in range(3)][-1]) / 3)
     dense, ordinary = (np.array(times[name][2:]) for name in ('dense', 'sparse'))
 
-    updates, sorts = [], []
-    for _ in range(3):
-        compiled, p, state = runs['sparse']
-        runs['sparse'] = [compiled, p, state._replace(count=jnp.int32(update_every - 1))]
-        updates.append(_time(lambda: advance('sparse')))
-        _, p, state = runs['sparse']
-        momenta = state.inner_state[1][0].trace
-        jax.block_until_ready(_argsort_update.lower(p, momenta, state.masks).compile())
-        sorts.append(_time(lambda p=p, m=momenta, s=state: _argsort_update(p, m, s.masks)))
-
     million = args.layers * args.side**2 / 1e6
     print(f'{million:.0f}M weights, {args.layers} layers, {jax.devices()[0].device_kind}, jax {jax.__version__}')
     print(f'dense step          {1e3 * np.median(dense):8.1f} ms')
     print(f'sparse step         {1e3 * np.median(ordinary):8.1f} ms   {np.median(ordinary / dense):.2f}x the dense step')
-    print(f'mask update step    {1e3 * np.median(updates[1:]):8.1f} ms')
-    ratio = np.median(np.array(sorts[1:]) / np.array(updates[1:]))
-    print(f'argsort mask update {1e3 * np.median(sorts[1:]):8.1f} ms   {ratio:.1f}x the mask update step')
 
 
 if __name__ == '__main__':

@@ -75,29 +75,76 @@ def groups(layers: list[Layer]) -> list[list[int]]:
     return found
 
 
+# Leaves of one shape and type share one piece of the program where each has at most so many weights: it costs a copy.
+BUNDLE_WEIGHTS = 2**18
+
+
+def _bundles(layers: list[Layer]) -> list[list[int]]:
+    """Which leaves are computed as one with more rows; on one CPU device, as a leaf that is sharded is not moved."""
+    bundles: dict[Any, list[int]] = {}
+    for i, layer in enumerate(layers):
+        small = math.prod(layer.shape) <= BUNDLE_WEIGHTS and _reduce.one_cpu_device()
+        bundles.setdefault((layer.shape, layer.dtype) if small else i, []).append(i)
+    return list(bundles.values())
+
+
 class Group:
-    """Some leaves, and what is computed of them.
+    """Some leaves, and what is computed of them: a bundle of small leaves of one shape as one leaf with all their rows.
 
     ``in_turn``: that this is one of several groups, and none is to be loaded before the one before it is done with.
     """
 
     def __init__(self, rule: Rule, layers: list[Layer], load: Load, members: list[int], keys: jax.Array, in_turn: bool):
-        self.rule, self.load, self.members = rule, load, members
-        self.layers = [layers[i] for i in members]
-        self.keys = keys[self.layers[0].start : self.layers[-1].stop]
-        self.in_turn = in_turn
-        self.num_layers = self.layers[-1].stop - self.layers[0].start
+        self.rule, self.load, self.members, self.in_turn = rule, load, members, in_turn
+        self.own = [layers[i] for i in members]
+        self.bundles = _bundles(self.own)
+        self.layers = [self.own[b[0]] if len(b) == 1 else self._together([self.own[i] for i in b]) for b in self.bundles]
+        self.keys = self.pick(keys)
+        self.num_layers = self.own[-1].stop - self.own[0].start
+        first = self.own[0].start
+        rows = [np.arange(self.own[i].start - first, self.own[i].stop - first) for b in self.bundles for i in b]
+        self.order = np.concatenate(rows)  # of the layers, as the bundles' rows have them
+        self.inverse = np.argsort(self.order)
+
+    @staticmethod
+    def _together(layers: list[Layer]) -> Layer:
+        return layers[0]._replace(depth=sum(layer.depth or 1 for layer in layers))
+
+    def bundle(self, leaves):
+        """Arrays [depth, ...] of each leaf as arrays of each bundle."""
+        return [
+            leaves[b[0]] if len(b) == 1 else jax.tree.map(lambda *rows: jnp.concatenate(rows), *(leaves[i] for i in b))
+            for b in self.bundles
+        ]
+
+    def unbundle(self, bundles):
+        """The reverse."""
+        leaves = {}
+        for b, rows in zip(self.bundles, bundles, strict=True):
+            start = 0
+            for i in b:
+                depth = self.own[i].depth or 1
+                leaves[i] = rows if len(b) == 1 else rows[start : start + depth]
+                start += depth
+        return [leaves[i] for i in range(len(self.own))]
+
+    def in_layer_order(self, values):
+        """One vector over the group's layers from a vector for each bundle."""
+        return jnp.concatenate(values)[self.inverse]
 
     def of(self, leaves):
         return [leaves[i] for i in self.members]
 
     def pick(self, per_layer):
-        return per_layer[self.layers[0].start : self.layers[-1].stop]
+        return per_layer[self.own[0].start : self.own[-1].stop]
 
     def rows(self, per_layer):
-        """The entries of a vector over the group's layers that belong to each leaf."""
-        first = self.layers[0].start
-        return [per_layer[layer.start - first : layer.stop - first] for layer in self.layers]
+        """The entries of a vector over the group's layers that belong to each bundle."""
+        parts, start = [], 0
+        for layer in self.layers:
+            parts.append(per_layer[self.order[start : start + (layer.depth or 1)]])
+            start += layer.depth or 1
+        return parts
 
     def run(self, t, function, otherwise, operands, own):
         """function(operands, own), in turn: as a computation of its own.
@@ -110,10 +157,12 @@ class Group:
         return lax.cond(t > 0, function, otherwise, operands, own)
 
     def leaves(self, operands, masks) -> list[Operands]:
-        return [
-            jax.tree.map(lambda x, layer=layer: _as_rows(layer, x), leaf)
-            for layer, leaf in zip(self.layers, self.load(operands, masks, self.members), strict=True)
-        ]
+        return self.bundle(
+            [
+                jax.tree.map(lambda x, layer=layer: _as_rows(layer, x), leaf)
+                for layer, leaf in zip(self.own, self.load(operands, masks, self.members), strict=True)
+            ]
+        )
 
     def units(self, function, x):
         return jax.vmap(lambda row: function(self.rule.granularity, row))(x)
@@ -130,18 +179,18 @@ class Group:
         for leaf, may_move in zip(leaves, self.may_move(finite), strict=True):
             active = self.units(granularity_lib.active, leaf.mask)
             columns.append([jax.vmap(_reduce.count)(x) for x in (active, active & may_move, may_move)])
-        nonzeros, prunable, movable = (jnp.concatenate(column) for column in zip(*columns, strict=True))
-        sizes = jnp.asarray(unit_counts(self.rule.granularity, self.layers), jnp.int32)
+        nonzeros, prunable, movable = (self.in_layer_order(column) for column in zip(*columns, strict=True))
+        sizes = jnp.asarray(unit_counts(self.rule.granularity, self.own), jnp.int32)
         counts = Counts(nonzeros, sizes - nonzeros, prunable, movable - prunable)
         if self.rule.redistribute is None or self.rule.after_pruning:
             shares = jnp.zeros(self.num_layers, jnp.float32)
         else:
             shares = self.shares(leaves, jnp.zeros(self.num_layers, jnp.int32))
-        return finite, counts, shares
+        return self.unbundle(finite), counts, shares
 
     def nothing_measured(self, operands, masks):
         zeros = jnp.zeros(self.num_layers, jnp.int32)
-        finite = [_as_rows(layer, mask) for layer, mask in zip(self.layers, masks, strict=True)]
+        finite = [_as_rows(layer, mask) for layer, mask in zip(self.own, masks, strict=True)]
         return finite, Counts(zeros, zeros, zeros, zeros), jnp.zeros(self.num_layers, jnp.float32)
 
     def shares(self, leaves, amounts):
@@ -150,7 +199,7 @@ class Group:
             value = self.evaluate(layer, self.rule.redistribute, leaf, keys, amount)
             _check_shape('redistribute', value, (len(leaf.mask),), layer)
             values.append(value.astype(jnp.float32))
-        return jnp.concatenate(values)
+        return self.in_layer_order(values)
 
     def share(self, operands, own):
         masks, pruned = own
@@ -190,28 +239,32 @@ class Group:
         scores = self.prune_scores(leaves, jnp.zeros(self.num_layers, jnp.int32))
         if len({s.dtype for s in scores}) > 1:
             scores = [s.astype(jnp.float32) for s in scores]
-        where = [self.units(granularity_lib.active, leaf.mask) & m for leaf, m in zip(leaves, self.may_move(finite), strict=True)]
-        return [selection.keys(s, w, smallest=True) for s, w in zip(scores, where, strict=True)]
+        where = [
+            self.units(granularity_lib.active, leaf.mask) & m
+            for leaf, m in zip(leaves, self.may_move(self.bundle(finite)), strict=True)
+        ]
+        keys = [selection.keys(s, w, smallest=True) for s, w in zip(scores, where, strict=True)]
+        return self.unbundle(keys)
 
     def select(self, operands, own):
         """New masks and newly grown positions, and how many units are new in each layer."""
         masks, _, finite, pruned, targets = own
-        leaves, may_move = self.leaves(operands, masks), self.may_move(finite)
+        leaves, may_move = self.leaves(operands, masks), self.may_move(self.bundle(finite))
         active = [self.units(granularity_lib.active, leaf.mask) for leaf in leaves]
         scores = self.prune_scores(leaves, pruned)
         keys = [selection.keys(s, a & m, smallest=True) for s, a, m in zip(scores, active, may_move, strict=True)]
-        after = [a & ~removed for a, removed in zip(active, selection.select(keys, pruned), strict=True)]
+        after = [a & ~removed for a, removed in zip(active, selection.select(keys, pruned[self.order]), strict=True)]
         if self.rule.grow is not None:
             pruned_leaves = [
                 leaf._replace(mask=self.expand(layer, a)) for layer, leaf, a in zip(self.layers, leaves, after, strict=True)
             ]
             scores = self.scores('grow', self.rule.grow, pruned_leaves, self.keys, targets)
             keys = [selection.keys(s, ~a & m) for s, a, m in zip(scores, after, may_move, strict=True)]
-            after = [a | chosen for a, chosen in zip(after, selection.select(keys, targets), strict=True)]
-        new = jnp.concatenate([jax.vmap(_reduce.count)(now & ~old) for now, old in zip(after, active, strict=True)])
+            after = [a | chosen for a, chosen in zip(after, selection.select(keys, targets[self.order]), strict=True)]
+        new = self.in_layer_order([jax.vmap(_reduce.count)(now & ~old) for now, old in zip(after, active, strict=True)])
         new_masks, grown = [], []
-        for layer, mask, now in zip(self.layers, masks, after, strict=True):
-            now = self.expand(layer, now)
+        expanded = self.unbundle([self.expand(layer, now) for layer, now in zip(self.layers, after, strict=True)])
+        for layer, mask, now in zip(self.own, masks, expanded, strict=True):
             now = now[0] if layer.depth is None else now
             # Written so that the old mask's buffer can become the new mask's: `grown` reads it first.
             grown.append(now & ~mask)

@@ -46,6 +46,7 @@ class Layer(NamedTuple):
     shape: tuple[int, ...]  # of one layer
     start: int  # index of its first layer
     depth: int | None  # number of stacked layers, None where the leaf is one layer
+    dtype: Any  # of the leaf
 
     @property
     def stop(self) -> int:
@@ -112,7 +113,7 @@ def layer_table(tree: Any, is_sparse: PathPredicate, stacked: PathPredicate | No
             raise ValueError(
                 f'the leaf {path!r} has {math.prod(leaf.shape)} elements; a sparse leaf takes fewer than 2^31 = {2**31}.'
             )
-        layers.append(Layer(i, path, shape, start, leaf.shape[0] if is_stacked else None))
+        layers.append(Layer(i, path, shape, start, leaf.shape[0] if is_stacked else None, leaf.dtype))
         start = layers[-1].stop
     return layers
 
