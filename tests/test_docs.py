@@ -12,7 +12,7 @@ from absl import flags
 import sparse_jax as sj
 
 ROOT = pathlib.Path(__file__).parent.parent
-README = (ROOT / 'README.md').read_text()
+README = '\n'.join((ROOT / name).read_text() for name in ('README.md', 'docs/speed.md'))
 
 
 def _blocks(language: str) -> list[str]:
