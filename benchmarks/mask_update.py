@@ -2,7 +2,7 @@
 
     python -m benchmarks.mask_update
 
-ResNet-50's 54 convolutions and its output layer, 25.5 million weights, sparse momentum at 5%, `tx.update` and `apply_updates` in one
+ResNet-50's 53 convolutions and its output layer, 25.5 million weights, sparse momentum at 5%, `tx.update` and `apply_updates` in one
 jit with donated state. What counts is the time of a step with an update beyond that of an ordinary step of the same program. The
 rivals run the same rule, in the same program but for the selection: by a stable argsort of the keys (the same masks, bit for bit),
 and by thresholds from a sort of the keys as uint32, the quickest sort there is (whose counts are not exact where there are ties).

@@ -2,6 +2,8 @@
 
     python examples/fixed_mask.py
 
+In the repository: ``.venv/bin/python`` after ``make train``, or any Python after ``pip install '.[train]'``.
+
 ``sj.methods.static`` never moves a weight, and ``sj.set_masks`` gives it a mask of one's own. Cost: ten seconds on a CPU.
 """
 

@@ -2,6 +2,8 @@
 
     python examples/linen_training.py
 
+In the repository: ``.venv/bin/python`` after ``make train``, or any Python after ``pip install '.[train]'``.
+
 Cost: ten seconds on a CPU.
 """
 

@@ -2,6 +2,8 @@
 
     python examples/nnx_training.py
 
+In the repository: ``.venv/bin/python`` after ``make train``, or any Python after ``pip install '.[train]'``.
+
 The masks live in the optimizer's state. After its construction the model's weights are masked once; then every update keeps
 them exactly sparse. Cost: fifteen seconds on a CPU.
 """

@@ -2,6 +2,8 @@
 
     python examples/own_criterion.py
 
+In the repository: ``.venv/bin/python`` after ``make train``, or any Python after ``pip install '.[train]'``.
+
 A criterion is a function of one layer's weight, mask, gradient and momentum that returns scores of the layer's shape. Cost: ten
 seconds on a CPU.
 """

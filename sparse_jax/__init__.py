@@ -41,6 +41,6 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str):
-    if name in ('stats', 'operations'):  # for looking, not for training: loaded when first used
-        return importlib.import_module(f'sparse_jax.{name}')
+    if name == 'stats':  # for looking, not for training: loaded when it is first used
+        return importlib.import_module('sparse_jax.stats')
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -2,6 +2,7 @@
 
 import inspect
 import numbers
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +34,18 @@ def check(density, update_every, total_steps, prune_rate, start_step, stop_step,
             raise ValueError(f'{name}={static[name]!r}: must be an integer, at least {least} (in steps).')
     if stop_step is not None and (not isinstance(stop_step, numbers.Integral) or stop_step < 0):
         raise ValueError(f'stop_step={stop_step!r}: must be an integer, at least 0 (in steps), or None for total_steps.')
-    if isinstance(prune_rate, numbers.Real) and not 0 <= float(prune_rate) <= 1:
+    if not callable(prune_rate) and not (isinstance(prune_rate, numbers.Real) and 0 <= float(prune_rate) <= 1):
         raise ValueError(f'prune_rate={prune_rate!r}: must be in [0, 1], or a schedule of the step.')
+
+
+def check_functions(inner, sparsifiable, stacked):
+    if not isinstance(inner, optax.GradientTransformation):
+        raise ValueError(f'inner={inner!r}: must be an optax transformation, such as optax.adam(1e-3).')
+    for name, function in {'sparsifiable': sparsifiable, 'stacked': stacked}.items():
+        if function is not None and not callable(function):
+            raise ValueError(
+                f'{name}={function!r}: must be a function (path, leaf) -> bool, or None. Patterns of leaves that stay dense: dense=.'
+            )
 
 
 def check_criteria(**criteria):
@@ -61,8 +72,8 @@ def check_rule(prune, prune_scope, update_every, accumulated_steps, dense):
             f'grow: gradients are accumulated over {accumulated_steps} steps, but masks are updated every {update_every}: '
             f'accumulate over at most update_every steps.'
         )
-    if isinstance(dense, str):
-        raise ValueError(f'dense={dense!r}: must be a sequence of path patterns, such as ({dense!r},).')
+    if isinstance(dense, str) or not isinstance(dense, Sequence) or not all(isinstance(d, str) for d in dense):
+        raise ValueError(f"dense={dense!r}: must be a sequence of path patterns, such as ('out/*',).")
     if prune_scope == 'global' and prune is signed_magnitude:
         raise ValueError("prune='signed_magnitude' ranks the weights of one layer: it does not go with prune_scope='global'.")
 

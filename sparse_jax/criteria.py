@@ -1,7 +1,8 @@
 """What decides which weights are pruned, which are grown, and how much each layer is worth.
 
 A criterion is a plain function of one layer's :class:`LeafInfo`. Prune and grow criteria return non-negative scores of the layer's
-shape: the smallest scores are pruned, the largest grown, and scores that are not finite count as 0. In blocks the score of a
+shape: the smallest scores are pruned, the largest grown; scores that are not finite count as 0, and of negative ones the
+magnitude counts. In blocks the score of a
 unit is the mean of its weights' scores. Redistribute criteria return one number, the layer's share, on any scale that the layers
 have in common. Writing one takes a line::
 
@@ -164,6 +165,9 @@ def accumulated_gradient(steps: int) -> Criterion:
 
     Returns:
       A grow criterion.
+
+    Raises:
+      ValueError: if steps is not an integer of at least 1.
 
     Example:
       >>> requirements(accumulated_gradient(8))['accumulated_gradient']

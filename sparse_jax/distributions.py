@@ -205,7 +205,7 @@ def by_pattern(densities: Mapping[str, float], rest: Distribution = uniform) -> 
     return distribution
 
 
-_BY_NAME = {'uniform': uniform, 'erdos_renyi': erdos_renyi, 'erk': erdos_renyi_kernel}
+_BY_NAME = {'uniform': uniform, 'erdos_renyi': erdos_renyi, 'erk': erdos_renyi_kernel, 'erdos_renyi_kernel': erdos_renyi_kernel}
 
 
 def get(distribution: str | Mapping[str, float] | Distribution) -> Distribution:
@@ -218,7 +218,7 @@ def get(distribution: str | Mapping[str, float] | Distribution) -> Distribution:
         return by_pattern(distribution)
     if callable(distribution):
         return distribution
-    if distribution not in _BY_NAME:
+    if not isinstance(distribution, str) or distribution not in _BY_NAME:
         raise _names.unknown('distribution', distribution, _BY_NAME)
     return _BY_NAME[distribution]
 

@@ -148,4 +148,8 @@ def get(granularity: str | Granularity) -> Granularity:
         return Unstructured()
     if isinstance(granularity, str) and (match := _TEXT.fullmatch(granularity)):
         return Block(int(match[1]), int(match[2]), match[3] is not None)
+    if isinstance(granularity, str) and granularity.startswith('block'):
+        raise ValueError(
+            f"granularity={granularity!r}: must be 'block:RxC' or 'block:RxC:kernel' with R inputs and C outputs, such as 'block:16x16'."
+        )
     raise _names.unknown('granularity', granularity, ['unstructured', 'block:16x16', 'block:16x16:kernel'])

@@ -247,7 +247,7 @@ class Group:
         return self.unbundle(keys)
 
     def select(self, operands, own):
-        """New masks and newly grown positions, and how many units are new in each layer."""
+        """New masks and newly grown positions, and how many positions changed in each layer."""
         masks, _, finite, pruned, targets = own
         leaves, may_move = self.leaves(operands, masks), self.may_move(self.bundle(finite))
         active = [self.units(granularity_lib.active, leaf.mask) for leaf in leaves]
@@ -262,14 +262,18 @@ class Group:
             keys = [selection.keys(s, ~a & m) for s, a, m in zip(scores, after, may_move, strict=True)]
             after = [a | chosen for a, chosen in zip(after, selection.select(keys, targets[self.order]), strict=True)]
         new = self.in_layer_order([jax.vmap(_reduce.count)(now & ~old) for now, old in zip(after, active, strict=True)])
-        new_masks, grown = [], []
+        # n - pruned + targets = n - removed + new, so as many units as pruned - targets + new are now empty
+        flipped = 2 * new + pruned - targets
+        new_masks, grown, changed = [], [], []
         expanded = self.unbundle([self.expand(layer, now) for layer, now in zip(self.layers, after, strict=True)])
         for layer, mask, now in zip(self.own, masks, expanded, strict=True):
             now = now[0] if layer.depth is None else now
+            if not isinstance(self.rule.granularity, granularity_lib.Unstructured):  # weights, not units
+                changed.append(jax.vmap(_reduce.count)(_as_rows(layer, now ^ mask)))
             # Written so that the old mask's buffer can become the new mask's: `grown` reads it first.
             grown.append(now & ~mask)
             new_masks.append((mask & now) | grown[-1])
-        return new_masks, grown, new
+        return new_masks, grown, jnp.concatenate(changed) if changed else flipped
 
     def as_before(self, operands, own):
         masks, grown, *_ = own

@@ -97,13 +97,12 @@ def move(
         for part in parts
     ]
     new_masks, new_grown = ([x for r in results for x in r[i]] for i in (0, 1))
-    new = jnp.concatenate([r[2] for r in results])
+    flipped = jnp.concatenate([r[2] for r in results])
     if shares is None:
         share = jnp.zeros(len(nonzeros), jnp.float32)
     else:
         share = redistribution.divide(shares.weight.astype(jnp.float32), jnp.maximum(shares.total, 1).astype(jnp.float32))
-    # n - pruned + targets = n - removed + new, so as many as pruned - targets + new units are now empty
-    return new_masks, new_grown, UpdateStats(share, pruned, targets, 2 * new + pruned - targets)
+    return new_masks, new_grown, UpdateStats(share, pruned, targets, flipped)
 
 
 def _density_change(rule: layer_groups.Rule, t, nonzeros):

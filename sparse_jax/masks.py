@@ -20,9 +20,9 @@ class UpdateStats(NamedTuple):
     """What the last mask update did, one entry a layer in the order of :func:`layer_names`; zeros before the first."""
 
     share: jax.Array  # float32, the layer's part of all growth that the redistribution asked for; sums to 1, or all 0
-    pruned: jax.Array  # int32
-    grown: jax.Array  # int32, including the pruned weights that were regrown at once
-    flipped: jax.Array  # int32, positions whose mask changed
+    pruned: jax.Array  # int32, units
+    grown: jax.Array  # int32, units, including the pruned weights that were regrown at once
+    flipped: jax.Array  # int32, weights whose mask changed
 
 
 class SparsifyState(NamedTuple):

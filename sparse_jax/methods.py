@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import optax
 
-from sparse_jax import _names, criteria, distributions, schedules, transform
+from sparse_jax import _arguments, _names, criteria, distributions, schedules, transform
 from sparse_jax import granularity as granularity_lib
 from sparse_jax.masks import PathPredicate
 
@@ -98,7 +98,7 @@ def parts(name: str, density: float, update_every: int, total_steps: int, **opti
       A dictionary: ``sparsify(inner, **parts(...))``.
 
     Raises:
-      ValueError: for a name that does not exist.
+      ValueError: for a name that does not exist, an argument out of range, or an ``initial_density`` below ``density``.
 
     Example:
       >>> chosen = parts('rigl', 0.1, update_every=100, total_steps=10_000, distribution='uniform')
@@ -107,6 +107,13 @@ def parts(name: str, density: float, update_every: int, total_steps: int, **opti
     """
     if name not in _ROWS:
         raise _names.unknown('method', name, _ROWS)
+    if callable(density):
+        raise ValueError(f'density={density!r}: {name} takes a number in (0, 1]; sparsify(density=...) takes a schedule.')
+    steps = options.get('start_step', 0), options.get('stop_step')
+    _arguments.check(density, update_every, total_steps, 0.5, *steps, 0)
+    begin = options.get('initial_density', 1)
+    if name == 'granet' and not (isinstance(begin, (int, float)) and density <= begin <= 1):
+        raise ValueError(f'initial_density={begin!r}: must be a number from density={density!r} to 1.')
     row = dict(density=density, update_every=update_every, total_steps=total_steps)
     given = {key: value for key, value in options.items() if key != 'initial_density' or name != 'granet'}
     return {**row, **_ROWS[name](density, update_every, total_steps, options), **given}
@@ -397,7 +404,7 @@ def granet(
     update_every: int,
     total_steps: int,
     *,
-    initial_density: float = 0.5,
+    initial_density: float | None = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     r"""GraNet: gradual pruning by one threshold over all layers, and at each update some weights move as in RigL.
@@ -407,7 +414,8 @@ def granet(
       density: share of the sparse leaves' weights that exist after the last update, in (0, 1].
       update_every: steps between mask updates.
       total_steps: length of the training, in steps.
-      initial_density: where the density begins, in (0, 1]; the paper's sparse-to-sparse runs begin at 0.5, its dense ones at 1.
+      initial_density: where the density begins, from ``density`` to 1; None: 0.5 (or ``density``, if that is more), as the
+        paper's sparse-to-sparse runs; its dense ones begin at 1.
       **options: arguments of :func:`sparse_jax.sparsify` that replace the method's: a cubic schedule of the density, a prune rate of
         0.5 that falls by a cosine and moves weights within each layer, growth by \|gradient\|, an ERK distribution.
 
@@ -423,4 +431,6 @@ def granet(
     Reference:
       Liu et al., `Sparse Training via Boosting Pruning Plasticity with Neuroregeneration <https://arxiv.org/abs/2106.10404>`_, 2021.
     """
-    return create('granet', inner, density, update_every, total_steps, initial_density=initial_density, **options)
+    if initial_density is not None:
+        options['initial_density'] = initial_density
+    return create('granet', inner, density, update_every, total_steps, **options)

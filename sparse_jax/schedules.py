@@ -1,4 +1,4 @@
-"""Prune rates over time: which part of a layer's weights an update moves. Plain optax schedules of the 1-based step."""
+"""Prune rates and densities over time, as plain optax schedules of the 1-based step, and when masks are updated."""
 
 import jax
 import jax.numpy as jnp

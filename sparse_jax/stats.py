@@ -8,8 +8,8 @@ import numpy as np
 
 from sparse_jax import granularity as granularity_lib
 from sparse_jax import masks as masks_lib
+from sparse_jax._operations import LayerOperations, Operations, operations
 from sparse_jax.masks import Layer, Masks, PathPredicate
-from sparse_jax.operations import LayerOperations, Operations, operations
 
 __all__ = [
     'LayerOperations', 'Operations', 'dead_neurons', 'density', 'exploration_rate', 'flip_rate', 'memory', 'nonzeros', 'operations',
@@ -86,24 +86,26 @@ def _layers(opt_state: Any, stacked: PathPredicate | None) -> list[Layer]:
     return masks_lib.layer_table(masks, lambda _, mask: mask.ndim > 0, stacked)
 
 
-def flip_rate(opt_state: Any, stacked: PathPredicate | None = None, granularity: Any = 'unstructured') -> float:
-    r"""Share of all units whose mask the last update changed: :math:`\|m_t - m_{t-1}\|_1 / n`.
+def flip_rate(opt_state: Any) -> float:
+    r"""Share of the sparse leaves' weights whose mask the last update changed: :math:`\|m_t - m_{t-1}\|_1 / n`.
 
     Args:
       opt_state: state of an optimizer with one ``sparsify``.
-      stacked: as given to ``sparsify``.
-      granularity: as given to ``sparsify``.
 
     Returns:
-      0 before the first update.
+      A number in [0, 1]; 0 before the first update.
+
+    Raises:
+      ValueError: if there is no SparsifyState in it, or several.
+
+    Example:
+      >>> import sparse_jax as sj
+      >>> flip_rate(sj.sparse_momentum(0.1, 0.25, update_every=2, total_steps=9).init({'w': jnp.ones((4, 4))}))
+      0.0
     """
-    units = _units(_layers(opt_state, stacked), granularity_lib.get(granularity))
-    flipped = jax.device_get(masks_lib.find_state(opt_state).stats.flipped)
-    return int(flipped.sum(dtype=np.int64)) / max(sum(units), 1)
-
-
-def _units(layers: list[Layer], granularity) -> list[int]:
-    return [int(np.prod(granularity.unit_shape(layer.shape))) for layer in layers for _ in range(layer.depth or 1)]
+    state = masks_lib.find_state(opt_state)
+    size = sum(mask.size for _, mask in _sparse(state.masks))
+    return int(jax.device_get(state.stats.flipped).sum(dtype=np.int64)) / max(size, 1)
 
 
 def dead_neurons(masks: Masks, stacked: PathPredicate | None = None) -> dict[str, tuple[int, int]]:
@@ -162,17 +164,17 @@ def memory(params: Any, masks: Masks) -> dict[str, int]:
     return {'dense': dense, 'values_and_bits': bits, 'compressed_rows': rows}
 
 
-def summary(opt_state: Any, stacked: PathPredicate | None = None, granularity: Any = 'unstructured') -> dict[str, float]:
+def summary(opt_state: Any, stacked: PathPredicate | None = None) -> dict[str, float]:
     """Everything about the masks in one flat dictionary to log.
 
     Args:
       opt_state: state of an optimizer with one ``sparsify``.
       stacked: as given to ``sparsify``.
-      granularity: as given to ``sparsify``.
 
     Returns:
       ``density``, ``nonzeros``, ``flip_rate``, ``exploration_rate`` where it is tracked, and by layer ``density/...``, ``share/...``,
-      ``pruned/...``, ``grown/...``, ``dead_outputs/...``, ``dead_inputs/...``.
+      ``pruned/...``, ``grown/...``, ``dead_outputs/...``, ``dead_inputs/...``. In blocks
+      ``pruned`` and ``grown`` count blocks, all else weights.
 
     Example:
       >>> import sparse_jax as sj
@@ -185,7 +187,7 @@ def summary(opt_state: Any, stacked: PathPredicate | None = None, granularity: A
     layers = _layers(opt_state, stacked)
     names = masks_lib.names_of(layers)
     numbers: dict[str, float] = {'density': density(state.masks), 'nonzeros': sum(nonzeros(state.masks).values())}
-    numbers['flip_rate'] = flip_rate(opt_state, stacked, granularity)
+    numbers['flip_rate'] = flip_rate(opt_state)
     if 'ever_active' in state.method_state:
         numbers['exploration_rate'] = exploration_rate(opt_state)
     counts = _layer_counts(state.masks, layers)
@@ -215,7 +217,7 @@ def table(opt_state: Any, stacked: PathPredicate | None = None, granularity: Any
     Args:
       opt_state: state of an optimizer with one ``sparsify``.
       stacked: as given to ``sparsify``.
-      granularity: as given to ``sparsify``.
+      granularity: as given to ``sparsify``; names the blocks. Pruned and grown count blocks, all else weights.
 
     Returns:
       Text.
@@ -227,7 +229,7 @@ def table(opt_state: Any, stacked: PathPredicate | None = None, granularity: Any
       w                                       48         8   16.67%          0        0             4            4 4x4, edge blocks
     """
     units = granularity_lib.get(granularity)
-    numbers = summary(opt_state, stacked, granularity)
+    numbers = summary(opt_state, stacked)
     heads = (
         ('weights', 10),
         ('nonzeros', 9),

@@ -120,6 +120,7 @@ def sparsify(
         criteria.get(name, value) for name, value in (('prune', prune), ('grow', grow), ('redistribute', redistribute))
     )
     _arguments.check(density, update_every, total_steps, prune_rate, start_step, stop_step, seed)
+    _arguments.check_functions(inner, sparsifiable, stacked)
     _arguments.check_criteria(prune=prune_by, grow=grow_by, redistribute=share_by)
     needed = criteria.requirements(prune_by, grow_by, share_by)
     assert prune_by is not None

@@ -135,6 +135,18 @@ def test_a_unit_with_a_weight_that_is_not_finite_stays_where_it_is():
     assert state.masks['w'][:2, :2].all() and int(state.masks['w'].sum()) == 8
 
 
+def test_flips_are_counted_in_weights():
+    tx = sj.sparsify(
+        optax.sgd(0.0, 0.9), density=0.5, update_every=1, total_steps=9, granularity='block:4x4', prune_rate=lambda t: 0.9
+    )
+    params = {'w': jax.random.normal(jax.random.key(0), (10, 18))}
+    first = tx.init(params)
+    _, state = tx.update({'w': jax.random.normal(jax.random.key(1), (10, 18))}, first, sj.apply_masks(params, first.masks))
+    changed = int((state.masks['w'] != first.masks['w']).sum())
+    assert state.stats.flipped.tolist() == [changed] and changed > 0
+    assert sj.stats.flip_rate(state) == changed / 180
+
+
 @pytest.mark.parametrize('text', ['block:0x4', 'block:4', 'blocks:4x4', 'block:4x4:kernels'])
 def test_texts_that_name_no_block(text):
     with pytest.raises(ValueError, match='granularity'):

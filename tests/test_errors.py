@@ -32,12 +32,39 @@ PARAMS = {'w': jnp.ones((4, 4)), 'bias': jnp.ones(4)}
         (dict(prune_rate=1.5), 'prune_rate=1.5: must be in [0, 1]'),
         (dict(seed=0.5), 'seed=0.5: must be an integer, or a typed random key'),
         (dict(distribution='unifrom'), "distribution='unifrom' does not exist. Did you mean 'uniform'?"),
-        (dict(granularity='block:4*4'), "granularity='block:4*4' does not exist. Did you mean 'block:16x16'"),
+        (dict(granularity='block:4*4'), "granularity='block:4*4': must be 'block:RxC' or 'block:RxC:kernel'"),
+        (dict(prune_rate='fast'), "prune_rate='fast': must be in [0, 1]"),
+        (dict(sparsifiable=['w']), "sparsifiable=['w']: must be a function"),
+        (dict(stacked=True), 'stacked=True: must be a function'),
+        (dict(distribution=['erk']), "distribution=['erk'] does not exist"),
+        (dict(dense=3), 'dense=3: must be a sequence of path patterns'),
     ],
 )
 def test_arguments(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         sj.sparsify(optax.sgd(0.1), **{**GOOD, **change})
+
+
+def test_an_inner_that_is_no_optimizer():
+    with pytest.raises(ValueError, match=r'inner=0.001: must be an optax transformation'):
+        sj.methods.rigl(1e-3, 0.1, 10, 100)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(update_every=0), 'update_every=0: must be an integer, at least 1'),
+        (dict(density='0.1'), "density='0.1': must be a number"),
+        (dict(density=-0.1), 'density=-0.1: must be a number'),
+        (dict(density=lambda t: 0.1), 'granet takes a number'),
+        (dict(initial_density=2), 'initial_density=2: must be a number from density=0.5 to 1'),
+        (dict(initial_density=0.1), 'initial_density=0.1: must be a number from density=0.5 to 1'),
+        (dict(total_steps='x'), "total_steps='x': must be an integer"),
+    ],
+)
+def test_arguments_of_methods(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sj.methods.granet(optax.sgd(0.1), **{**GOOD, **change})
 
 
 def test_no_sparsifiable_leaf():

@@ -8,6 +8,7 @@ import pytest
 from jax import lax
 
 import sparse_jax as sj
+from sparse_jax import _operations
 
 pytestmark = pytest.mark.core
 
@@ -57,7 +58,7 @@ def test_two_linear_layers_and_their_gradients():
     counted = sj.stats.operations(apply, masks, params, jnp.ones((10, 20)), dense_gradient_window=5, update_every=20)
     assert counted.inference == 10 * (a + b) and counted.inference_dense == 10 * (240 + 84)
     products = 10 * (a + 2 * b) + 0.75 * 10 * (a + b) + 0.25 * 10 * (240 + 84)
-    assert counted.training == pytest.approx(products + sj.operations.MASK_UPDATE_OPERATIONS * 324 / 20)
+    assert counted.training == pytest.approx(products + _operations.MASK_UPDATE_OPERATIONS * 324 / 20)
     assert counted.training_dense == 10 * (2 * 240 + 3 * 84)
     ones = jax.tree.map(jnp.ones_like, masks)
     assert sj.stats.operations(apply, ones, params, jnp.ones((10, 20))).training == counted.training_dense
@@ -105,6 +106,8 @@ def test_a_condition_counts_its_dearest_branch_and_a_while_loop_is_refused():
     loop = lambda p, x: lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ p['w'], x)
     with pytest.raises(ValueError, match='products stand in a while_loop'):
         sj.stats.operations(loop, masks, params, jnp.ones((2, 4)))
+    with pytest.raises(ValueError, match='dense_gradient_window=1 needs update_every'):
+        sj.stats.operations(branches, masks, params, jnp.ones((2, 4)), dense_gradient_window=1)
     with pytest.raises(ValueError, match='the first of apply_fn'):
         sj.stats.operations(branches, masks, jnp.ones((2, 4)))
 

@@ -30,7 +30,10 @@ class LayerOperations(NamedTuple):
 
 
 class Operations(NamedTuple):
-    """Multiply-adds for one batch, in all and a leaf; of sparse training as an average over steps."""
+    """Multiply-adds for one batch, in all and a leaf; of sparse training as an average over the steps between two updates.
+
+    All with the masks given: where the density follows a schedule it is not the average over the run.
+    """
 
     layers: dict[str, LayerOperations]
     other_forward: int  # products without a masked leaf, the same in the dense network
@@ -105,14 +108,16 @@ def operations(
         products.
       masks: tree of concrete masks.
       *inputs: the function's arguments, arrays or their shapes; the first is the params, a tree like the masks.
-      dense_gradient_window: steps before a mask update whose weight gradients are dense; None: all steps.
+      dense_gradient_window: steps before each mask update whose weight gradients are dense, as many as the growth rule needs
+        (``sj.criteria.dense_gradient_steps(grow)``); None: all steps. Needs ``update_every``.
       update_every: steps between mask updates; None: there are none.
 
     Returns:
       Counts by leaf and in all.
 
     Raises:
-      ValueError: if the first input is not a tree like the masks, or products stand in a while loop.
+      ValueError: if the first input is not a tree like the masks, if products stand in a while loop, or for a window without
+        ``update_every``.
 
     Example:
       >>> masks = {'w': jnp.eye(4, dtype=bool), 'bias': jnp.array(True)}
@@ -125,6 +130,10 @@ def operations(
         raise ValueError(
             "operations: the first of apply_fn's inputs must be the params, a tree like the masks: operations(apply_fn, masks, "
             'params, x, ...).'
+        )
+    if dense_gradient_window is not None and update_every is None:
+        raise ValueError(
+            f'operations: dense_gradient_window={dense_gradient_window!r} needs update_every, the steps between mask updates.'
         )
     closed = jax.make_jaxpr(apply_fn)(*inputs)
     values, counter = [], _Counter()
