@@ -78,8 +78,8 @@ def check_rule(prune, prune_scope, update_every, accumulated_steps, dense):
         raise ValueError("prune='signed_magnitude' ranks the weights of one layer: it does not go with prune_scope='global'.")
 
 
-def check_density_schedule(density, *, can_grow, update_every, total_steps, start_step, stop_step) -> float:
-    """Checks a density schedule at 0 and at every update; returns the density after the last one."""
+def check_density_schedule(density, *, can_grow, update_every, total_steps, start_step, stop_step) -> tuple[float, float]:
+    """Checks a density schedule at 0 and at every update; returns the density after the last one, and the least."""
     steps = [
         t
         for t in range(0, total_steps, update_every)
@@ -98,7 +98,7 @@ def check_density_schedule(density, *, can_grow, update_every, total_steps, star
             f'density: the schedule rises from {values[i]:.6g} at step {steps[i]} to {values[i + 1]:.6g} at step {steps[i + 1]}, but '
             'grow=None grows nothing: give a grow criterion, or a schedule that only falls.'
         )
-    return float(values[-1])
+    return float(values[-1]), float(values.min())
 
 
 def is_key(x):

@@ -25,7 +25,8 @@ class LayerOperations(NamedTuple):
 
     forward: int  # with the weights that exist
     forward_dense: int  # with all of them
-    input_gradient: bool  # whether its input's gradient is needed: not in a first layer
+    input_gradient: int  # as forward, of those uses whose input needs a gradient: not a first layer's
+    input_gradient_dense: int
     size: int
 
 
@@ -54,13 +55,13 @@ class Operations(NamedTuple):
     @property
     def training(self) -> float:
         """Of a sparse training step: forward, input gradients, weight gradients, and its part of a mask update."""
-        products = sum(layer.forward * (1 + layer.input_gradient) + self.weight_gradient(layer) for layer in self.layers.values())
+        products = sum(layer.forward + layer.input_gradient + self.weight_gradient(layer) for layer in self.layers.values())
         return products + self.other_forward + self.other_backward + self.mask_updates
 
     @property
     def training_dense(self) -> int:
         """Of a dense training step."""
-        products = sum(layer.forward_dense * (2 + layer.input_gradient) for layer in self.layers.values())
+        products = sum(2 * layer.forward_dense + layer.input_gradient_dense for layer in self.layers.values())
         return products + self.other_forward + self.other_backward
 
     def weight_gradient(self, layer: LayerOperations) -> float:
@@ -80,7 +81,7 @@ class Operations(NamedTuple):
         """A table to print: each leaf's forward, input gradient and weight gradient, in millions, and against dense."""
         lines = [f'{"leaf":32} {"forward":>12} {"input grad.":>12} {"weight grad.":>12} {"dense forward":>14} {"ratio":>8}']
         for name, layer in self.layers.items():
-            values = layer.forward, layer.forward * layer.input_gradient, self.weight_gradient(layer), layer.forward_dense
+            values = layer.forward, layer.input_gradient, self.weight_gradient(layer), layer.forward_dense
             numbers = ' '.join(f'{v / 1e6:>{w}.4g}' for v, w in zip(values, (12, 12, 12, 14), strict=True))
             lines.append(f'{name[-32:]:32} {numbers} {layer.forward / max(layer.forward_dense, 1):>8.2%}')
         lines.append(f'{"products of dense leaves":32} {self.other_forward / 1e6:>12.4g}')
@@ -142,7 +143,9 @@ def operations(
     ):
         tracked = mask.ndim > 0
         if tracked:
-            counter.layers[name] = [0, 0, False, param.size]
+            if mask.shape != param.shape:
+                raise ValueError(f'operations: the mask of {name} has the shape {mask.shape}, its weights {param.shape}.')
+            counter.layers[name] = [0, 0, 0, 0, param.size]
         values.append(_Value(np.asarray(mask) if tracked else None, name if tracked else None, True))
     values += [_Value(None, None, False)] * (len(closed.jaxpr.invars) - len(values))
     counter.walk(closed.jaxpr, values, 1)
@@ -158,6 +161,7 @@ class _Value(NamedTuple):
     mask: np.ndarray | None  # where it is not known to be zero
     name: str | None  # the leaf that it comes from
     depends: bool  # on a parameter
+    lost: tuple[str, str] | None = None  # the leaf that it comes from by an operation that is not followed, and that operation
 
 
 _SHAPE = {'reshape', 'transpose', 'squeeze', 'expand_dims', 'broadcast_in_dim', 'slice', 'rev'}  # done to the mask as well
@@ -165,6 +169,9 @@ _SAME = {
     'convert_element_type', 'neg', 'copy', 'copy_p', 'reduce_precision', 'abs', 'sign', 'sharding_constraint', 'stop_gradient',
     'mul', 'div', 'optimization_barrier', 'integer_pow', 'sqrt', 'tanh',
 }  # fmt: skip
+
+
+_MOVES = {'gather', 'dynamic_slice', 'dynamic_update_slice', 'concatenate', 'pad', 'select_n', 'scatter', 'sort', 'while'}
 
 
 class _Counter:
@@ -188,7 +195,12 @@ class _Counter:
     def step(self, eqn, values: list[_Value], times: int) -> list[_Value]:
         name = eqn.primitive.name
         depends = any(v.depends for v in values)
-        plain = [_Value(None, None, depends)] * len(eqn.outvars)
+        lost = next((v.lost for v in values if v.lost), None)
+        if name in _MOVES:
+            lost = next(((v.name, name) for v in values if v.name is not None), lost)
+        elif name not in _SAME | _SHAPE | {'split'}:
+            lost = None
+        plain = [_Value(None, None, depends, lost)] * len(eqn.outvars)
         if name == 'dot_general':
             self.product(eqn, values, _uses_in_dot(eqn), times)
         elif name == 'conv_general_dilated':
@@ -204,6 +216,8 @@ class _Counter:
         elif name in _SHAPE and values[0].name is not None and len(values) == 1:
             mask = np.asarray(eqn.primitive.bind(jnp.asarray(values[0].mask), **eqn.params))
             return [values[0]._replace(mask=mask)]
+        elif name == 'split' and values[0].name is not None:
+            return [values[0]._replace(mask=np.asarray(m)) for m in eqn.primitive.bind(jnp.asarray(values[0].mask), **eqn.params)]
         elif name in _SAME:
             tracked = [v for v in values if v.name is not None]
             if tracked and not (name == 'div' and values[0].name is None):
@@ -221,46 +235,51 @@ class _Counter:
         *of_operands, total = uses
         left, right = values
         masked, other, use = (right, left, of_operands[1]) if right.name is not None else (left, right, of_operands[0])
+        if lost := left.lost or right.lost:
+            raise ValueError(
+                f'operations: {lost[0]} reaches a product through {lost[1]!r}, through which its zeros are not followed: use slices '
+                'with fixed bounds, split, reshapes, transpositions or lax.scan.'
+            )
         if masked.name is None:
             self.other_forward += times * total
             self.other_backward += times * total * (left.depends + right.depends)
             return
         row = self.layers[masked.name]
-        row[0] += times * int((masked.mask * use).sum(dtype=np.int64))
+        forward = times * int((masked.mask * use).sum(dtype=np.int64))
+        row[0] += forward
         row[1] += times * total
-        row[2] |= other.depends
+        row[2] += forward * other.depends
+        row[3] += times * total * other.depends
 
     def scan(self, eqn, values, times):
-        num_consts, num_carry, length = (eqn.params[key] for key in ('num_consts', 'num_carry', 'length'))
-        jaxpr = _body(eqn.params['jaxpr'])
-        fixed, rows = values[: num_consts + num_carry], values[num_consts + num_carry :]
-        # what a carry depends on, after the first round, is what the body made of it
-        _, carried = self.dry(jaxpr, fixed + [_Value(None, None, v.depends) for v in rows], num_consts, num_carry)
-        fixed = [*fixed[:num_consts], *carried]
-        if any(v.name is not None for v in rows):
-            for i in range(length):
-                self.walk(jaxpr, fixed + [v if v.name is None else v._replace(mask=v.mask[i]) for v in rows], times)
-        else:
-            self.walk(jaxpr, fixed + rows, times * length)
+        jaxpr, length = _body(eqn.params['jaxpr']), eqn.params['length']
+        # by their shapes, as jax names these numbers differently from version to version: what is scanned has one axis more
+        num_rows = sum(outer.aval.ndim > inner.aval.ndim for outer, inner in zip(eqn.invars, jaxpr.invars, strict=True))
+        num_carry = sum(outer.aval.ndim == inner.aval.ndim for outer, inner in zip(eqn.outvars, jaxpr.outvars, strict=True))
+        num_consts = len(values) - num_carry - num_rows
+        consts, carry, rows = values[:num_consts], values[num_consts : num_consts + num_carry], values[num_consts + num_carry :]
+        carry = [_Value(None, None, v.depends, v.lost) for v in carry]
+        done = 0
+        while done < length:
+            now = [v if v.name is None else v._replace(mask=v.mask[done]) for v in rows]
+            before = [v.depends for v in carry]
+            # once a round changes nothing in what the carry depends on, and no masks are scanned, the others are like it
+            probe = _Counter()
+            probe.layers = {name: [0] * 5 for name in self.layers}
+            out = probe.walk(jaxpr, consts + carry + now, 0)[:num_carry]
+            same = before == [v.depends or b for v, b in zip(out, before, strict=True)]
+            rounds = length - done if same and all(v.name is None for v in rows) else 1
+            self.walk(jaxpr, consts + carry + now, times * rounds)
+            carry = [_Value(None, None, v.depends or b) for v, b in zip(out, before, strict=True)]
+            done += rounds
         return [_Value(None, None, any(v.depends for v in values))] * len(eqn.outvars)
-
-    def dry(self, jaxpr, values, num_consts, num_carry):
-        """What the carry depends on, without counting."""
-        counter = _Counter()
-        counter.layers = {name: list(row) for name, row in self.layers.items()}
-        out = counter.walk(jaxpr, values, 0)
-        carry = [
-            _Value(None, None, before.depends or after.depends)
-            for before, after in zip(values[num_consts : num_consts + num_carry], out[:num_carry], strict=True)
-        ]
-        return counter, carry
 
     def branches(self, eqn, values, times):
         """Of a condition's branches the one with the most multiply-adds counts."""
         best: tuple[int, _Counter] | None = None
         for branch in eqn.params['branches']:
             counter = _Counter()
-            counter.layers = {name: [0, 0, row[2], row[3]] for name, row in self.layers.items()}
+            counter.layers = {name: [0, 0, 0, 0, row[4]] for name, row in self.layers.items()}
             counter.walk(_body(branch), values, times)
             total = counter.other_forward + sum(row[1] for row in counter.layers.values())
             if best is None or total > best[0]:
@@ -271,7 +290,7 @@ class _Counter:
         self.other_backward += counter.other_backward
         for name, row in counter.layers.items():
             mine = self.layers[name]
-            self.layers[name] = [mine[0] + row[0], mine[1] + row[1], mine[2] or row[2], mine[3]]
+            self.layers[name] = [a + b for a, b in zip(mine[:4], row[:4], strict=True)] + [row[4]]
 
 
 def _body(jaxpr):

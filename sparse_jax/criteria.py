@@ -41,7 +41,12 @@ Criterion = Callable[[LeafInfo], jax.Array]
 
 
 def needs(
-    *, ever_active: bool = False, accumulated_gradient: int = 0, amount: bool = False, dense_gradients: int | None = None
+    *,
+    ever_active: bool = False,
+    accumulated_gradient: int = 0,
+    amount: bool = False,
+    dense_gradients: int | None = None,
+    momentum: bool = True,
 ) -> Callable[[Criterion], Criterion]:
     """Marks a criterion that reads what ``sparsify`` provides only on demand: state in ``SparsifyState.method_state``, or an amount.
 
@@ -50,6 +55,7 @@ def needs(
       accumulated_gradient: it reads ``info.accumulated_gradient``, of so many steps (four bytes a weight).
       amount: it redistributes and reads ``info.amount``: it is then called once it is known how much each layer prunes.
       dense_gradients: to grow it needs the gradients of missing weights in so many steps before an update; None: in all.
+      momentum: it reads ``info.momentum``; where no criterion does, and the optimizer has none, none is kept (then it is None).
 
     Returns:
       A decorator.
@@ -68,6 +74,7 @@ def needs(
             'accumulated_gradient': accumulated_gradient,
             'amount': amount,
             'dense_gradients': dense_gradients,
+            'momentum': momentum,
         }
         return criterion
 
@@ -77,9 +84,15 @@ def needs(
 def requirements(*criteria: Criterion | None) -> dict[str, Any]:
     """What the given criteria need together (see :func:`needs`)."""
     marks = [getattr(criterion, 'needs', {}) for criterion in criteria]
+    steps = sorted({mark['accumulated_gradient'] for mark in marks if mark.get('accumulated_gradient')})
+    if len(steps) > 1:
+        raise ValueError(f'criteria need gradients accumulated over {steps} steps: one sum is kept, so they must agree.')
     return {
         'ever_active': any(mark.get('ever_active', False) for mark in marks),
         'amount': any(mark.get('amount', False) for mark in marks),
+        'momentum': any(
+            mark.get('momentum', True) for mark, criterion in zip(marks, criteria, strict=True) if criterion is not None
+        ),
         'accumulated_gradient': max([mark.get('accumulated_gradient', 0) for mark in marks], default=0),
     }
 
@@ -93,6 +106,7 @@ def dense_gradient_steps(grow: Criterion | None) -> int | None:
     return 0 if grow is None else getattr(grow, 'needs', {}).get('dense_gradients')
 
 
+@needs(momentum=False)
 def magnitude(info: LeafInfo) -> jax.Array:
     """Prune by |weight|.
 
@@ -107,11 +121,13 @@ def magnitude_times_momentum(info: LeafInfo) -> jax.Array:
     return jnp.abs(info.weight) * jnp.abs(info.momentum)
 
 
+@needs(momentum=False)
 def taylor(info: LeafInfo) -> jax.Array:
     r"""Prune by \|weight gradient\|, the first-order change of the loss (Molchanov et al., https://arxiv.org/abs/1906.10771)."""
     return jnp.abs(info.weight) * jnp.abs(info.gradient)
 
 
+@needs(momentum=False)
 def signed_magnitude(info: LeafInfo) -> jax.Array:
     r"""Prune the smallest positive and the largest negative weights, of both signs the same part: SET's rule as published.
 
@@ -151,7 +167,7 @@ def momentum(info: LeafInfo) -> jax.Array:
     return jnp.abs(info.momentum)
 
 
-@needs(dense_gradients=1)
+@needs(dense_gradients=1, momentum=False)
 def gradient(info: LeafInfo) -> jax.Array:
     """Grow by |gradient| of the update's own step (RigL: Evci et al., https://arxiv.org/abs/1911.11134)."""
     return jnp.abs(info.gradient)
@@ -176,21 +192,21 @@ def accumulated_gradient(steps: int) -> Criterion:
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f'accumulated_gradient: steps={steps!r} must be an integer, at least 1.')
 
-    @needs(accumulated_gradient=steps, dense_gradients=steps)
+    @needs(accumulated_gradient=steps, dense_gradients=steps, momentum=False)
     def criterion(info: LeafInfo) -> jax.Array:
         return jnp.abs(info.accumulated_gradient)
 
     return criterion
 
 
-@needs(dense_gradients=0)
+@needs(dense_gradients=0, momentum=False)
 def random(info: LeafInfo) -> jax.Array:
     """Grow (or prune) at random, by scores uniform in [0, 1), one a unit (SET: Mocanu et al., https://arxiv.org/abs/1707.04780)."""
     units = jax.random.uniform(info.key, info.granularity.unit_shape(info.weight.shape))
     return info.granularity.expand(units, info.weight.shape)
 
 
-@needs(ever_active=True, dense_gradients=0)
+@needs(ever_active=True, dense_gradients=0, momentum=False)
 def random_never_active(info: LeafInfo) -> jax.Array:
     """Grow at random among units that have never been active, and where there are none left among the others (ITOP's
     ``random_unfired``: Liu et al., https://arxiv.org/abs/2102.02887)."""
@@ -220,7 +236,9 @@ def momentum_by_neuron(info: LeafInfo) -> jax.Array:
     weight = jnp.round(redistribution.divide(means, jnp.maximum(jnp.max(means), jnp.finfo(jnp.float32).tiny)) * scale)
     weight = weight.astype(jnp.uint32)
     units = jnp.asarray(info.amount).astype(jnp.uint32) * granularity_lib.unit_size(info.granularity, info.weight.shape)
-    share, _ = redistribution.multiply_divide((units >> 16, units & 0xFFFF), weight, jnp.maximum(jnp.sum(weight), 1))
+    share, _ = redistribution.multiply_divide(
+        (units >> 16, units & 0xFFFF), weight, jnp.maximum(jnp.sum(weight, dtype=jnp.uint32), 1)
+    )
     chosen = jax.vmap(selection.select_largest)(columns, share.astype(jnp.int32), room)
     finite = jnp.where(jnp.isfinite(scores), scores, 0.0)
     relative = redistribution.divide(finite, jnp.maximum(jnp.max(finite), jnp.finfo(jnp.float32).tiny))
@@ -248,17 +266,19 @@ def mean_momentum(info: LeafInfo) -> jax.Array:
     return _mean(info.momentum, info)
 
 
+@needs(momentum=False)
 def mean_magnitude(info: LeafInfo) -> jax.Array:
     """Redistribute by the mean |weight| of a layer's active weights (the original's ``magnitude``), summed exactly."""
     return _mean(info.weight, info)
 
 
+@needs(momentum=False)
 def mean_gradient(info: LeafInfo) -> jax.Array:
     """Redistribute by the mean |gradient| of a layer's active weights, summed exactly."""
     return _mean(info.gradient, info)
 
 
-@needs(amount=True)
+@needs(amount=True, momentum=False)
 def nonzeros(info: LeafInfo) -> jax.Array:
     """Redistribute by the number of units that a layer has left after the pruning (DSR: https://arxiv.org/abs/1902.05967)."""
     left = _reduce.count(granularity_lib.active(info.granularity, info.mask)) - info.amount

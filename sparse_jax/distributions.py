@@ -1,6 +1,6 @@
 """How many units each layer starts with: exact integers on the host, from the layers' shapes alone."""
 
-import fnmatch
+import re
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -140,9 +140,16 @@ def matching(patterns: Sequence[str], names: Sequence[str], setting: str) -> lis
     >>> matching(['fc1/*', '*'], ['fc1/kernel', 'fc2/kernel'], 'distribution')
     [0, 1]
     """
-    found = [next((i for i, pattern in enumerate(patterns) if fnmatch.fnmatchcase(name, pattern)), None) for name in names]
+
+    def matches(pattern: str, name: str) -> bool:
+        expression = '.*'.join(map(re.escape, pattern.split('*')))
+        return any(
+            re.fullmatch(expression, n) for n in (name, re.sub(r'\[\d+\]$', '', name))
+        )  # a stacked leaf's layer, or the leaf
+
+    found = [next((i for i, pattern in enumerate(patterns) if matches(pattern, name)), None) for name in names]
     for i, pattern in enumerate(patterns):
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+        if not any(matches(pattern, name) for name in names):
             raise ValueError(
                 f'{setting}: the pattern {pattern!r} matches no sparse leaf.{_names.did_you_mean(pattern, names)} They are '
                 f'{", ".join(names)}; * matches any part of a path.'

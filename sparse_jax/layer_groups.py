@@ -39,7 +39,7 @@ class Operands(NamedTuple):
     weight: jax.Array
     mask: jax.Array
     gradient: jax.Array
-    momentum: jax.Array
+    momentum: Any
     ever_active: Any
     accumulated_gradient: Any
 
@@ -214,7 +214,10 @@ class Group:
         def one(leaf, key, amount):
             weight, mask, gradient, momentum, *kept = leaf
             info = criteria.LeafInfo(weight, mask, gradient, momentum, key, amount, self.rule.granularity, *kept)
-            return jnp.asarray(criterion(info))
+            value = criterion(info)
+            if value is None:
+                raise ValueError(f'the criterion {criterion} returned None, not scores: does it return anything?')
+            return jnp.asarray(value)
 
         if layer.depth is None:  # not by vmap: a criterion sees what it would see alone
             return one(jax.tree.map(lambda x: x[0], leaf), keys[0], amounts[0])[None]

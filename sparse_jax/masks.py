@@ -181,7 +181,8 @@ def set_masks(opt_state: Any, masks: Masks) -> Any:
 
     Args:
       opt_state: state of an optax optimizer that contains one :func:`sparse_jax.sparsify`.
-      masks: a tree like the present masks, with their shapes, bool.
+      masks: a tree like the present masks, with their shapes, bool. In blocks a block with any weight counts as active, and the next
+        update fills or empties it.
 
     Returns:
       A new state. The params are not touched: follow with :func:`apply_masks`.
@@ -206,7 +207,16 @@ def set_masks(opt_state: Any, masks: Masks) -> Any:
                 f'bool{list(present.shape)}.'
             )
     masks = jax.tree.map(jnp.asarray, masks)
-    return jax.tree.map(lambda x: x._replace(masks=masks) if _is_state(x) else x, opt_state, is_leaf=_is_state)
+
+    def replace(state):
+        if not _is_state(state):
+            return state
+        kept = dict(state.method_state)
+        if 'ever_active' in kept:
+            kept['ever_active'] = jax.tree.map(jnp.logical_or, kept['ever_active'], masks)
+        return state._replace(masks=masks, method_state=kept)
+
+    return jax.tree.map(replace, opt_state, is_leaf=_is_state)
 
 
 def apply_masks(params: Any, masks: Masks) -> Any:

@@ -3,6 +3,9 @@
 ITOP (In-Time Over-Parameterization, Liu et al., https://arxiv.org/abs/2102.02887) needs no method: it is any of them with an
 ``update_every`` long enough to train what was grown, and as many updates as it takes for the exploration rate
 (``sj.stats.exploration_rate``, with ``track_exploration=True``) to come near 1.
+
+An inner optimizer's momentum is not touched by any of them: a new weight starts at 0, with the momentum that its gradients left while
+it was missing, and moves with the next step. RigL's and SET's own programs start it without.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,15 +19,16 @@ from sparse_jax import granularity as granularity_lib
 from sparse_jax.masks import PathPredicate
 
 
-def _last_update(update_every: int, total_steps: int, stop_step: int | None) -> int:
-    last = total_steps if stop_step is None else min(stop_step, total_steps)
-    return max((last - 1) // update_every * update_every, update_every)
-
-
 def _gradual(initial: float, density: float, update_every: int, total_steps: int, options: Mapping[str, Any]) -> optax.Schedule:
-    start = options.get('start_step', 0)
-    end = _last_update(update_every, total_steps, options.get('stop_step'))
-    return schedules.cubic(initial, density, min(start, end - 1), end)
+    start, stop = options.get('start_step', 0), options.get('stop_step')
+    last = ((total_steps if stop is None else min(stop, total_steps)) - 1) // update_every * update_every
+    if last <= start:
+        raise ValueError(
+            f'update_every={update_every} leaves no mask update after start_step={start} and before '
+            f'{"total_steps" if stop is None else "stop_step"}={total_steps if stop is None else stop}, so the density would never '
+            'fall: update more often, or train longer.'
+        )
+    return schedules.cubic(initial, density, start, last)
 
 
 def _three_quarters(total_steps: int) -> int:

@@ -83,7 +83,11 @@ def exploration_rate(opt_state: Any) -> float:
 
 def _layers(opt_state: Any, stacked: PathPredicate | None) -> list[Layer]:
     masks = masks_lib.get_masks(opt_state)
-    return masks_lib.layer_table(masks, lambda _, mask: mask.ndim > 0, stacked)
+    layers = masks_lib.layer_table(masks, lambda _, mask: mask.ndim > 0, stacked)
+    have, known = layers[-1].stop if layers else 0, len(masks_lib.find_state(opt_state).stats.share)
+    if have != known:
+        raise ValueError(f'stacked: the optimizer has {known} layers, but by this there are {have}: give stacked= as to sparsify.')
+    return layers
 
 
 def flip_rate(opt_state: Any) -> float:

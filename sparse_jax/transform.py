@@ -119,16 +119,19 @@ def sparsify(
     prune_by, grow_by, share_by = (
         criteria.get(name, value) for name, value in (('prune', prune), ('grow', grow), ('redistribute', redistribute))
     )
+    share_by = None if grow_by is None else share_by  # nothing is grown: nothing is shared out
+    fixed = grow_by is None and not callable(density)  # the mask is
     _arguments.check(density, update_every, total_steps, prune_rate, start_step, stop_step, seed)
     _arguments.check_functions(inner, sparsifiable, stacked)
     _arguments.check_criteria(prune=prune_by, grow=grow_by, redistribute=share_by)
-    needed = criteria.requirements(prune_by, grow_by, share_by)
+    needed = criteria.requirements(*([] if fixed else [prune_by, grow_by, share_by]))
     assert prune_by is not None
     _arguments.check_rule(prune_by, prune_scope, update_every, needed['accumulated_gradient'], dense)
     timing: dict[str, Any] = dict(update_every=update_every, total_steps=total_steps, start_step=start_step, stop_step=stop_step)
-    last_density = density
+    last_density: Any = density
+    least_density: Any = density
     if callable(density):
-        last_density = _arguments.check_density_schedule(density, can_grow=grow_by is not None, **timing)
+        last_density, least_density = _arguments.check_density_schedule(density, can_grow=grow_by is not None, **timing)
     rate_schedule = prune_rate if callable(prune_rate) else schedules.cosine(prune_rate, total_steps)
     distribute = distributions.get(distribution)
     units = granularity_lib.get(granularity)
@@ -137,6 +140,8 @@ def sparsify(
 
     def initial_counts(layers, at_density):
         """Units of each layer at a density; checks it."""
+        if at_density == 1:  # whatever the distribution
+            return layer_groups.unit_counts(units, layers)
         names = masks_lib.names_of(layers)
         sizes = layer_groups.unit_counts(units, layers)
         shapes = [layer.shape for layer in layers for _ in range(layer.depth or 1)]
@@ -166,7 +171,8 @@ def sparsify(
         if num_layers > redistribution.MAX_LAYERS:
             raise ValueError(f'params has {num_layers} sparse layers; at most {redistribution.MAX_LAYERS} are supported.')
         if callable(density) and layers:
-            initial_counts(layers, last_density)  # the least there will be must do
+            initial_counts(layers, last_density)
+            distributions.budget([distributions.Layer('', (), n) for n in layer_groups.unit_counts(units, layers)], least_density)
         first = density if not callable(density) else float(schedules.densities(density, np.array([0]))[0])
         counts = jnp.asarray(initial_counts(layers, first), jnp.int32)
         keys = jax.random.split(key, max(num_layers, 1))
@@ -186,7 +192,7 @@ def sparsify(
         """One inner step: its updates, its state, the gradient average (None: not kept), and the momentum."""
         updates, inner_state = inner.update(grads, inner_state, params, **extra_args)
         found = momentum_lib.find(inner_state, jax.tree.structure(params), momentum)
-        if found is not None:
+        if found is not None or average is None:
             return updates, inner_state, None, found
         average = jax.tree.map(
             lambda a, g: a if a.ndim == 0 and g.ndim > 0 else _AVERAGE_DECAY * a + (1 - _AVERAGE_DECAY) * g.astype(jnp.float32),
@@ -202,8 +208,10 @@ def sparsify(
         def load(operands, own_masks, members):
             grads, inner_state, average, accumulated, ever_active, params = operands
             updates, _, _, momenta = advance(grads, inner_state, average, params, extra_args)
-            params, updates, grads, momenta = map(treedef.flatten_up_to, (params, updates, grads, momenta))
-            ever, total = ([None] * len(params) if x is None else treedef.flatten_up_to(x) for x in (ever_active, accumulated))
+            params, updates, grads = map(treedef.flatten_up_to, (params, updates, grads))
+            momenta, ever, total = (
+                [None] * len(params) if x is None else treedef.flatten_up_to(x) for x in (momenta, ever_active, accumulated)
+            )
             return [
                 layer_groups.Operands(
                     (params[i] + updates[i]).astype(params[i].dtype), mask, grads[i], momenta[i], ever[i], total[i]
@@ -236,7 +244,7 @@ def sparsify(
                 'inner: optax.lookahead is not supported: its slow weights are not sparse. Wrap its fast optimizer alone.'
             )
         method_state = {}
-        if momentum_lib.find(inner_state, jax.tree.structure(params), momentum) is None:
+        if momentum_lib.find(inner_state, jax.tree.structure(params), momentum) is None and needed['momentum']:
             method_state['gradient_average'] = jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.float32), masks)
         if keep_ever_active:
             method_state['ever_active'] = jax.tree.map(jnp.copy, masks)
@@ -292,7 +300,7 @@ def sparsify(
             return masks, grown, ever_active, stats, t > 0
 
         moving = state.masks, state.grown, ever_active, state.stats
-        if grow_by is None and not callable(density):  # the mask is fixed
+        if fixed:
             masks, grown, ever_active, stats = moving
         else:
             operands = (grads, state.inner_state, average, accumulated, params, *moving, t, state.rng_key)

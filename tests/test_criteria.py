@@ -64,6 +64,16 @@ def test_random_never_active_takes_those_first():
     assert scores[~fired].min() >= 1.0 > scores[fired].max()
 
 
+def test_criteria_work_in_float64():
+    with jax.enable_x64(True):
+        for criterion in (*sj.criteria.PRUNE.values(), *sj.criteria.GROW.values()):
+            tx = sj.sparsify(optax.sgd(0.1, 0.9), density=0.3, update_every=1, total_steps=9,
+                             **{'prune' if criterion in sj.criteria.PRUNE.values() else 'grow': criterion})  # fmt: skip
+            params = {'w': jnp.asarray(np.random.default_rng(0).normal(size=(8, 8)))}
+            state = jax.eval_shape(lambda p, tx=tx: tx.update(p, tx.init(p), p)[1], params)
+            assert state.masks['w'].shape == (8, 8)
+
+
 def test_momentum_by_neuron_gives_each_neuron_its_part():
     info = _info(shape=(200, 5), amount=jnp.int32(60))
     m = np.abs(np.float64(info.momentum)) * np.array([1, 2, 3, 4, 0.1])
@@ -183,6 +193,7 @@ def test_a_mapping_fixes_some_layers_and_the_others_share_the_rest():
     assert counts == [13310 - 3000 - 1000, 3000, 1000]
     with pytest.raises(ValueError, match="the pattern 'l9' matches no sparse leaf. Did you mean 'l2'"):
         sj.distributions.get({'l9': 0.5})(layers, 0.05)
+    assert sj.distributions.matching(['w', 'v[1]'], ['w[0]', 'w[1]', 'v[0]', 'v[1]'], 'distribution') == [0, 0, None, 1]
     with pytest.raises(ValueError, match="'l1' never comes into play"):
         sj.distributions.get({'l*': 0.5, 'l1': 0.1})(layers, 0.05)
     with pytest.raises(ValueError, match='fixes every layer, at 0.5 of the units in all, but density=0.05'):

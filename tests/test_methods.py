@@ -240,3 +240,32 @@ def test_a_rising_density_is_shared_out_and_exact():
         _, state = step(grads, state, params)
         expected = round(density(t // 2 * 2) * 288)
         assert sum(int(state.masks[name].sum()) for name in sizes) == expected
+
+
+@pytest.mark.parametrize(
+    'window', [dict(update_every=10, total_steps=10), dict(stop_step=1), dict(start_step=8), dict(start_step=20)]
+)
+@pytest.mark.parametrize('method', FALLING)
+def test_a_density_that_could_never_fall_is_refused(method, window):
+    arguments = {'update_every': 2, 'total_steps': 10, **window}
+    with pytest.raises(ValueError, match='leaves no mask update after start_step'):
+        sj.methods.create(method, optax.sgd(0.1), 0.25, **arguments)
+
+
+def test_gradual_pruning_ends_at_any_distribution_also_one_by_patterns():
+    params = {'a': jax.random.normal(jax.random.key(0), (40, 30)), 'b': jax.random.normal(jax.random.key(1), (10, 10))}
+    for distribution in ({'b': 0.5}, 'uniform'):
+        tx = sj.sparsify(optax.sgd(0.1), density=sj.schedules.cubic(1.0, 0.25, 0, 8), grow=None, update_every=2, total_steps=10,
+                         distribution=distribution)  # fmt: skip
+        state = tx.init(params)
+        step = jax.jit(tx.update)
+        for _ in range(9):
+            _, state = step(params, state, params)
+        counts = [int(state.masks[name].sum()) for name in 'ab']
+        assert sum(counts) == 325 and counts[1] == (50 if distribution != 'uniform' else 25)
+
+
+def test_no_average_is_kept_that_nothing_reads():
+    for name in ('static', 'set', 'dsr', 'rigl', 'gmp', 'granet'):
+        assert sj.methods.create(name, optax.sgd(0.1), 0.25, 2, 20).init({'w': jnp.ones((8, 8))}).method_state == {}
+    assert 'gradient_average' in sj.methods.snfs(optax.sgd(0.1), 0.25, 2, 20).init({'w': jnp.ones((8, 8))}).method_state

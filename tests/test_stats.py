@@ -77,11 +77,24 @@ def test_layers_stacked_for_scan_jit_checkpoint_and_transposition():
     apply = lambda p, x: lax.scan(layer, x, p['w'])[0]
     counted = sj.stats.operations(apply, masks, params, jnp.ones((10, 8), jnp.bfloat16))
     assert counted.inference == 10 * mask.sum() and counted.inference_dense == 10 * 192
-    assert counted.layers['w'].input_gradient, 'all layers but the first need it'
+    assert counted.layers['w'].input_gradient == 10 * mask[1:].sum(), 'all layers but the first need it'
+    assert counted.training_dense == 10 * 64 * (3 + 3 + 2)
     shared = sj.stats.operations(
         lambda p, x: lax.scan(lambda x, _: (x @ p['w'][0], None), x, None, length=4)[0], masks, params, jnp.ones((10, 8))
     )
     assert shared.inference == 4 * 10 * mask[0].sum()
+
+
+def test_leaves_that_are_split_and_those_that_cannot_be_followed():
+    mask = _mask((4, 12))
+    masks, params, x = {'w': jnp.asarray(mask)}, {'w': jnp.ones((4, 12))}, jnp.ones((10, 4))
+    fused = lambda p, x: [x @ part for part in jnp.split(p['w'], 3, axis=1)]
+    assert sj.stats.operations(fused, masks, params, x).inference == 10 * mask.sum()
+    for moved in (lambda p, x: x @ jnp.concatenate([p['w'], p['w']], axis=1), lambda p, x: x @ jnp.pad(p['w'], ((0, 0), (1, 1)))):
+        with pytest.raises(ValueError, match='w reaches a product through'):
+            sj.stats.operations(moved, masks, params, x)
+    with pytest.raises(ValueError, match=r'the mask of w has the shape \(2, 2\)'):
+        sj.stats.operations(fused, {'w': jnp.ones((2, 2), bool)}, params, x)
 
 
 def test_products_without_a_masked_leaf_are_counted_apart():
@@ -142,5 +155,9 @@ def test_summary_and_table_of_a_run():
     assert numbers['exploration_rate'] == pytest.approx(ever / 144)
     table = sj.stats.table(state, stacked)
     assert len(table.splitlines()) == 5 and 'blocks[1]' in table and 'exploration rate' in table
+    with pytest.raises(ValueError, match='the optimizer has 3 layers, but by this there are 2: give stacked='):
+        sj.stats.summary(state)
+    again = sj.set_masks(state, jax.tree.map(jnp.ones_like, state.masks))
+    assert sj.stats.exploration_rate(again) == 1.0
     with pytest.raises(ValueError, match='track_exploration=True'):
         sj.stats.exploration_rate(sj.sparse_momentum(0.1, 0.5, 1, 9).init(params))

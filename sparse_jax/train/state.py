@@ -214,7 +214,11 @@ def operations(
     count = functools.partial(sj.stats.operations, lambda p, x: experiment.apply(p, state.model_state, x), masks)
     window = experiment.dense_gradient_steps
     now = count(state.params, image, update_every=experiment.update_every, dense_gradient_window=window)
-    layers = {name: row._replace(forward=round(row.forward_dense * mean_density[name])) for name, row in now.layers.items()}
+    layers = {}
+    for name, row in now.layers.items():
+        density = mean_density[name]
+        forward, back = round(row.forward_dense * density), round(row.input_gradient_dense * density)
+        layers[name] = row._replace(forward=forward, input_gradient=back)
     # a step has a batch, and the masks are updated for all of it
     average = now._replace(layers=layers, mask_updates=0.0)
     return {
