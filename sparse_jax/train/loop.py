@@ -53,11 +53,6 @@ def _evaluate(evaluate, state, split: data_lib.Split) -> dict[str, float]:
 
 
 @jax.jit
-def _nonzeros(masks: Any) -> list[jax.Array]:
-    return [mask.sum() for mask in jax.tree.leaves(masks) if mask.ndim]
-
-
-@jax.jit
 def _all_finite(params: Any) -> jax.Array:
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]))
 
@@ -149,8 +144,8 @@ def _train_loop(config, folder, data, experiment, checkpoints, state, start, sec
     shown: dict[str, float] = {}
 
     def write_density(step, extra):
-        counts = jax.device_get(_nonzeros(sj.get_masks(state.opt_state)))
-        density = {name: int(count) / size for count, (name, (_, size)) in zip(counts, layers.items(), strict=True)}
+        counts = sj.stats.nonzeros(sj.get_masks(state.opt_state))
+        density = {name: counts[name] / size for name, (_, size) in layers.items()}
         writer.write(step, {'density': density, **extra})
 
     if start == 0 and config.sparsity.method != 'dense':
