@@ -2,10 +2,20 @@
 
 import dataclasses
 
+from sparse_jax import _names
+
 
 @dataclasses.dataclass
 class Model:
     name: str = 'lenet300'  # see sparse_jax.models
+    dtype: str = 'float32'  # of the computation: float32 or bfloat16; parameters are float32 in any case
+    dropout: float = -1.0  # probability, in [0, 1); -1: the model's own
+    depth: int = 0  # transformer: layers
+    features: int = 0  # transformer: width of the residual stream
+    heads: int = 0  # transformer: of the attention
+    hidden: int = 0  # transformer: width of the SwiGLU; 0: 8/3 of features, rounded up to a multiple of 64
+    tied: bool = True  # transformer: whether the output layer is the embedding, transposed
+    remat: bool = False  # transformer: compute activations again in the backward pass, to save memory
 
 
 @dataclasses.dataclass
@@ -13,19 +23,31 @@ class Data:
     name: str = 'mnist'  # see sparse_jax.data
     dir: str = 'data/mnist'  # folder with the data set's files; not used by data that a package carries
     batch_size: int = 100  # examples a step
+    eval_batch_size: int = 1000  # examples at a time in evaluations
     download: bool = False  # fetch missing files into `dir`, with checksums
-    validation: float = 0.1  # part of the training examples that is set apart for choosing settings, in [0, 1)
+    validation: float = 0.1  # part of the training examples (of text: of the files) that is set apart for choosing settings, in [0, 1)
+    augment: bool = True  # cifar: random crops and flips of the training images
+    pattern: str = '**/*.txt'  # text: which files below `dir`
+    tokenizer: str = ''  # text: a JSON file of the library tokenizers; empty: bytes
+    length: int = 256  # text: tokens of a sequence
+    prefetch: int = 2  # batches that are made ahead, in a thread; 0: none
 
 
 @dataclasses.dataclass
 class Optimizer:
-    name: str = 'sgd'  # the only one so far
-    learning_rate: float = 0.1  # at the start
-    momentum: float = 0.9  # decay of the momentum, in [0, 1)
-    nesterov: bool = True
-    weight_decay: float = 5e-4  # L2, added to the gradient
-    decay_every: int = 25_000  # the learning rate is multiplied by decay_factor every so many steps; 0: never
-    decay_factor: float = 0.1
+    name: str = 'sgd'  # see sparse_jax.train.optimizer
+    learning_rate: float = 0.1  # at the start, or after the warm-up
+    schedule: str = 'step'  # step: x decay_factor every decay_every steps; cosine: to final_factor at the end; constant
+    warmup_steps: int = 0  # of a linear warm-up from 0
+    decay_every: int = 25_000  # step schedule: in steps; 0: never
+    decay_factor: float = 0.1  # step schedule
+    final_factor: float = 0.0  # cosine schedule: the last learning rate as a part of learning_rate, in [0, 1]
+    momentum: float = 0.9  # sgd: decay of the momentum, in [0, 1)
+    nesterov: bool = True  # sgd
+    beta1: float = 0.9  # adamw: decay of the mean of the gradients
+    beta2: float = 0.95  # adamw: decay of the mean of their squares
+    weight_decay: float = 5e-4  # sgd: L2, added to the gradient; adamw: decoupled, of matrices only
+    clip_norm: float = 0.0  # largest global norm of the gradients of existing weights; 0: none
 
 
 @dataclasses.dataclass
@@ -51,6 +73,9 @@ class Train:
     epochs: int = 100  # passes over the training data
     steps: int = 0  # length of the training in steps; wins over epochs; 0: epochs decide
     eval_every: int = 0  # steps between evaluations; 0: one epoch
+    label_smoothing: float = 0.0  # part of the target that is spread over all classes, in [0, 1)
+    accumulate: int = 1  # parts that a batch is worked through in, one after the other; divides data.batch_size
+    average_decay: float = 0.0  # of an exponential average of the weights, which evaluations then use, in [0, 1); 0: none
 
 
 @dataclasses.dataclass
@@ -80,7 +105,7 @@ class Config:
 
 
 # What may differ when a run is resumed; everything else is the experiment's identity.
-_FREE = ('mesh.', 'checkpoint.', 'log.', 'data.dir', 'data.download', 'sparsity.kernels')
+_FREE = ('mesh.', 'checkpoint.', 'log.', 'data.dir', 'data.download', 'data.prefetch', 'sparsity.kernels')
 
 
 def flatten(config: Config) -> dict[str, object]:
@@ -109,7 +134,7 @@ def identity(config: Config) -> dict[str, object]:
       config: the settings.
 
     Returns:
-      A flat dictionary without ``checkpoint.*``, ``log.*``, ``data.dir`` and ``data.download``.
+      A flat dictionary without ``checkpoint.*``, ``log.*``, ``data.dir``, ``data.download`` and ``data.prefetch``.
 
     Example:
       >>> 'data.dir' in identity(Config()), 'seed' in identity(Config())
@@ -121,10 +146,23 @@ def identity(config: Config) -> dict[str, object]:
 # (setting, what is allowed, in words)
 _RANGES = (
     ('seed', lambda v: 0 <= v < 2**31, 'in [0, 2^31)'),
+    ('model.dropout', lambda v: 0 <= v < 1 or v == -1, "in [0, 1), or -1 (the model's own)"),
+    ('model.depth', lambda v: v >= 0, 'at least 0'),
+    ('model.features', lambda v: v >= 0, 'at least 0'),
+    ('model.heads', lambda v: v >= 0, 'at least 0'),
+    ('model.hidden', lambda v: v >= 0, 'at least 0 (0: 8/3 of model.features)'),
     ('data.batch_size', lambda v: v >= 1, 'at least 1'),
+    ('data.eval_batch_size', lambda v: v >= 1, 'at least 1'),
     ('data.validation', lambda v: 0 <= v < 1, 'in [0, 1)'),
+    ('data.length', lambda v: v >= 1, 'at least 1'),
+    ('data.prefetch', lambda v: v >= 0, 'at least 0 (0: none)'),
     ('optimizer.learning_rate', lambda v: v > 0, 'positive'),
+    ('optimizer.warmup_steps', lambda v: v >= 0, 'at least 0'),
+    ('optimizer.final_factor', lambda v: 0 <= v <= 1, 'in [0, 1]'),
     ('optimizer.momentum', lambda v: 0 <= v < 1, 'in [0, 1)'),
+    ('optimizer.beta1', lambda v: 0 <= v < 1, 'in [0, 1)'),
+    ('optimizer.beta2', lambda v: 0 <= v < 1, 'in [0, 1)'),
+    ('optimizer.clip_norm', lambda v: v >= 0, 'at least 0 (0: none)'),
     ('optimizer.weight_decay', lambda v: v >= 0, 'at least 0'),
     ('optimizer.decay_every', lambda v: v >= 0, 'at least 0 (0: never)'),
     ('optimizer.decay_factor', lambda v: v > 0, 'positive'),
@@ -138,10 +176,45 @@ _RANGES = (
     ('train.epochs', lambda v: v >= 1, 'at least 1'),
     ('train.steps', lambda v: v >= 0, 'at least 0 (0: train.epochs decides)'),
     ('train.eval_every', lambda v: v >= 0, 'at least 0 (0: one epoch)'),
+    ('train.label_smoothing', lambda v: 0 <= v < 1, 'in [0, 1)'),
+    ('train.accumulate', lambda v: v >= 1, 'at least 1'),
+    ('train.average_decay', lambda v: 0 <= v < 1, 'in [0, 1) (0: none)'),
     ('checkpoint.every', lambda v: v >= 1, 'at least 1'),
     ('checkpoint.keep', lambda v: v >= 1, 'at least 1'),
     ('log.every', lambda v: v >= 1, 'at least 1'),
 )
+
+
+def override(config: Config, name: str, value: str) -> None:
+    """Sets one setting from text, as the command line does.
+
+    Args:
+      config: is changed.
+      name: such as ``sparsity.density``.
+      value: text; true and false for booleans.
+
+    Raises:
+      ValueError: if there is no such setting, or the text is not of its type.
+
+    Example:
+      >>> config = Config()
+      >>> override(config, 'sparsity.density', '0.1')
+      >>> config.sparsity.density
+      0.1
+    """
+    known = flatten(config)
+    if name not in known:
+        raise _names.unknown('setting', name, known)
+    kind = type(known[name])
+    try:
+        parsed = {'true': True, 'false': False}[value.lower()] if kind is bool else kind(value)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f'{name}={value!r} is not {_KINDS[kind]}.') from error
+    *section, field = name.split('.')
+    setattr(getattr(config, section[0]) if section else config, field, parsed)
+
+
+_KINDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text'}
 
 
 def validate(config: Config) -> None:

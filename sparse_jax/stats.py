@@ -194,7 +194,7 @@ def summary(opt_state: Any, stacked: PathPredicate | None = None) -> dict[str, f
     numbers['flip_rate'] = flip_rate(opt_state)
     if 'ever_active' in state.method_state:
         numbers['exploration_rate'] = exploration_rate(opt_state)
-    counts = _layer_counts(state.masks, layers)
+    counts = layer_nonzeros(state.masks, layers)
     sizes = [int(np.prod(layer.shape)) for layer in layers for _ in range(layer.depth or 1)]
     dead = dead_neurons(state.masks, stacked)
     stats = jax.device_get(state.stats)
@@ -206,12 +206,18 @@ def summary(opt_state: Any, stacked: PathPredicate | None = None) -> dict[str, f
     return numbers
 
 
-def _layer_counts(masks: Masks, layers: list[Layer]) -> list[int]:
+@jax.jit
+def _row_counts(mask: jax.Array) -> jax.Array:
+    return jnp.sum(mask, axis=tuple(range(1, mask.ndim)), dtype=jnp.int32)
+
+
+def layer_nonzeros(masks: Masks, layers: list[Layer]) -> list[int]:
+    """Active weights of each layer, those of a stacked leaf apart, in the order of the layers."""
     leaves = jax.tree.leaves(masks)
     counts = []
     for layer in layers:
         mask = leaves[layer.leaf] if layer.depth is not None else leaves[layer.leaf][None]
-        counts += jnp.sum(mask, axis=tuple(range(1, mask.ndim)), dtype=jnp.int32).tolist()
+        counts += np.asarray(_row_counts(mask)).tolist()
     return counts
 
 

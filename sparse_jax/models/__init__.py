@@ -3,30 +3,50 @@
 Example:
   >>> import jax, jax.numpy as jnp
   >>> from sparse_jax import models
-  >>> model = models.create('lenet300', image_shape=(28, 28, 1), num_classes=10)
+  >>> model = models.create('lenet300', input_shape=(28, 28, 1), num_outputs=10)
   >>> params, state = model.init(jax.random.key(0))
   >>> logits, state = model.apply(params, state, jnp.zeros((2, 28, 28, 1)), train=False, rng=None)
   >>> logits.shape, params['fc1']['kernel'].shape
   ((2, 10), (784, 300))
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from sparse_jax import _names
+from sparse_jax.models import transformer
+from sparse_jax.models.cifar import VGG, AlexNet, WideResNet
 from sparse_jax.models.lenet import LeNet5, LeNet300
 
-_MODELS = {'lenet300': LeNet300, 'lenet5': LeNet5}
+# name -> module and what distinguishes it
+_MODELS: dict[str, tuple[type[nnx.Module], dict[str, Any]]] = {
+    'lenet300': (LeNet300, {}),
+    'lenet5': (LeNet5, {}),
+    'alexnet_s': (AlexNet, dict(hidden=1024)),
+    'alexnet_b': (AlexNet, dict(hidden=2048)),
+    'vgg_c': (VGG, dict(variant='c')),
+    'vgg_d': (VGG, dict(variant='d')),
+    'vgg_like': (VGG, dict(variant='like')),
+    'wrn_28_2': (WideResNet, dict(depth=28, width=2)),
+    'wrn_22_8': (WideResNet, dict(depth=22, width=8)),
+    'wrn_16_8': (WideResNet, dict(depth=16, width=8)),
+    'wrn_16_10': (WideResNet, dict(depth=16, width=10)),
+    'transformer': (transformer.Transformer, {}),
+}
+DTYPES = ('float32', 'bfloat16')
 
 
 class Model(NamedTuple):
-    """A model's two functions."""
+    """A model's two functions, and which of its leaves are stacked."""
 
     init: Callable[..., Any]  # init(key) -> (params, state), nested dicts; works under eval_shape and jit
     apply: Callable[..., Any]  # apply(params, state, x, *, train, rng, patterns=None) -> (logits, state)
+    stacked: Callable[[str, Any], bool] | None  # as sj.sparsify takes it; None: no leaf holds several layers
 
 
 def names() -> list[str]:
@@ -34,26 +54,50 @@ def names() -> list[str]:
     return sorted(_MODELS)
 
 
-def create(name: str, *, image_shape: tuple[int, int, int], num_classes: int) -> Model:
+def options(name: str) -> list[str]:
+    """The options that a model takes.
+
+    >>> options('wrn_16_8'), options('vgg_d')
+    (['dropout'], [])
+    """
+    if name not in _MODELS:
+        raise _names.unknown('model.name', name, _MODELS)
+    module, fixed = _MODELS[name]
+    taken = inspect.signature(module.__init__).parameters
+    return [option for option in taken if option not in {'self', 'input_shape', 'num_outputs', 'rngs', *fixed}]
+
+
+def create(name: str, *, input_shape: tuple[int, ...], num_outputs: int, dtype: str = 'float32', **own: Any) -> Model:
     """A model by name.
 
     Args:
       name: see :func:`names`.
-      image_shape: height, width and channels of one image.
-      num_classes: number of logits.
+      input_shape: of one example: height, width and channels of an image, or the length of a sequence.
+      num_outputs: number of classes or tokens.
+      dtype: type in which it computes; parameters, normalisation statistics and logits are float32 in any case.
+      **own: what this model takes besides: see :func:`options`, and the module's docstring.
 
     Returns:
-      Its ``init`` and ``apply``. ``patterns`` is a tree like the params with a sparsity pattern or None at each leaf.
+      Its functions. ``patterns`` is a tree like the params with a sparsity pattern or None at each leaf; stacked leaves have patterns
+      with a first axis too. ``rng`` is needed in training where there is dropout.
 
     Raises:
-      ValueError: if there is no such model, or it cannot take such images.
+      ValueError: if there is no such model or option, or it cannot take such examples.
     """
-    if name not in _MODELS:
-        raise _names.unknown('model.name', name, _MODELS)
-    module = _MODELS[name]
+    known = options(name)
+    for option in own:
+        if option not in known:
+            raise _names.unknown(f'the option of {name}', option, known)
+    if dtype not in DTYPES:
+        raise _names.unknown('model.dtype', dtype, DTYPES)
+    if name != 'transformer' and len(input_shape) != 3:
+        raise ValueError(f'model.name={name!r} takes images, got examples of shape {tuple(input_shape)}: choose other data.')
+    module, fixed = _MODELS[name]
+    compute = jnp.dtype(dtype)
+    takes_tokens = module is transformer.Transformer
 
     def make(key):
-        return module(image_shape, num_classes, rngs=nnx.Rngs(key))
+        return module(tuple(input_shape), num_outputs, **fixed, **own, rngs=nnx.Rngs(key))  # pyright: ignore[reportCallIssue]
 
     graphdef = nnx.split(nnx.eval_shape(make, jax.random.key(0)))[0]
 
@@ -62,9 +106,11 @@ def create(name: str, *, image_shape: tuple[int, int, int], num_classes: int) ->
         return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
 
     def apply(params, state, x, *, train: bool, rng=None, patterns=None):
-        del rng  # for dropout; no model here has any
-        model = nnx.merge(graphdef, params, state)
-        logits = model(x, train=train, patterns=patterns)
-        return logits, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
+        model: Any = nnx.merge(graphdef, params, state)
+        if takes_tokens:
+            logits = model(x, train=train, rng=rng, patterns=patterns, dtype=compute)
+        else:
+            logits = model(x.astype(compute), train=train, rng=rng, patterns=patterns)
+        return logits.astype(jnp.float32), nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
 
-    return Model(init, apply)
+    return Model(init, apply, transformer.stacked if takes_tokens else None)

@@ -1,6 +1,8 @@
-"""Training: state, step, loop, checkpoints, metrics, report."""
+"""Training: state, step, loop, checkpoints, metrics, sweeps, reports."""
 
-from sparse_jax.train.loop import MODES, NonFiniteError, evaluate, train
+from sparse_jax.train.loop import NonFiniteError, evaluate, train
 from sparse_jax.train.state import Experiment, TrainState, create
+
+MODES = {'train': train, 'evaluate': evaluate}
 
 __all__ = ['MODES', 'Experiment', 'NonFiniteError', 'TrainState', 'create', 'evaluate', 'train']

@@ -21,11 +21,25 @@ from sparse_jax import data as data_lib
 from sparse_jax.train import checkpoint, metrics, report, workdir
 from sparse_jax.train import state as state_lib
 
-_EVALUATION_BATCH = 1000
+PARTS = ('validation', 'test')
 
 
 class NonFiniteError(RuntimeError):
     """The loss or a parameter is NaN or infinite: the run cannot go on."""
+
+
+def load_data(config: config_lib.Config) -> data_lib.Dataset:
+    """The data set that a config names."""
+    d = config.data
+    options = dict(download=d.download, validation=d.validation, augment=d.augment)
+    return data_lib.load(d.name, d.dir, **options, pattern=d.pattern, tokenizer=d.tokenizer, length=d.length)
+
+
+def create_experiment(config: config_lib.Config, data: data_lib.Dataset) -> state_lib.Experiment:
+    """The experiment that a config describes, on its data."""
+    return state_lib.create(
+        config, num_examples=len(data.train.labels), input_shape=data.input_shape, num_outputs=data.num_outputs
+    )
 
 
 def _prepare(config: config_lib.Config, folder: pathlib.Path) -> tuple[data_lib.Dataset, state_lib.Experiment]:
@@ -34,22 +48,23 @@ def _prepare(config: config_lib.Config, folder: pathlib.Path) -> tuple[data_lib.
     workdir.check(config, folder)
     if config.log.tensorboard:
         metrics.check_tensorboard()
-    data = data_lib.load(config.data.name, config.data.dir, download=config.data.download, validation=config.data.validation)
-    experiment = state_lib.create(
-        config, num_examples=len(data.train.labels), image_shape=data.train.images.shape[1:], num_classes=data.num_classes
-    )
-    return data, experiment
+    data = load_data(config)
+    return data, create_experiment(config, data)
 
 
-def _evaluate(evaluate, state, split: data_lib.Split) -> dict[str, float]:
-    """Mean loss and accuracy over a split."""
-    sums = [
-        evaluate(state, {'image': split.images[i : i + _EVALUATION_BATCH], 'label': split.labels[i : i + _EVALUATION_BATCH]})
-        for i in range(0, len(split.labels), _EVALUATION_BATCH)
-    ]
+def _evaluate(config: config_lib.Config, evaluate, state, data: data_lib.Dataset, part: str) -> dict[str, float]:
+    """Mean loss and accuracy over a part of the data; of text per token, and in bits a byte."""
+    split, size = getattr(data, part), config.data.eval_batch_size
+    sums = []
+    for i in range(0, len(split.labels), size):
+        batch = {'input': data.prepare(split.inputs[i : i + size]), 'label': split.labels[i : i + size].astype(np.int32)}
+        sums.append(evaluate(state, batch))
     sums = jax.device_get(sums)
-    count = len(split.labels)
-    return {'loss': float(sum(s['loss'] for s in sums)) / count, 'accuracy': int(sum(s['correct'] for s in sums)) / count}
+    loss = float(sum(s['loss'] for s in sums)) / split.labels.size
+    values = {'loss': loss, 'accuracy': int(sum(s['correct'] for s in sums)) / split.labels.size}
+    if data.bytes_per_token is not None:
+        values['bits_per_byte'] = loss / math.log(2) / data.bytes_per_token
+    return values
 
 
 @jax.jit
@@ -134,18 +149,18 @@ def _train_or_go_on(config, folder, data, experiment) -> dict[str, Any]:
 def _train_loop(config, folder, data, experiment, checkpoints, state, start, seconds):
     train_step = jax.jit(experiment.train_step, donate_argnums=0, static_argnames='dense_gradients')
     evaluate = jax.jit(experiment.evaluate)
-    part, split = ('validation', data.validation) if len(data.validation.labels) else ('test', data.test)
-    batches = data_lib.batches(data.train, batch_size=config.data.batch_size, seed=config.seed, num_batches=experiment.total_steps)
+    part = next(part for part in PARTS if len(getattr(data, part).labels))
+    batches = data_lib.batches(data, batch_size=config.data.batch_size, seed=config.seed, num_batches=experiment.total_steps)
+    drawn = data_lib.stream(batches, start, config.data.prefetch)
     eval_every = config.train.eval_every or experiment.steps_per_epoch
-    layers = state_lib.sizes(state).layers
+    layers = state_lib.sizes(experiment, state).layers
     writer = metrics.Writer(folder, step=start, tensorboard=config.log.tensorboard)
     progress = metrics.Progress(experiment.total_steps, start)
     step_metrics = _StepMetrics()
     shown: dict[str, float] = {}
 
     def write_density(step, extra):
-        counts = sj.stats.nonzeros(sj.get_masks(state.opt_state))
-        density = {name: counts[name] / size for name, (_, size) in layers.items()}
+        density = {name: count / size for name, (count, size) in state_lib.sizes(experiment, state).layers.items()}
         writer.write(step, {'density': density, **extra})
 
     if start == 0 and config.sparsity.method != 'dense':
@@ -154,7 +169,7 @@ def _train_loop(config, folder, data, experiment, checkpoints, state, start, sec
     last_step = start
     try:
         for step in range(start + 1, experiment.total_steps + 1):
-            state, values = train_step(state, batches[step - 1], dense_gradients=True)
+            state, values = train_step(state, next(drawn), dense_gradients=True)
             step_metrics.add(step, values)
             if experiment.is_mask_update(step):
                 stats = jax.device_get(state.opt_state.stats)
@@ -174,7 +189,7 @@ def _train_loop(config, folder, data, experiment, checkpoints, state, start, sec
                 shown |= means
                 progress.show(step, shown)
             if step % eval_every == 0 or step == experiment.total_steps:
-                values = {f'{part}_{k}': v for k, v in _evaluate(evaluate, state, split).items()}
+                values = {f'{part}_{k}': v for k, v in _evaluate(config, evaluate, state, data, part).items()}
                 writer.write(step, values)
                 shown |= {f'{part}_accuracy': values[f'{part}_accuracy']}
             if step % config.checkpoint.every == 0 or step == experiment.total_steps:
@@ -187,33 +202,42 @@ def _train_loop(config, folder, data, experiment, checkpoints, state, start, sec
     return state, seconds + time.perf_counter() - begin
 
 
-def _finish(config, folder, data, experiment, state, seconds, start) -> dict[str, Any]:
+def _results(config, data, experiment, state) -> dict[str, float]:
+    """Loss and accuracy of each part of the data that there is; of text also by the name eval_loss."""
     evaluate = jax.jit(experiment.evaluate)
-    sizes = state_lib.sizes(state)
+    result = {}
+    for part in PARTS:
+        if len(getattr(data, part).labels):
+            result |= {f'{part}_{k}': v for k, v in _evaluate(config, evaluate, state, data, part).items()}
+    if data.bytes_per_token is not None:
+        result['eval_loss'] = result['validation_loss']
+    return result
+
+
+def _finish(config, folder, data, experiment, state, seconds, start) -> dict[str, Any]:
+    sizes = state_lib.sizes(experiment, state)
     result = {
         'model': config.model.name,
+        'data': config.data.name,
         'method': config.sparsity.method,
         'steps': experiment.total_steps,
         'parameters': sizes.parameters,
         'nonzeros': sizes.nonzeros,
         'density': sizes.density,
         'layers': sizes.layers,
+        **_results(config, data, experiment, state),
     }
-    for part in ('validation', 'test'):
-        split = getattr(data, part)
-        if len(split.labels):
-            result |= {f'{part}_{k}': v for k, v in _evaluate(evaluate, state, split).items()}
     rows = metrics.read(folder)
-    result |= state_lib.operations(experiment, state, data.train.images.shape[1:], _mean_density(rows, experiment.total_steps))
+    result |= state_lib.operations(experiment, state, _mean_density(rows, experiment.total_steps))
     if config.sparsity.method != 'dense':
         result['exploration_rate'] = sj.stats.exploration_rate(state.opt_state)
-    result |= {'seconds': round(seconds, 3), 'steps_per_second': round(experiment.total_steps / max(seconds, 1e-9), 1)}
+    result |= {'seconds': round(seconds, 3), 'steps_per_second': round(experiment.total_steps / max(seconds, 1e-9), 3)}
     report.draw(
         folder / 'report.png',
         rows,
-        title=f'{config.model.name}, {config.sparsity.method}: {result["test_accuracy"]:.2%} with {sizes.nonzeros:,} of '
+        title=f'{config.model.name}, {config.sparsity.method}: {report.headline(result)} with {sizes.nonzeros:,} of '
         f'{sizes.sparse_size:,} weights',
-        input_counts=_input_counts(config, state, data.train.images.shape[1:]),
+        input_counts=_input_counts(config, state, data.input_shape),
     )
     workdir.write_json(
         folder / 'run.json',
@@ -273,15 +297,8 @@ def evaluate(config: config_lib.Config, folder: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f'--workdir={folder} has no complete checkpoint: train first, with --mode=train.')
     state, _ = checkpoints.restore(step, jax.eval_shape(experiment.init, jax.random.key(config.seed)))
     checkpoints.close()
-    sizes = state_lib.sizes(state)
-    result = {'step': step, 'nonzeros': sizes.nonzeros, 'density': sizes.density}
-    jitted = jax.jit(experiment.evaluate)
-    for part in ('validation', 'test'):
-        split = getattr(data, part)
-        if len(split.labels):
-            result |= {f'{part}_{k}': v for k, v in _evaluate(jitted, state, split).items()}
+    sizes = state_lib.sizes(experiment, state)
+    result = {'step': step, 'nonzeros': sizes.nonzeros, 'density': sizes.density, **_results(config, data, experiment, state)}
     print(json.dumps(result, indent=2))
     return result
 
-
-MODES = {'train': train, 'evaluate': evaluate}

@@ -12,6 +12,17 @@ def _bytes(count: float) -> str:
     return f'{count / 1024:.0f} KiB' if count < 1024**2 else f'{count / 1024**2:.1f} MiB'
 
 
+def headline(result: dict[str, Any]) -> str:
+    """A run's result in a few words.
+
+    >>> headline({'test_accuracy': 0.934}), headline({'eval_loss': 1.5, 'validation_bits_per_byte': 2.164})
+    ('93.40% test accuracy', 'validation loss 1.500 nats a token, 2.164 bits a byte')
+    """
+    if 'eval_loss' in result:
+        return f'validation loss {result["eval_loss"]:.3f} nats a token, {result["validation_bits_per_byte"]:.3f} bits a byte'
+    return f'{result["test_accuracy"]:.2%} test accuracy'
+
+
 def print_table(result: dict[str, Any]) -> None:
     """Prints a run's result: sizes, accuracy and time.
 
@@ -34,7 +45,12 @@ def print_table(result: dict[str, Any]) -> None:
     facts = Table(show_header=False)
     facts.add_column()
     facts.add_column(justify='right')
-    facts.add_row('test accuracy', f'{result["test_accuracy"]:.2%}')
+    if 'eval_loss' in result:
+        facts.add_row('validation loss, nats a token', f'{result["eval_loss"]:.4f}')
+        facts.add_row('validation, bits a byte', f'{result["validation_bits_per_byte"]:.4f}')
+        facts.add_row('validation accuracy of the next token', f'{result["validation_accuracy"]:.2%}')
+    else:
+        facts.add_row('test accuracy', f'{result["test_accuracy"]:.2%}')
     facts.add_row('parameters', f'{result["parameters"]:,}')
     facts.add_row('size dense, float32', _bytes(dense))
     facts.add_row('size sparse, float32 values + 1-bit mask', _bytes(sparse))
@@ -43,7 +59,7 @@ def print_table(result: dict[str, Any]) -> None:
     if 'exploration_rate' in result:
         facts.add_row('weights that have ever existed', f'{result["exploration_rate"]:.1%}')
     facts.add_row('steps', f'{result["steps"]:,}')
-    facts.add_row('training time', f'{result["seconds"]:.1f} s ({result["steps_per_second"]:.0f} steps/s)')
+    facts.add_row('training time', f'{result["seconds"]:.1f} s ({result["steps_per_second"]:.3g} steps/s)')
     console.print(facts)
 
 

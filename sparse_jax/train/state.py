@@ -1,6 +1,8 @@
 """What is trained and how: pure functions made from a config."""
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ import sparse_jax as sj
 from sparse_jax import _names, models
 from sparse_jax import config as config_lib
 from sparse_jax import masks as masks_lib
+from sparse_jax.train import optimizer as optimizer_lib
 
 METHODS = (*sj.methods.NAMES, 'dense')
 
@@ -24,6 +27,7 @@ class TrainState(NamedTuple):
     model_state: Any
     opt_state: Any
     rng_key: jax.Array  # constant; folded with the step
+    average: Any = None  # exponential average of the params, not masked; None where there is none
 
 
 class Experiment(NamedTuple):
@@ -36,21 +40,23 @@ class Experiment(NamedTuple):
     prune_rate: optax.Schedule | None  # None where nothing is pruned and grown
     is_mask_update: Callable[[int], bool]  # of a step's number, 1-based
     dense_gradient_steps: int | None  # before a mask update whose gradients off the masks the method needs; None: all
-    apply: Callable[..., Any]  # (params, model_state, images): logits
+    apply: Callable[..., Any]  # apply(params, model_state, inputs): logits
+    layers: list[masks_lib.Layer]  # that are trained sparse (in the dense twin: that would be)
+    example: jax.ShapeDtypeStruct  # one input
     total_steps: int
     steps_per_epoch: int
     update_every: int
 
 
-def _sparsify(config: config_lib.Config, inner, update_every: int, total_steps: int) -> tuple[Any, dict[str, Any]]:
+def _sparsify(config: config_lib.Config, inner, stacked, update_every: int, total_steps: int) -> tuple[Any, dict[str, Any]]:
     """The sparse optimizer, and the arguments that make it."""
     s = config.sparsity
     only_for = {'initial_density': 'granet', 'accumulate_steps': 'rigl'}
     for name, method in only_for.items():
         if getattr(s, name) != getattr(config_lib.Sparsity(), name) and s.method != method:
             raise ValueError(f'config.sparsity.{name}={getattr(s, name)!r} is for the method {method}, not for {s.method}.')
-    options: dict[str, Any] = dict(start_step=s.start_step, granularity=s.granularity)
-    options['dense'] = tuple(pattern for pattern in s.dense.split(',') if pattern)
+    options: dict[str, Any] = dict(start_step=s.start_step, granularity=s.granularity, stacked=stacked)
+    options['dense'] = _patterns(s.dense)
     for name in ('prune_rate', 'stop_step', 'distribution', 'prune', 'grow', 'redistribute'):
         if value := getattr(s, name):
             options[name] = None if value == 'none' else value
@@ -62,46 +68,65 @@ def _sparsify(config: config_lib.Config, inner, update_every: int, total_steps: 
     return sj.sparsify(inner, **parts, track_exploration=True, seed=jax.random.key(config.seed)), parts
 
 
-def create(config: config_lib.Config, *, num_examples: int, image_shape: tuple[int, int, int], num_classes: int) -> Experiment:
+def _model(config: config_lib.Config, input_shape: tuple[int, ...], num_outputs: int) -> models.Model:
+    """The model, with those settings that it takes; ValueError for one that it does not."""
+    settings = dataclasses.asdict(config.model)
+    name, dtype = settings.pop('name'), settings.pop('dtype')
+    known, own = models.options(name), {}
+    for field, value in settings.items():
+        if field in known and not (field == 'dropout' and value == -1):
+            own[field] = value
+        elif field not in known and value != getattr(config_lib.Model(), field):
+            raise ValueError(f'config.model.{field}={value!r} is not a setting of {name}: it takes {", ".join(known) or "none"}.')
+    for field in ('depth', 'features', 'heads'):
+        if own.get(field) == 0:
+            raise ValueError(f'config.model.{field}=0: give the {name} at least 1.')
+    return models.create(name, input_shape=input_shape, num_outputs=num_outputs, dtype=dtype, **own)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
+    """Cross entropy in nats of each label, [...], with a part of the target spread evenly over all classes."""
+    if smoothing == 0:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return optax.softmax_cross_entropy(logits, optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing))
+
+
+def create(config: config_lib.Config, *, num_examples: int, input_shape: tuple[int, ...], num_outputs: int) -> Experiment:
     """The functions of the experiment that a config describes.
 
     Args:
       config: the settings, validated.
       num_examples: number of training examples.
-      image_shape: height, width and channels.
-      num_classes: number of classes.
+      input_shape: of one example: height, width and channels, or the length of a sequence.
+      num_outputs: number of classes or tokens.
 
     Returns:
-      Pure functions, not yet jitted. Both ``train_step`` and ``evaluate`` take batches of ``image`` float32[batch, h, w, c] and
-      ``label`` int32[batch]. With ``dense_gradients=False`` the gradients off the masks are zeros, as a sparse backward pass gives.
+      Pure functions, not yet jitted. Both ``train_step`` and ``evaluate`` take batches of ``input`` (images float32[batch, h, w, c] or
+      tokens int32[batch, length]) and ``label`` (int32[batch], or int32[batch, length]). With ``dense_gradients=False`` the gradients
+      off the masks are zeros, as a sparse backward pass gives.
 
     Raises:
       ValueError: for a name that does not exist, or settings that do not fit together.
     """
     if config.sparsity.method not in METHODS:
         raise _names.unknown('sparsity.method', config.sparsity.method, METHODS)
-    if config.optimizer.name != 'sgd':
-        raise _names.unknown('optimizer.name', config.optimizer.name, ['sgd'])
-    model = models.create(config.model.name, image_shape=image_shape, num_classes=num_classes)
+    sparsity, parts_of_batch, decay = config.sparsity, config.train.accumulate, config.train.average_decay
+    if config.data.batch_size % parts_of_batch:
+        raise ValueError(f'config.train.accumulate={parts_of_batch} must divide data.batch_size={config.data.batch_size}.')
     steps_per_epoch = num_examples // config.data.batch_size
     if steps_per_epoch == 0:
         raise ValueError(f'data.batch_size={config.data.batch_size} is more than the {num_examples} training examples.')
+    model = _model(config, input_shape, num_outputs)
     total_steps = config.train.steps or config.train.epochs * steps_per_epoch
-    update_every = config.sparsity.update_every or steps_per_epoch
-    opt, sparsity = config.optimizer, config.sparsity
-    learning_rate = (
-        optax.exponential_decay(opt.learning_rate, opt.decay_every, opt.decay_factor, staircase=True)
-        if opt.decay_every
-        else optax.constant_schedule(opt.learning_rate)
-    )
-    sgd = optax.sgd(learning_rate, opt.momentum, opt.nesterov)
-    tx = optax.chain(optax.add_decayed_weights(opt.weight_decay), sgd)
-    is_sparse = sparsity.method != 'dense'
+    update_every = sparsity.update_every or steps_per_epoch
+    learning_rate = optimizer_lib.schedule(config.optimizer, total_steps)
+    tx = optimizer_lib.create(config.optimizer, learning_rate)
     prune_rate: Any = None
     is_mask_update: Callable[[int], bool] = lambda step: False
     dense_steps = None
+    is_sparse = sparsity.method != 'dense'
     if is_sparse:
-        tx, parts = _sparsify(config, tx, update_every, total_steps)
+        tx, parts = _sparsify(config, tx, model.stacked, update_every, total_steps)
         grow = sj.criteria.get('grow', parts.get('grow', sj.criteria.momentum))
         dense_steps = sj.criteria.dense_gradient_steps(grow)
         if grow is not None or callable(parts['density']):
@@ -117,33 +142,63 @@ def create(config: config_lib.Config, *, num_examples: int, image_shape: tuple[i
         opt_state = tx.init(params)
         if is_sparse:
             params = sj.apply_masks(params, sj.get_masks(opt_state))
-        return TrainState(jnp.zeros([], jnp.int32), params, model_state, opt_state, rng_key)
+        average = jax.tree.map(jnp.copy, params) if decay else None
+        return TrainState(jnp.zeros([], jnp.int32), params, model_state, opt_state, rng_key, average)
+
+    def gradients(params, model_state, batch, rng):
+        def loss_fn(params):
+            logits, new_state = model.apply(params, model_state, batch['input'], train=True, rng=rng)
+            loss = cross_entropy(logits, batch['label'], config.train.label_smoothing).mean()
+            return loss, (logits, new_state)
+
+        (loss, (logits, new_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        return grads, new_state, {'loss': loss, 'accuracy': jnp.mean(jnp.argmax(logits, axis=-1) == batch['label'])}
+
+    def accumulated(params, model_state, batch, rng):
+        """Means over the parts of a batch; running statistics go from part to part."""
+
+        def part(carry, row):
+            total, model_state = carry
+            grads, model_state, metrics = gradients(params, model_state, row[0], jax.random.fold_in(rng, row[1]))
+            return (jax.tree.map(jnp.add, total, grads), model_state), metrics
+
+        split = jax.tree.map(lambda x: x.reshape(parts_of_batch, -1, *x.shape[1:]), batch)
+        start = jax.tree.map(jnp.zeros_like, params), model_state
+        (total, model_state), metrics = jax.lax.scan(part, start, (split, jnp.arange(parts_of_batch)))
+        mean = lambda g: g / parts_of_batch
+        return jax.tree.map(mean, total), model_state, jax.tree.map(jnp.mean, metrics)
 
     def train_step(state: TrainState, batch, *, dense_gradients: bool = True):
-        def loss_fn(params):
-            rng = jax.random.fold_in(state.rng_key, state.step)
-            logits, model_state = model.apply(params, state.model_state, batch['image'], train=True, rng=rng)
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label']).mean()
-            return loss, (logits, model_state)
-
-        (loss, (logits, model_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        rng = jax.random.fold_in(state.rng_key, state.step)
+        work = gradients if parts_of_batch == 1 else accumulated
+        grads, model_state, metrics = work(state.params, state.model_state, batch, rng)
+        masks = sj.get_masks(state.opt_state) if is_sparse else None
         if is_sparse and not dense_gradients:
-            grads = sj.apply_masks(grads, sj.get_masks(state.opt_state))
+            grads = sj.apply_masks(grads, masks)
+        if config.optimizer.clip_norm:
+            grads = optimizer_lib.clipped(grads, masks, config.optimizer.clip_norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == batch['label'])
-        state = TrainState(jnp.asarray(optax.safe_increment(state.step)), params, model_state, opt_state, state.rng_key)
-        return state, {'loss': loss, 'accuracy': accuracy}
+        step = jnp.asarray(optax.safe_increment(state.step))
+        average = state.average
+        if decay:  # early on it is the mean of fewer steps, so that the start is soon forgotten
+            now = jnp.minimum(decay, (1 + step) / (10 + step))
+            average = jax.tree.map(lambda a, p: now.astype(a.dtype) * a + (1 - now).astype(a.dtype) * p, average, params)
+        return TrainState(step, params, model_state, opt_state, state.rng_key, average), metrics
 
     def evaluate(state: TrainState, batch):
-        logits, _ = model.apply(state.params, state.model_state, batch['image'], train=False, rng=None)
+        params = state.params
+        if decay:  # an average of weights is not sparse where masks have moved
+            params = sj.apply_masks(state.average, sj.get_masks(state.opt_state)) if is_sparse else state.average
+        logits, _ = model.apply(params, state.model_state, batch['input'], train=False, rng=None)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
         return {'loss': losses.sum(), 'correct': jnp.sum(jnp.argmax(logits, axis=-1) == batch['label'])}
 
-    def apply(params, model_state, images):
-        return model.apply(params, model_state, images, train=False, rng=None)[0]
+    def apply(params, model_state, inputs):
+        return model.apply(params, model_state, inputs, train=False, rng=None)[0]
 
-    jax.eval_shape(init, jax.random.key(0))  # budget and leaves are checked before any file is made
+    shapes = jax.eval_shape(init, jax.random.key(0))  # budget and leaves are checked before any file is made
+    sparse = masks_lib.sparse_leaves(shapes.params, None, _patterns(sparsity.dense))
     return Experiment(
         init,
         train_step,
@@ -153,10 +208,16 @@ def create(config: config_lib.Config, *, num_examples: int, image_shape: tuple[i
         is_mask_update,
         dense_steps,
         apply,
+        masks_lib.layer_table(shapes.params, sparse, model.stacked),
+        jax.ShapeDtypeStruct((1, *input_shape), jnp.int32 if len(input_shape) == 1 else jnp.float32),
         total_steps,
         steps_per_epoch,
         update_every,
     )
+
+
+def _patterns(text: str) -> tuple[str, ...]:
+    return tuple(pattern for pattern in text.split(',') if pattern)
 
 
 class Sizes(NamedTuple):
@@ -172,19 +233,14 @@ class Sizes(NamedTuple):
         return self.nonzeros / self.sparse_size
 
 
-def sizes(state: TrainState) -> Sizes:
+def sizes(experiment: Experiment, state: TrainState) -> Sizes:
     """Counts the parameters of a concrete state, as Python integers."""
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    layers = {}
-    if _has_masks(state):
-        counts = sj.stats.nonzeros(sj.get_masks(state.opt_state))
-        layers = {name: (counts[name], leaf.size) for name, leaf in masks_lib.leaf_paths(state.params) if name in counts}
-    else:
-        for path, leaf in masks_lib.leaf_paths(state.params):
-            if masks_lib.default_sparsifiable(path, leaf):
-                layers[path] = leaf.size, leaf.size
-    nonzeros, size = (sum(column) for column in zip(*layers.values(), strict=True))
-    return Sizes(parameters, size, nonzeros, layers)
+    names = masks_lib.names_of(experiment.layers)
+    full = [math.prod(layer.shape) for layer in experiment.layers for _ in range(layer.depth or 1)]
+    counts = sj.stats.layer_nonzeros(sj.get_masks(state.opt_state), experiment.layers) if _has_masks(state) else full
+    layers = dict(zip(names, zip(counts, full, strict=True), strict=True))
+    return Sizes(parameters, sum(full), sum(counts), layers)
 
 
 def _has_masks(state: TrainState) -> bool:
@@ -192,15 +248,12 @@ def _has_masks(state: TrainState) -> bool:
     return any(is_state(x) for x in jax.tree.leaves(state.opt_state, is_leaf=is_state))
 
 
-def operations(
-    experiment: Experiment, state: TrainState, image_shape: tuple[int, ...], mean_density: dict[str, float]
-) -> dict[str, float]:
+def operations(experiment: Experiment, state: TrainState, mean_density: dict[str, float]) -> dict[str, float]:
     """Multiply-adds of one example, sparse and against dense: for inference now, for training on average over the run.
 
     Args:
       experiment: its functions.
       state: concrete.
-      image_shape: height, width and channels.
       mean_density: density of each layer, on average over the training's steps; empty for the dense twin.
 
     Returns:
@@ -210,15 +263,15 @@ def operations(
     masks = jax.tree.map(lambda _: jnp.array(True), state.params)
     if _has_masks(state):
         masks = sj.get_masks(state.opt_state)
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     count = functools.partial(sj.stats.operations, lambda p, x: experiment.apply(p, state.model_state, x), masks)
     window = experiment.dense_gradient_steps
-    now = count(state.params, image, update_every=experiment.update_every, dense_gradient_window=window)
+    now = count(state.params, experiment.example, update_every=experiment.update_every, dense_gradient_window=window)
     layers = {}
-    for name, row in now.layers.items():
-        density = mean_density[name]
+    for layer in experiment.layers if _has_masks(state) else ():
+        row, names = now.layers[layer.name], masks_lib.names_of([layer])
+        density = sum(mean_density[name] for name in names) / len(names)
         forward, back = round(row.forward_dense * density), round(row.input_gradient_dense * density)
-        layers[name] = row._replace(forward=forward, input_gradient=back)
+        layers[layer.name] = row._replace(forward=forward, input_gradient=back)
     # a step has a batch, and the masks are updated for all of it
     average = now._replace(layers=layers, mask_updates=0.0)
     return {

@@ -1,0 +1,149 @@
+"""A decoder-only Transformer: pre-norm RMSNorm, rotary embeddings, causal attention, SwiGLU, its layers stacked and scanned.
+
+References: Vaswani et al., Attention is all you need, 2017; Su et al., RoFormer, 2021; Shazeer, GLU variants improve Transformer,
+2020; Touvron et al., LLaMA, 2023.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparse_jax.models import layers
+from sparse_jax.models.layers import Embed, Linear, RMSNorm, pattern_at
+
+
+def rotary(x: jax.Array, base: float = 10_000.0) -> jax.Array:
+    r"""Rotary position embedding: turns each pair of features by an angle that grows with the position.
+
+    Feature :math:`i` of the first half and its partner in the second half turn by :math:`p \cdot base^{-2i/d}` at position :math:`p`,
+    so that products of queries and keys depend on the distance of their positions only.
+
+    Args:
+      x: [batch, length, heads, features], an even number of features.
+      base: of the wave lengths.
+
+    Returns:
+      The same shape and type; computed in float32.
+
+    Reference: Su et al., RoFormer, 2021.
+    """
+    length, half = x.shape[1], x.shape[-1] // 2
+    angle = jnp.arange(length)[:, None] * base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    cos, sin = jnp.cos(angle)[None, :, None, :], jnp.sin(angle)[None, :, None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class _Attention(nnx.Module):
+    def __init__(self, features: int, heads: int, *, init_out: layers.Initializer, rngs: nnx.Rngs):
+        start = layers.normal(0.02)
+        for name in ('query', 'key', 'value'):
+            setattr(self, name, Linear(features, features, use_bias=False, init=start, rngs=rngs))
+        self.out = Linear(features, features, use_bias=False, init=init_out, rngs=rngs)
+        self.heads = heads
+
+    def __call__(self, x, patterns):
+        split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
+        query, key, value = (
+            split(getattr(self, name)(x, pattern_at(patterns, name, 'kernel'))) for name in ('query', 'key', 'value')
+        )
+        y = jax.nn.dot_product_attention(rotary(query), rotary(key), value, is_causal=True)
+        return self.out(y.reshape(x.shape), pattern_at(patterns, 'out', 'kernel'))
+
+
+class _MLP(nnx.Module):
+    def __init__(self, features: int, hidden: int, *, init_out: layers.Initializer, rngs: nnx.Rngs):
+        start = layers.normal(0.02)
+        self.gate = Linear(features, hidden, use_bias=False, init=start, rngs=rngs)
+        self.up = Linear(features, hidden, use_bias=False, init=start, rngs=rngs)
+        self.down = Linear(hidden, features, use_bias=False, init=init_out, rngs=rngs)
+
+    def __call__(self, x, patterns):
+        gate = jax.nn.silu(self.gate(x, pattern_at(patterns, 'gate', 'kernel')))
+        up = self.up(x, pattern_at(patterns, 'up', 'kernel'))
+        return self.down(gate * up, pattern_at(patterns, 'down', 'kernel'))
+
+
+class _Layer(nnx.Module):
+    def __init__(self, features, heads, hidden, depth, dropout, *, rngs: nnx.Rngs):
+        init_out = layers.normal(0.02 * (2 * depth) ** -0.5)  # GPT-2's: the residual stream keeps its size at any depth
+        self.attention_norm = RMSNorm(features)
+        self.attention = _Attention(features, heads, init_out=init_out, rngs=rngs)
+        self.mlp_norm = RMSNorm(features)
+        self.mlp = _MLP(features, hidden, init_out=init_out, rngs=rngs)
+        self.dropout = dropout
+
+    def __call__(self, x, *, train: bool, rng, patterns):
+        keys = (None, None) if rng is None else jax.random.split(rng)
+        y = self.attention(self.attention_norm(x), pattern_at(patterns, 'attention'))
+        x = x + layers.dropout(y, self.dropout, keys[0], train=train)
+        y = self.mlp(self.mlp_norm(x), pattern_at(patterns, 'mlp'))
+        return x + layers.dropout(y, self.dropout, keys[1], train=train)
+
+
+class Transformer(nnx.Module):
+    """Tokens int[batch, length] to logits float32[batch, length, tokens].
+
+    Args:
+      input_shape: (length,), of one sequence; longer ones are taken as well.
+      num_outputs: number of tokens.
+      depth: number of layers; their parameters are stacked along a first axis.
+      features: width of the residual stream.
+      heads: of the attention; divides `features` into even parts.
+      hidden: width of the SwiGLU; 0: 8/3 of `features`, rounded up to a multiple of 64.
+      tied: whether the output layer is the embedding, transposed.
+      dropout: of each residual branch.
+      remat: whether a layer's activations are computed again in the backward pass: a third more work, and memory for one layer's
+        instead of all layers'.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int],
+        num_outputs: int,
+        *,
+        depth: int,
+        features: int,
+        heads: int,
+        hidden: int = 0,
+        tied: bool = True,
+        dropout: float = 0.0,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        if len(input_shape) != 1:
+            raise ValueError(f"model.name='transformer' takes sequences of tokens, got examples of shape {tuple(input_shape)}.")
+        if features % heads or features // heads % 2:
+            raise ValueError(
+                f'model.heads={heads} must divide model.features={features} into parts of an even size (rotary embeddings turn pairs).'
+            )
+        self.embed = Embed(num_outputs, features, rngs=rngs)
+        hidden = hidden or -(-8 * features // 3 // 64) * 64
+        make = nnx.vmap(lambda key: _Layer(features, heads, hidden, depth, dropout, rngs=nnx.Rngs(key)))
+        self.layers = make(jax.random.split(rngs.params(), depth))
+        self.norm = RMSNorm(features)
+        if not tied:
+            self.head = Linear(features, num_outputs, use_bias=False, init=layers.normal(0.02), rngs=rngs)
+        self.tied = tied
+        self.depth = depth
+        self.remat = remat
+
+    def __call__(self, tokens, *, train: bool, rng=None, patterns=None, dtype=jnp.float32):
+        graphdef, stacked = nnx.split(self.layers)
+        keys = None if rng is None else jax.random.split(rng, self.depth)
+
+        def layer(x, row):
+            params, key, own = row
+            return nnx.merge(graphdef, params)(x, train=train, rng=key, patterns=own), None
+
+        rows = nnx.to_pure_dict(stacked), keys, pattern_at(patterns, 'layers')
+        x, _ = jax.lax.scan(jax.checkpoint(layer) if self.remat else layer, self.embed(tokens, dtype), rows)
+        x = self.norm(x)
+        logits = self.embed.logits(x) if self.tied else self.head(x, pattern_at(patterns, 'head', 'kernel'))
+        return logits.astype(jnp.float32)
+
+
+def stacked(path: str, leaf) -> bool:
+    """Which leaves hold one layer a row: the argument ``stacked`` of ``sj.sparsify``."""
+    del leaf
+    return path.startswith('layers/')
