@@ -1,0 +1,16 @@
+"""AlexNet-b, SNIP's, on CIFAR-10 at 10% of the weights: 8,501,322 parameters.
+
+    python launch.py --config=configs/cifar10_alexnet_b.py --workdir=runs/alexnet_b --config.data.download=True
+    python launch.py --config=configs/cifar10_alexnet_b.py:offline --workdir=runs/alexnet_b_offline
+
+Settings: configs/cifar10.py. Published, not reproduced here: error of SNIP at 10%: 14.50%, its dense network: 13.92% (arXiv:1810.02340, table 2).
+
+@COST@
+"""
+
+from configs import cifar10
+from sparse_jax import config as config_lib
+
+
+def get_config(variant: str = '') -> config_lib.Config:
+    return cifar10.get('alexnet_b', 0.1, variant)

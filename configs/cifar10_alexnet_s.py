@@ -1,0 +1,17 @@
+"""AlexNet-s, SNIP's, on CIFAR-10 at 10% of the weights: 5,077,066 parameters.
+
+    python launch.py --config=configs/cifar10_alexnet_s.py --workdir=runs/alexnet_s --config.data.download=True
+    python launch.py --config=configs/cifar10_alexnet_s.py:offline --workdir=runs/alexnet_s_offline
+
+Settings: configs/cifar10.py. Published, not reproduced here: error of SNIP at 10%: 14.99%, its dense network: 14.12% (arXiv:1810.02340, table 2); of sparse momentum at 5%: 14.5%, dense 12.7% (results/sensivity_momentum_alexnet-s.csv
+of sparse_learning).
+
+@COST@
+"""
+
+from configs import cifar10
+from sparse_jax import config as config_lib
+
+
+def get_config(variant: str = '') -> config_lib.Config:
+    return cifar10.get('alexnet_s', 0.1, variant)

@@ -1,0 +1,17 @@
+"""VGG-16 variant D, on CIFAR-10 at 5% of the weights: 15,255,626 parameters.
+
+    python launch.py --config=configs/cifar10_vgg_d.py --workdir=runs/vgg_d --config.data.download=True
+    python launch.py --config=configs/cifar10_vgg_d.py:offline --workdir=runs/vgg_d_offline
+
+Settings: configs/cifar10.py. Published, not reproduced here: error of sparse momentum at 5%: 6.67% (0.08 standard error; prune rate 0.2: 6.39%; results/sensitivity_prune_rate_vgg-d.csv of
+sparse_learning); of SNIP at 5%: 7.09%, its dense network: 6.76% (arXiv:1810.02340, table 2).
+
+@COST@
+"""
+
+from configs import cifar10
+from sparse_jax import config as config_lib
+
+
+def get_config(variant: str = '') -> config_lib.Config:
+    return cifar10.get('vgg_d', 0.05, variant)
