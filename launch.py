@@ -1,6 +1,9 @@
-"""Trains or evaluates an experiment.
+"""Trains or evaluates an experiment, trains a grid of them, or reports on any number.
 
     python launch.py --config=configs/mnist_lenet300.py:offline --workdir=runs/mnist_lenet300
+    python launch.py --mode=sweep --config=configs/mnist_lenet300.py:offline --workdir=runs/sweep \\
+        --sweep='sparsity.density=0.05,0.1;sparsity.method=sparse_momentum,rigl;seed=0,1,2' --sweep='sparsity.method=dense;seed=0,1,2'
+    python launch.py --mode=report --workdir=runs
 
 Any setting can be changed on the command line, such as --config.sparsity.density=0.1; sparse_jax/config.py lists them. The same
 command goes on where it stopped; in a finished workdir it prints the result. Exit codes: 0 done, 2 wrong input, 70 failed.
@@ -19,11 +22,13 @@ from ml_collections import config_flags
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # jaxlib's notes to its developers
 
-MODES = ('train', 'evaluate')
+MODES = ('train', 'evaluate', 'sweep', 'report')
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Config file, and after a colon its variant.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of this run: checkpoints, metrics, result, report.')
-_MODE = flags.DEFINE_string('mode', 'train', f'What to do: {" or ".join(MODES)}.')
+_MODE = flags.DEFINE_string('mode', 'train', f'What to do: {", ".join(MODES)}.')
+_SWEEP = flags.DEFINE_multi_string('sweep', [], 'name=value,value;name=value: all combinations; may be given several times.')
+_JOBS = flags.DEFINE_integer('jobs', 1, 'Runs of a sweep at a time, each on a CPU core of its own.', lower_bound=1)
 
 
 def main(argv) -> int:
@@ -31,9 +36,20 @@ def main(argv) -> int:
     absl_logging.set_verbosity(absl_logging.WARNING)  # of jax, orbax and matplotlib
     logging.getLogger('sparse_jax').setLevel(logging.INFO)
     from sparse_jax import train  # after the flags: a wrong flag is told at once
+    from sparse_jax.train import summary, sweep
 
+    folder = pathlib.Path(_WORKDIR.value or '')
     try:
-        train.MODES[_MODE.value](_CONFIG.value, pathlib.Path(_WORKDIR.value or ''))
+        if _MODE.value == 'report':
+            summary.report(folder)
+        elif _MODE.value == 'sweep':
+            file = config_flags.get_config_filename(flags.FLAGS['config'])
+            overrides = config_flags.get_override_values(flags.FLAGS['config'])
+            shared = [f'--config={file}', *(f'--config.{name}={value}' for name, value in overrides.items())]
+            command = [str(pathlib.Path(__file__).resolve()), *shared]
+            sweep.run(_CONFIG.value, folder, grids=_SWEEP.value, command=command, jobs=_JOBS.value)
+        else:
+            {'train': train.train, 'evaluate': train.evaluate}[_MODE.value](_CONFIG.value, folder)
     except ValueError as error:
         _wrong_input(error)
         # At once: where a damaged checkpoint was read, orbax's abandoned reads would otherwise add pages to that line.
@@ -76,13 +92,17 @@ def _parse(argv):
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise ValueError(f'{rest[1]!r} is not a flag: flags begin with --.')
-        for flag, example in ((_CONFIG, 'configs/mnist_lenet300.py:offline'), (_WORKDIR, 'runs/mnist_lenet300')):
-            if not flag.value:
-                raise ValueError(f'--{flag.name} is missing: give for instance --{flag.name}={example}.')
         if _MODE.value not in MODES:
             near = difflib.get_close_matches(_MODE.value, MODES, n=1, cutoff=0.4)
             hint = f' Did you mean {near[0]}?' if near else ''
             raise ValueError(f'--mode={_MODE.value} does not exist.{hint} Known: {", ".join(MODES)}.')
+        wanted = ((_CONFIG, 'configs/mnist_lenet300.py:offline'), (_WORKDIR, 'runs/mnist_lenet300'), (_SWEEP, "'seed=0,1,2'"))
+        unwanted = {'report': ('config', 'sweep'), 'sweep': ()}.get(_MODE.value, ('sweep',))
+        for flag, example in wanted:
+            if not flag.value and flag.name not in unwanted:
+                raise ValueError(f'--{flag.name} is missing: give for instance --{flag.name}={example}.')
+            if flag.value and flag.name in unwanted:
+                raise ValueError(f'--{flag.name} has no meaning with --mode={_MODE.value}: leave it out.')
     except Exception as error:  # a config file may raise anything; its own message is the last line
         sys.exit(_wrong_input(str(error).strip().rsplit('\n', 1)[-1].removeprefix('ValueError: ')))
     return rest

@@ -23,9 +23,9 @@ def get_config(variant: str = '') -> config_lib.Config:
     config.optimizer.name, config.optimizer.schedule = 'adamw', 'cosine'
     config.optimizer.learning_rate, config.optimizer.warmup_steps, config.optimizer.final_factor = 2e-3, 50, 0.1
     config.optimizer.weight_decay, config.optimizer.clip_norm = 0.1, 1.0
-    config.train.steps, config.train.eval_every = 1000, 200
+    config.train.steps, config.train.eval_every = 700, 100
     config.sparsity.density, config.sparsity.update_every = 0.1, 50
-    config.sparsity.stop_step = 750  # then the masks rest, as in RigL
+    config.sparsity.stop_step = 525  # then the masks rest, as in RigL
     config.checkpoint.every, config.log.every = 200, 20
     if variant == 'dense':
         config.sparsity.method = 'dense'

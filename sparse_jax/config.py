@@ -25,7 +25,9 @@ class Data:
     batch_size: int = 100  # examples a step
     eval_batch_size: int = 1000  # examples at a time in evaluations
     download: bool = False  # fetch missing files into `dir`, with checksums
-    validation: float = 0.1  # part of the training examples (of text: of the files) that is set apart for choosing settings, in [0, 1)
+    validation: float = (
+        0.1  # part of the training examples (of text: of the files) that is set apart for choosing settings, in [0, 1)
+    )
     augment: bool = True  # cifar: random crops and flips of the training images
     pattern: str = '**/*.txt'  # text: which files below `dir`
     tokenizer: str = ''  # text: a JSON file of the library tokenizers; empty: bytes

@@ -30,7 +30,9 @@ class Dataset(NamedTuple):
     test: Split  # may be empty
     num_outputs: int  # classes, or tokens that exist
     prepare: Callable[[np.ndarray], np.ndarray]  # from an example's form in memory to what a model takes
-    augment: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None  # (inputs, random bits): training inputs, before `prepare`
+    augment: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = (
+        None  # (inputs, random bits): training inputs, before `prepare`
+    )
     bytes_per_token: float | None = None  # of the validation text
 
     @property
@@ -44,6 +46,9 @@ def _standardized(mean, std) -> Callable[[np.ndarray], np.ndarray]:
     scale = (1 / (255 * np.array(std))).astype(np.float32)
     shift = (-np.array(mean) / np.array(std)).astype(np.float32)
     return lambda pixels: pixels * scale + shift
+
+
+standardized_cifar = _standardized(cifar.MEAN, cifar.STD)
 
 
 def _as_they_are(inputs: np.ndarray) -> np.ndarray:
@@ -110,7 +115,7 @@ def load(
         if download:
             cifar.download(name, folder)
         train, test = cifar.load(name, folder)
-        prepare, num_outputs, change = _standardized(cifar.MEAN, cifar.STD), cifar.CLASSES[name], augment_lib.crop_and_flip
+        prepare, num_outputs, change = standardized_cifar, cifar.CLASSES[name], augment_lib.crop_and_flip
     inputs, labels = train
     kept = len(labels) - round(validation * len(labels))
     parts = Split(inputs[:kept], labels[:kept]), Split(inputs[kept:], labels[kept:]), Split(*test)

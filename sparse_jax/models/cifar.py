@@ -151,4 +151,6 @@ class WideResNet(nnx.Module):
 
 def _check_cifar(input_shape, name: str) -> None:
     if len(input_shape) != 3 or tuple(input_shape[:2]) != (32, 32):
-        raise ValueError(f'model.name={name!r} takes images of 32x32 pixels, got {tuple(input_shape)}: choose other data, or lenet300.')
+        raise ValueError(
+            f'model.name={name!r} takes images of 32x32 pixels, got {tuple(input_shape)}: choose other data, or lenet300.'
+        )

@@ -54,9 +54,7 @@ def _dense_only(pattern) -> None:
 class Linear(nnx.Module):
     """x @ kernel + bias; kernel: [in, out]."""
 
-    def __init__(
-        self, in_features: int, out_features: int, *, use_bias: bool = True, init: Initializer = uniform, rngs: nnx.Rngs
-    ):
+    def __init__(self, in_features: int, out_features: int, *, use_bias: bool = True, init: Initializer = uniform, rngs: nnx.Rngs):
         self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features), in_features))
         if use_bias:
             self.bias = nnx.Param(uniform(rngs.params(), (out_features,), in_features))
@@ -111,7 +109,9 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding:
     sides, taps = x.shape[1:3], kernel.shape[:2]
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(sides, taps, strides, padding)
-    height, width = ((side + sum(pad) - tap) // step + 1 for side, pad, tap, step in zip(sides, padding, taps, strides, strict=True))
+    height, width = (
+        (side + sum(pad) - tap) // step + 1 for side, pad, tap, step in zip(sides, padding, taps, strides, strict=True)
+    )
 
     def pixel(i: int, j: int) -> jax.Array:
         """One output pixel: a matrix product for each tap that lies inside the image."""

@@ -3,6 +3,4 @@
 from sparse_jax.train.loop import NonFiniteError, evaluate, train
 from sparse_jax.train.state import Experiment, TrainState, create
 
-MODES = {'train': train, 'evaluate': evaluate}
-
-__all__ = ['MODES', 'Experiment', 'NonFiniteError', 'TrainState', 'create', 'evaluate', 'train']
+__all__ = ['Experiment', 'NonFiniteError', 'TrainState', 'create', 'evaluate', 'train']

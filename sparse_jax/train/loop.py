@@ -37,9 +37,7 @@ def load_data(config: config_lib.Config) -> data_lib.Dataset:
 
 def create_experiment(config: config_lib.Config, data: data_lib.Dataset) -> state_lib.Experiment:
     """The experiment that a config describes, on its data."""
-    return state_lib.create(
-        config, num_examples=len(data.train.labels), input_shape=data.input_shape, num_outputs=data.num_outputs
-    )
+    return state_lib.create(config, num_examples=len(data.train.labels), input_shape=data.input_shape, num_outputs=data.num_outputs)
 
 
 def _prepare(config: config_lib.Config, folder: pathlib.Path) -> tuple[data_lib.Dataset, state_lib.Experiment]:
@@ -301,4 +299,3 @@ def evaluate(config: config_lib.Config, folder: pathlib.Path) -> dict[str, Any]:
     result = {'step': step, 'nonzeros': sizes.nonzeros, 'density': sizes.density, **_results(config, data, experiment, state)}
     print(json.dumps(result, indent=2))
     return result
-

@@ -1,0 +1,225 @@
+"""Many runs from one command: a grid of settings, each run a process of its own; what is done is skipped, what was cut off goes on."""
+
+import concurrent.futures
+import copy
+import itertools
+import json
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich import progress
+from rich.console import Console
+
+from sparse_jax import config as config_lib
+from sparse_jax.train import loop, report, summary, workdir
+
+_LOG = logging.getLogger('sparse_jax')
+
+# A run ends with the sweep, however that ends (Linux: PR_SET_PDEATHSIG), and stays on its cores. Done in the child's first moments and not
+# between fork and exec, as forking a process with jax's threads is unsafe.
+_START = """
+import ctypes, os, signal, sys
+if sys.platform == 'linux':
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if sys.argv[1]: os.sched_setaffinity(0, [int(sys.argv[1])])
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+def parse(grids: Sequence[str]) -> list[dict[str, str]]:
+    """The points of grids, each once, in order.
+
+    Args:
+      grids: each ``name=value,value;name=value``: all combinations. Several grids: one after the other.
+
+    Returns:
+      Settings as text, by name.
+
+    Raises:
+      ValueError: for a grid that is not of this form.
+
+    Example:
+      >>> parse(['sparsity.density=0.1,0.2;seed=0', 'sparsity.method=dense;seed=0'])[1:]
+      [{'sparsity.density': '0.2', 'seed': '0'}, {'sparsity.method': 'dense', 'seed': '0'}]
+    """
+    points: list[dict[str, str]] = []
+    for grid in grids:
+        axes = []
+        for axis in filter(None, grid.split(';')):
+            name, equals, values = axis.partition('=')
+            if not equals or not all(value.strip() for value in values.split(',')):
+                raise ValueError(f'--sweep={grid!r}: {axis!r} is not of the form name=value,value, such as seed=0,1,2.')
+            axes.append([(name.strip(), value.strip()) for value in values.split(',')])
+        if not axes:
+            raise ValueError("--sweep is empty: give for instance --sweep='sparsity.density=0.05,0.1;seed=0,1,2'.")
+        names = [axis[0][0] for axis in axes]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f'--sweep={grid!r}: {twice} is there twice: give all its values at once, {twice}=a,b.')
+        points += [point for point in map(dict, itertools.product(*axes)) if point not in points]
+    return points
+
+
+def names(points: Sequence[Mapping[str, str]]) -> list[str]:
+    """A folder name for each point.
+
+    >>> names([{'sparsity.density': '0.1', 'seed': '0'}])
+    ['density=0.1,seed=0']
+    """
+    every = {name for point in points for name in point}
+    last = lambda name: name.rpartition('.')[2]
+    short = {name: last(name) if [last(n) for n in every].count(last(name)) == 1 else name for name in every}
+    clean = lambda value: value.replace('/', '_').replace(':', '_').replace('*', '_')
+    return [','.join(f'{short[name]}={clean(value)}' for name, value in point.items()) for point in points]
+
+
+def run(
+    config: config_lib.Config, folder: pathlib.Path, *, grids: Sequence[str], command: Sequence[str], jobs: int = 1
+) -> dict[str, Any]:
+    """Trains every point of the grids that is not finished, and reports on all.
+
+    Args:
+      config: the settings that all share.
+      folder: of the sweep; each run has a workdir in it.
+      grids: see :func:`parse`.
+      command: arguments of Python that train the shared settings: the launcher and its flags, without a workdir.
+      jobs: runs at a time; with several each has a CPU core of its own.
+
+    Returns:
+      Numbers of runs: ``done``, ``skipped``, ``failed``.
+
+    Raises:
+      ValueError: for anything wrong with the input, before a file is made.
+      RuntimeError: if runs failed; the others are done all the same.
+    """
+    points = parse(grids)
+    configs = [_with(config, point) for point in points]
+    runs = dict(zip((folder / name for name in names(points)), zip(points, configs, strict=True), strict=True))
+    if len(runs) != len(points):
+        raise ValueError('--sweep: two points have the same name: leave out values that differ in signs only.')
+    _check(folder, runs)
+    with workdir.locked(folder):
+        workdir.write_json(folder / 'sweep.json', {'sweep': list(grids), 'command': list(command)})
+        tasks = {}
+        for path, (point, _) in runs.items():
+            flags = [f'--config.{name}={value}' for name, value in point.items()]
+            tasks[path] = [*command, *flags, f'--workdir={path}']
+        outcome = run_all(tasks, jobs, folder / 'logs')
+        summary.report(folder)
+    if failed := outcome['failed']:
+        raise RuntimeError(f'{len(failed)} of {len(runs)} runs failed, the others are done:\n' + '\n'.join(failed))
+    return outcome
+
+
+def _with(config: config_lib.Config, point: Mapping[str, str]) -> config_lib.Config:
+    config = copy.deepcopy(config)
+    for name, value in point.items():
+        try:
+            config_lib.override(config, name, value)
+        except ValueError as error:
+            raise ValueError(f'--sweep: {error}') from error
+    config_lib.validate(config)
+    return config
+
+
+def _check(folder: pathlib.Path, runs: Mapping[pathlib.Path, tuple[Any, config_lib.Config]]) -> None:
+    """Everything that can be wrong is found here, before a file is made; of runs that differ in the seed one is tried."""
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / 'sweep.json').exists())):
+        raise ValueError(f'--workdir={folder} holds something else than a sweep: give a new or an empty folder.')
+    data, tried = {}, set()
+    for path, (_, config) in runs.items():
+        workdir.check(config, path)
+        settings = {name: value for name, value in config_lib.flatten(config).items() if name != 'seed'}
+        if (path / 'result.json').exists() or json.dumps(settings) in tried:
+            continue
+        tried.add(json.dumps(settings))
+        source = json.dumps({name: value for name, value in settings.items() if name.startswith('data.')})
+        if source not in data:
+            data = {source: loop.load_data(config)}  # one data set at a time
+        loop.create_experiment(config, data[source])
+
+
+def run_all(tasks: Mapping[pathlib.Path, Sequence[str]], jobs: int, logs: pathlib.Path) -> dict[str, Any]:
+    """Runs what has no result yet, a few at a time, and shows what is left and how long it will take.
+
+    Args:
+      tasks: workdir to arguments of Python.
+      jobs: at a time; with several each has a CPU core of its own.
+      logs: folder for what the runs print.
+
+    Returns:
+      ``done`` and ``skipped``, numbers of runs, and ``failed``, a message for each that did.
+    """
+    left = [path for path in tasks if not (path / 'result.json').exists()]
+    cores: list[int | None] = [None] * jobs
+    if jobs > 1 and hasattr(os, 'sched_getaffinity'):
+        mine = sorted(os.sched_getaffinity(0))
+        cores = [mine[i % len(mine)] for i in range(jobs)]
+    logs.mkdir(parents=True, exist_ok=True)
+
+    def start(path: pathlib.Path) -> tuple[pathlib.Path, str | None]:
+        core = cores.pop()
+        try:
+            with (logs / f'{path.name}.txt').open('w') as log:
+                first = [sys.executable, '-c', _START, '' if core is None else str(core)]
+                code = subprocess.run([*first, *tasks[path]], stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+            if code == 0:
+                return path, None
+            lines = [line for line in (logs / f'{path.name}.txt').read_text().splitlines() if line.strip()]
+            return (
+                path,
+                f'{path.name} ended with {code}: {lines[-1] if lines else "it printed nothing"} (see {logs / path.name}.txt)',
+            )
+        finally:
+            cores.append(core)
+
+    failed = []
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool, _progress(len(tasks), len(left), jobs) as show:
+        futures = [pool.submit(start, path) for path in left]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                path, error = future.result()
+                failed += [error] if error else []
+                show(error or f'{path.name}: {report.headline(json.loads((path / "result.json").read_text()))}')
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return {'done': len(left) - len(failed), 'skipped': len(tasks) - len(left), 'failed': failed}
+
+
+class _progress:  # noqa: N801, a function in all but its two ends
+    """A bar on a terminal, a line for each run otherwise; both tell what is left and about how long it takes."""
+
+    def __init__(self, total: int, left: int, jobs: int):
+        self._total, self._left, self._jobs, self._done = total, left, jobs, 0
+        self._bar = progress.Progress(
+            progress.TextColumn('[bold]runs'), progress.BarColumn(bar_width=None), progress.MofNCompleteColumn(),
+            progress.TextColumn('{task.fields[left]}'), console=Console(stderr=True), disable=not sys.stderr.isatty(),
+        )  # fmt: skip
+
+    def __enter__(self) -> Callable[[str], None]:
+        self._begin = time.monotonic()
+        self._bar.start()
+        self._task = self._bar.add_task('', total=self._total, completed=self._total - self._left, left=f'{self._left} left')
+        if self._bar.disable:
+            _LOG.info('%d runs, %d of them done already', self._total, self._total - self._left)
+        return self._show
+
+    def _show(self, message: str) -> None:
+        self._done += 1
+        left = self._left - self._done
+        seconds = (time.monotonic() - self._begin) / self._done * left
+        hint = f'{left} left, about {seconds / 60:.0f} min' if left else 'all done'
+        self._bar.update(self._task, advance=1, left=hint)
+        if self._bar.disable:
+            _LOG.info('run %d/%d  %s  (%s)', self._total - left, self._total, message, hint)
+        else:
+            self._bar.console.print(message)
+
+    def __exit__(self, *error) -> None:
+        self._bar.stop()
