@@ -28,7 +28,6 @@ from sparse_jax import masks as masks_lib
 from sparse_jax import train
 
 UPDATE_EVERY = 390
-WINDOW = None  # steps before a mask update with dense gradients; None: all
 
 
 def config(name: str, method: str, density: float, batch_size: int) -> config_lib.Config:
@@ -161,7 +160,7 @@ def measure(name: str, density: float, batch_size: int, rounds: int, torch_pytho
             torch.close()
     assert abs(sparse.density() - density) < 1e-3
     median = {key: float(np.median(values)) for key, values in times.items() if values}
-    # WINDOW is None: every step has dense gradients, one in UPDATE_EVERY moves the masks
+    # all steps have dense gradients so far; one in UPDATE_EVERY moves the masks
     amortised = median['sparse'] + (median['update'] - median['sparse']) / UPDATE_EVERY
     result: dict[str, float | str] = {
         'model': name, 'density': density, 'batch_size': batch_size, 'xla_seconds': median['xla'], 'dense_seconds': median['dense'],

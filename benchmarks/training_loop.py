@@ -29,7 +29,7 @@ WARM_UP = 100  # steps that are not timed: they contain the compilation
 
 def _bare(config, data, steps: int) -> float:
     """Seconds of the loop that a user would write."""
-    model = models.create('lenet300', image_shape=(28, 28, 1), num_classes=10)
+    model = models.create('lenet300', input_shape=(28, 28, 1), num_outputs=10)
     params, model_state = model.init(jax.random.key(config.seed))
     schedule = optax.exponential_decay(0.1, 2000, 0.1, staircase=True)
     tx = sj.sparse_momentum(schedule, 0.05, 40, steps, weight_decay=5e-4)

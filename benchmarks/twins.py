@@ -3,6 +3,8 @@
 Nothing here is tuned and nothing is shared with sparse_jax.models: it is the rival `xla_seconds`, and an oracle for the tests.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from sparse_jax import masks as masks_lib
 from sparse_jax import models
 
 MODELS = ('vgg_d', 'wrn_16_8', 'lenet5', 'lm_tiny')
-LM = dict(depth=4, features=192, heads=4)  # configs/lm_tiny.py
+LM: dict[str, Any] = dict(depth=4, features=192, heads=4)  # configs/lm_tiny.py
 LENGTH, TOKENS = 128, 257
 
 
@@ -20,7 +22,7 @@ def create(name: str) -> models.Model:
     """Our model, without dropout."""
     if name == 'lm_tiny':
         return models.create('transformer', input_shape=(LENGTH,), num_outputs=TOKENS, **LM)
-    own = {'dropout': 0.0} if name.startswith('wrn') else {}
+    own: dict[str, Any] = {'dropout': 0.0} if name.startswith('wrn') else {}
     return models.create(name, input_shape=(28, 28, 1) if name == 'lenet5' else (32, 32, 3), num_outputs=10, **own)
 
 
@@ -51,7 +53,7 @@ def parameters(name: str, seed: int = 0):
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
-def _conv(x, p, stride=1, padding='SAME'):
+def _conv(x, p, stride=1, padding: Any = 'SAME'):
     y = lax.conv_general_dilated(x, p['kernel'], (stride, stride), padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
     return y + p['bias'] if 'bias' in p else y
 

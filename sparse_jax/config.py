@@ -1,6 +1,7 @@
 """The settings of an experiment, as typed dataclasses; standard library only. Intervals are in steps."""
 
 import dataclasses
+from typing import Any
 
 from sparse_jax import _names
 
@@ -209,13 +210,14 @@ def override(config: Config, name: str, value: str) -> None:
         raise _names.unknown('setting', name, known)
     kind = type(known[name])
     try:
-        parsed = {'true': True, 'false': False}[value.lower()] if kind is bool else kind(value)
+        parsed = {'true': True, 'false': False}[value.lower()] if kind is bool else _PARSERS[kind](value)
     except (ValueError, KeyError) as error:
         raise ValueError(f'{name}={value!r} is not {_KINDS[kind]}.') from error
     *section, field = name.split('.')
     setattr(getattr(config, section[0]) if section else config, field, parsed)
 
 
+_PARSERS: dict[type, Any] = {int: int, float: float, str: str}
 _KINDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text'}
 
 

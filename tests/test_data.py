@@ -119,23 +119,23 @@ def test_offline_digits_are_the_documented_ones(offline):
     assert [len(s.labels) for s in offline[:3]] == [4000, 0, 1000]
     np.testing.assert_array_equal(offline.train.labels, labels[order[:4000]])
     np.testing.assert_array_equal(offline.test.labels, labels[order[4000:]])
-    np.testing.assert_allclose(offline.test.images[7].ravel(), (pixels[order[4007]] / 255 - 0.1307) / 0.3081, atol=1e-5)
+    np.testing.assert_allclose(offline.test.inputs[7].ravel(), (pixels[order[4007]] / 255 - 0.1307) / 0.3081, atol=1e-5)
     assert len(data.load('mnist_offline', '', download=False, validation=0.25).validation.labels) == 1000
 
 
 def test_order_is_a_function_of_the_seed_and_one_integer(offline):
-    make = functools.partial(data.batches, offline.train, batch_size=300, num_batches=40)
+    make = functools.partial(data.batches, offline, batch_size=300, num_batches=40)
     first, again, other = make(seed=1), make(seed=1), make(seed=2)
     in_order = [first[i] for i in range(27)]
     for i in (26, 0, 13, 12, 25):  # at random, in a new data set
-        np.testing.assert_array_equal(again[i]['image'], in_order[i]['image'])
+        np.testing.assert_array_equal(again[i]['input'], in_order[i]['input'])
     assert (other[0]['label'] != in_order[0]['label']).any()
 
     def rows(batches):
-        return {image.tobytes() for b in batches for image in b['image']}
+        return {image.tobytes() for b in batches for image in b['input']}
 
-    distinct = len({image.tobytes() for image in offline.train.images})
+    distinct = len({image.tobytes() for image in offline.train.inputs})
     assert len(rows(in_order[:13])) >= 3900 - (4000 - distinct), 'an epoch shows no example twice'
     assert (in_order[0]['label'] != in_order[13]['label']).any(), 'each epoch has its own order'
     with pytest.raises(ValueError, match='data.batch_size=5000 is more than the 4000'):
-        data.batches(offline.train, batch_size=5000, seed=0, num_batches=1)
+        data.batches(offline, batch_size=5000, seed=0, num_batches=1)

@@ -195,7 +195,7 @@ def test_the_dense_twin_shares_everything_but_the_masks(tmp_path):
 
 @pytest.mark.parametrize('method', sj.methods.NAMES)
 def test_every_method_is_made_from_a_config(method):
-    experiment = train.create(_config(sparsity__method=method), num_examples=4000, image_shape=(28, 28, 1), num_classes=10)
+    experiment = train.create(_config(sparsity__method=method), num_examples=4000, input_shape=(28, 28, 1), num_outputs=10)
     stop = {'rigl': 3000, 'static': 0}.get(method, 4000)
     assert [t for t in range(1, 4001) if experiment.is_mask_update(t)] == list(range(40, stop, 40))
     never, once = ('set', 'dsr', 'static', 'gmp'), ('rigl', 'granet')
@@ -242,9 +242,9 @@ def test_lenet5_trains_a_few_steps(tmp_path):
 
 def test_gradients_off_the_masks_are_zeros_without_dense_gradients():
     config = _config()
-    experiment = train.create(config, num_examples=4000, image_shape=(28, 28, 1), num_classes=10)
+    experiment = train.create(config, num_examples=4000, input_shape=(28, 28, 1), num_outputs=10)
     state = experiment.init(jax.random.key(0))
-    batch = {'image': jax.random.normal(jax.random.key(1), (10, 28, 28, 1)), 'label': jnp.arange(10)}
+    batch = {'input': jax.random.normal(jax.random.key(1), (10, 28, 28, 1)), 'label': jnp.arange(10)}
     trace = {}
     for dense in (True, False):
         after, _ = jax.jit(experiment.train_step, static_argnames='dense_gradients')(state, batch, dense_gradients=dense)
@@ -256,11 +256,11 @@ def test_gradients_off_the_masks_are_zeros_without_dense_gradients():
 
 def test_evaluation_counts_every_example_once():
     config = _config()
-    experiment = train.create(config, num_examples=4000, image_shape=(28, 28, 1), num_classes=10)
+    experiment = train.create(config, num_examples=4000, input_shape=(28, 28, 1), num_outputs=10)
     state = experiment.init(jax.random.key(0))
-    batch = {'image': np.random.default_rng(0).normal(size=(7, 28, 28, 1)).astype(np.float32), 'label': np.arange(7)}
+    batch = {'input': np.random.default_rng(0).normal(size=(7, 28, 28, 1)).astype(np.float32), 'label': np.arange(7)}
     sums = experiment.evaluate(state, batch)
-    x = batch['image'].reshape(7, -1)
+    x = batch['input'].reshape(7, -1)
     p = jax.tree.map(np.asarray, state.params)
     for name in ('fc1', 'fc2'):
         x = np.maximum(x @ p[name]['kernel'] + p[name]['bias'], 0)
@@ -305,6 +305,6 @@ def test_fingerprint_sees_any_bit_and_any_swap():
 
 def test_sizes_and_update_steps():
     config = _config(sparsity__start_step=40, sparsity__stop_step=200)
-    experiment = train.create(config, num_examples=4000, image_shape=(28, 28, 1), num_classes=10)
+    experiment = train.create(config, num_examples=4000, input_shape=(28, 28, 1), num_outputs=10)
     assert experiment.total_steps == 4000 and experiment.update_every == 40
     assert [t for t in range(1, 4001) if experiment.is_mask_update(t)] == [80, 120, 160]

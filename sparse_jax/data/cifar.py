@@ -162,13 +162,15 @@ def read_binary(name: str, content: bytes, label_bytes: int, classes: int) -> Ar
 class _ArraysOnly(pickle.Unpickler):
     """A pickle can run any function; these need four."""
 
-    _ALLOWED = {
-        ('numpy.core.multiarray', '_reconstruct'),
-        ('numpy._core.multiarray', '_reconstruct'),
-        ('numpy', 'ndarray'),
-        ('numpy', 'dtype'),
-        ('_codecs', 'encode'),
-    }
+    _ALLOWED = frozenset(
+        {
+            ('numpy.core.multiarray', '_reconstruct'),
+            ('numpy._core.multiarray', '_reconstruct'),
+            ('numpy', 'ndarray'),
+            ('numpy', 'dtype'),
+            ('_codecs', 'encode'),
+        }
+    )
 
     def find_class(self, module: str, name: str):
         if (module, name) not in self._ALLOWED:

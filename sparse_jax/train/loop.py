@@ -31,8 +31,8 @@ class NonFiniteError(RuntimeError):
 def load_data(config: config_lib.Config) -> data_lib.Dataset:
     """The data set that a config names."""
     d = config.data
-    options = dict(download=d.download, validation=d.validation, augment=d.augment)
-    return data_lib.load(d.name, d.dir, **options, pattern=d.pattern, tokenizer=d.tokenizer, length=d.length)
+    text: dict[str, Any] = dict(pattern=d.pattern, tokenizer=d.tokenizer, length=d.length)
+    return data_lib.load(d.name, d.dir, download=d.download, validation=d.validation, augment=d.augment, **text)
 
 
 def create_experiment(config: config_lib.Config, data: data_lib.Dataset) -> state_lib.Experiment:

@@ -159,7 +159,7 @@ def _figure(draw: Callable[[Any], bool], salt: str, size: tuple[float, float]) -
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    style = {
+    style: Any = {
         'svg.fonttype': 'none', 'svg.hashsalt': salt, 'font.size': 10, 'text.color': _INK, 'axes.labelcolor': _INK, 'axes.edgecolor': _INK,
         'xtick.color': _INK, 'ytick.color': _INK, 'axes.titlecolor': _INK, 'grid.color': _GRID, 'axes.spines.top': False,
         'axes.spines.right': False, 'axes.grid': True, 'axes.axisbelow': True, 'legend.frameon': False, 'axes.titlesize': 10,

@@ -179,7 +179,7 @@ def run_all(tasks: Mapping[pathlib.Path, Sequence[str]], jobs: int, logs: pathli
             cores.append(core)
 
     failed = []
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool, _progress(len(tasks), len(left), jobs) as show:
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool, _Progress(len(tasks), len(left), jobs) as show:
         futures = [pool.submit(start, path) for path in left]
         try:
             for future in concurrent.futures.as_completed(futures):
@@ -192,7 +192,7 @@ def run_all(tasks: Mapping[pathlib.Path, Sequence[str]], jobs: int, logs: pathli
     return {'done': len(left) - len(failed), 'skipped': len(tasks) - len(left), 'failed': failed}
 
 
-class _progress:  # noqa: N801, a function in all but its two ends
+class _Progress:
     """A bar on a terminal, a line for each run otherwise; both tell what is left and about how long it takes."""
 
     def __init__(self, total: int, left: int, jobs: int):
