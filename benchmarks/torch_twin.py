@@ -104,7 +104,7 @@ def main():
     batch = np.load(data)
     inputs, labels = torch.from_numpy(batch['input']), torch.from_numpy(batch['label']).long()
     inputs = inputs.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last) if inputs.ndim == 4 else inputs.long()
-    optimizer = torch.optim.SGD(params.values(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(params.values(), lr=0.0001, momentum=0.9, nesterov=True, weight_decay=5e-4)
     forward = globals()[model]
     print(torch.__version__, torch.get_num_threads(), flush=True)
     for _ in sys.stdin:

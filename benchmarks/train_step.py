@@ -179,6 +179,21 @@ def measure(name: str, density: float, batch_size: int, rounds: int, torch_pytho
     return result
 
 
+GOLDEN_SIZES = {'vgg_d': 16, 'wrn_16_8': 4, 'lenet5': 4, 'lm_tiny': 4}
+
+
+def golden(torch_python: str) -> dict[str, dict]:
+    """PyTorch's losses over three steps of small batches, for the tests."""
+    recorded = {}
+    for name, size in GOLDEN_SIZES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            torch = Torch(torch_python, name, twins.batch(name, size), twins.parameters(name), pathlib.Path(folder))
+            losses = [torch()[1] for _ in range(3)]
+            recorded[name] = {'batch_size': size, 'losses': losses, 'torch': torch.version.split()[0]}
+            torch.close()
+    return recorded
+
+
 def table(rows: list[dict]) -> str:
     """The results as Markdown."""
     lines = [
@@ -201,7 +216,11 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--json', type=pathlib.Path, help='file for the results')
     parser.add_argument('--torch_python', default='', help='a Python in which torch is installed; default: no column torch_seconds')
+    parser.add_argument('--golden', type=pathlib.Path, help="only record PyTorch's losses for the tests, into this file")
     args = parser.parse_args()
+    if args.golden:
+        args.golden.write_text(json.dumps(golden(args.torch_python), indent=2) + '\n')
+        return
     rows = []
     for name in [args.model] if args.model else twins.MODELS:
         rows.append(measure(name, args.density, args.batch_size, args.rounds, args.torch_python))

@@ -139,3 +139,31 @@ def test_order_is_a_function_of_the_seed_and_one_integer(offline):
     assert (in_order[0]['label'] != in_order[13]['label']).any(), 'each epoch has its own order'
     with pytest.raises(ValueError, match='data.batch_size=5000 is more than the 4000'):
         data.batches(offline, batch_size=5000, seed=0, num_batches=1)
+
+
+@pytest.mark.parametrize('prefetch', [0, 2])
+def test_the_stream_goes_on_at_every_position(offline, prefetch):
+    batches = data.batches(offline, batch_size=700, seed=3, num_batches=12)
+    whole = [b['label'] for b in data.stream(batches, 0, prefetch)]
+    assert len(whole) == 12
+    for start in range(13):
+        rest = [b['label'] for b in data.stream(batches, start, prefetch)]
+        assert len(rest) == 12 - start and all((a == b).all() for a, b in zip(rest, whole[start:], strict=True))
+
+
+@pytest.mark.parametrize('name', ['mnist_offline', 'digits32', 'stdlib'])
+def test_two_processes_see_disjoint_halves_of_the_whole(name):
+    loaded = data.load(name, validation=0.01, length=64)
+    make = functools.partial(data.batches, loaded, batch_size=40, seed=2, num_batches=30)
+    whole, halves = make(), [make(process_index=i, process_count=2) for i in range(2)]
+    for step in (0, 7, 29):
+        together = [np.concatenate([half[step][key] for half in halves]) for key in ('input', 'label')]
+        np.testing.assert_array_equal(together[0], whole[step]['input'])
+        np.testing.assert_array_equal(together[1], whole[step]['label'])
+    with pytest.raises(ValueError, match='data.batch_size=40 must be a multiple of the 3 processes'):
+        make(process_count=3)
+
+
+def test_unknown_data():
+    with pytest.raises(ValueError, match="data.name='cifar' does not exist. Did you mean 'cifar10' or 'cifar100'"):
+        data.load('cifar')

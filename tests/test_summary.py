@@ -1,0 +1,193 @@
+"""The report on many runs: statistics against scipy, published numbers, and workdirs that are broken, unfinished or of all kinds."""
+
+import html.parser
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from sparse_jax import config as config_lib
+from sparse_jax.train import published, summary
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def _write(folder, *, seed=0, accuracy=0.9, method='sparse_momentum', density=0.05, model='lenet300', data='mnist', rows=True, **values):
+    """A finished run's files, as the loop writes them."""
+    config = config_lib.Config(seed=seed)
+    config.model.name, config.data.name = model, data
+    config.sparsity.method, config.sparsity.density = method, density
+    for name, value in values.pop('settings', {}).items():
+        config_lib.override(config, name, value)
+    share = 1.0 if method == 'dense' else density
+    result = {
+        'model': model, 'data': data, 'method': method, 'steps': 400, 'parameters': 1010, 'nonzeros': round(1000 * share), 'density': share,
+        'layers': {'a/kernel': [round(800 * share), 800], 'b/kernel': [round(200 * share), 200]}, 'test_accuracy': accuracy,
+        'operations_training_against_dense': share, 'operations_inference_against_dense': share, 'seconds': 10.0 + seed,
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / 'config.json').write_text(json.dumps(config_lib.identity(config)))
+    (folder / 'result.json').write_text(json.dumps(result | values))
+    (folder / 'run.json').write_text(json.dumps({'max_memory_mib': 1234, 'device': 'cpu', 'jax': '0.10.2', 'resumed_at': 0}))
+    if rows:
+        lines = [{'step': s, 'density': {'a/kernel': share, 'b/kernel': share}} for s in range(0, 400, 100)]
+        lines += [{'step': s, 'test_accuracy': accuracy - 0.1 + s / 4000} for s in range(100, 401, 100)]
+        (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+
+
+ACCURACIES = {0: 0.981, 1: 0.985, 2: 0.990}
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for seed, accuracy in ACCURACIES.items():
+        _write(tmp_path / 'sm' / str(seed), seed=seed, accuracy=accuracy)
+        _write(tmp_path / 'deep' / 'er' / f'dense{seed}', seed=seed, accuracy=accuracy + 0.003, method='dense')
+    return tmp_path
+
+
+def test_means_errors_and_intervals_equal_scipy(runs):
+    (table,) = summary.tables(summary.collect(runs)[0])
+    assert [(g.method, g.density, len(g.runs)) for g in table.groups] == [('dense', 1.0, 3), ('sparse_momentum', 0.05, 3)]
+    values = 100 * np.array(list(ACCURACIES.values()))
+    low, high = stats.t.interval(0.95, 2, loc=values.mean(), scale=stats.sem(values))
+    row = dict(zip(summary.columns(table), summary.cells(table, table.groups[1]), strict=True))
+    assert row['test accuracy %'] == f'{values.mean():.2f}' and row['standard error'] == f'{stats.sem(values):.2f}'
+    assert row['95% interval'] == f'{low:.2f} to {high:.2f}'
+    assert row['published %'] == '98.53' and row['runs'] == '3' and row['nonzeros'] == '50' and row['seconds a run'] == '11.0'
+    dense = dict(zip(summary.columns(table), summary.cells(table, table.groups[0]), strict=True))
+    assert dense['published %'] == '98.69' and dense['density'] == '100%'
+
+
+def test_one_run_has_no_interval(tmp_path):
+    _write(tmp_path / 'one', data='digits32', model='vgg_d')
+    (table,) = summary.tables(summary.collect(tmp_path)[0])
+    row = dict(zip(summary.columns(table), summary.cells(table, table.groups[0]), strict=True))
+    assert row['test accuracy %'] == '90.00' and row['standard error'] == row['95% interval'] == ''
+    assert 'published %' not in row, 'the digits are not CIFAR'
+
+
+def test_groups_are_apart_by_every_setting_but_the_seed_and_copies_count_once(runs):
+    _write(runs / 'copy', seed=0, accuracy=0.5)
+    _write(runs / 'other', seed=0, accuracy=0.7, settings={'optimizer.learning_rate': '0.2'})
+    _write(runs / 'dense_at_10', seed=0, accuracy=0.5, method='dense', density=0.1)  # the same as dense at 5%: it has no density
+    (table,) = summary.tables(summary.collect(runs)[0])
+    assert [(g.label, len(g.runs)) for g in table.groups if g.method == 'dense'] == [('dense (learning_rate=0.1)', 3)]
+    assert {g.label: len(g.runs) for g in table.groups if g.method != 'dense'} == {
+        'sparse_momentum (learning_rate=0.1)': 3,
+        'sparse_momentum (learning_rate=0.2)': 1,
+    }
+
+
+class _Checker(html.parser.HTMLParser):
+    """Collects text and addresses, and checks that every element is closed in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.text, self.addresses, self.tags = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attrs if name in ('src', 'href', 'xlink:href') and value]
+        if tag not in ('meta', 'br', 'link', 'img'):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f'{tag} is closed out of order'
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attrs if name in ('src', 'href', 'xlink:href') and value]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def _page(folder):
+    checker = _Checker()
+    content = (folder / 'report.html').read_text()
+    checker.feed(content)
+    assert not checker.open
+    return checker, content
+
+
+def test_the_page_is_whole_self_contained_and_follows_the_theme(runs, capsys):
+    summary.report(runs)
+    checker, content = _page(runs)
+    assert all(address.startswith('#') for address in checker.addresses), 'everything is in the page'
+    assert not re.findall(r'@import|url\((?!#)', content)
+    assert checker.tags.count('svg') == 3 + 1, 'density, operations, while training; the layers of one sparse group'
+    text = ' '.join(checker.text)
+    for words in ('lenet300 on mnist', '98.53', '6 finished runs', 'sparse_learning, results/MNIST_sparse_summary.csv', '1,234'):
+        assert words in text
+    assert 'prefers-color-scheme: dark' in content and '#010203' not in content, 'colours of figures are variables'
+    ids = re.findall(r' id="([^"]+)"', content)
+    referred = set(re.findall(r'url\(#([^)]+)\)', content)) | {a[1:] for a in checker.addresses if a != '#problems'}
+    assert referred <= set(ids)
+    assert (runs / 'report.md').read_text().count('\n| ') == 3 and '**lenet300 on mnist**' in capsys.readouterr().out
+    assert sorted(p.name for p in runs.iterdir()) == ['deep', 'report.html', 'report.md', 'sm']
+
+
+def test_broken_unfinished_and_mixed_workdirs(runs):
+    _write(runs / 'vgg', model='vgg_d', data='cifar10', accuracy=0.93, rows=False)
+    values = dict(eval_loss=1.5, validation_bits_per_byte=2.2, test_accuracy=None)
+    _write(runs / 'lm', model='transformer', data='stdlib', **values)
+    _write(runs / 'b1_unfinished', seed=9)
+    (runs / 'b1_unfinished' / 'result.json').unlink()
+    _write(runs / 'b2_result', seed=9)
+    (runs / 'b2_result' / 'result.json').write_text('{"model": "len')
+    _write(runs / 'b3_config', seed=9)
+    (runs / 'b3_config' / 'config.json').write_text('')
+    _write(runs / 'b4_old', seed=9)
+    (runs / 'b4_old' / 'result.json').write_text('{"model": "lenet300"}')
+    _write(runs / 'b5_list', seed=9)
+    (runs / 'b5_list' / 'result.json').write_text('[]')
+    _write(runs / 'rows_cut', seed=4, accuracy=0.98)
+    (runs / 'rows_cut' / 'metrics.jsonl').write_text('{"step": 0, "density": {"a/kernel": 0.05}}\n[1]\n{"ste')
+    (runs / 'rows_cut' / 'run.json').write_text('broken')
+    (runs / 'empty').mkdir()
+    summary.report(runs)
+    checker, _ = _page(runs)
+    text = ' '.join(checker.text)
+    assert '5 workdirs not in the tables' in text
+    markdown = (runs / 'report.md').read_text()
+    for name, reason in (
+        ('b1_unfinished', 'not finished: its last metrics are of step 400'),
+        ('b2_result', 'result.json cannot be read'),
+        ('b3_config', 'config.json cannot be read'),
+        ('b4_old', 'made by another version: it lacks data, method'),
+        ('b5_list', 'result.json cannot be read'),
+    ):
+        assert f'- `{name}`: {reason}' in markdown and name in text
+    for heading in ('**lenet300 on mnist**', '**vgg_d on cifar10**', '**transformer on stdlib**'):
+        assert heading in markdown
+    assert '93.33, 92.91 (SNIP)' in markdown and '| 1.5000 |' in markdown and '| 2.2000 |' in markdown
+    assert '| sparse_momentum | 5% | 50 | 4 |' in markdown, 'a run with cut metrics still counts'
+
+
+def test_report_mode_from_the_launcher(runs, tmp_path):
+    launch = lambda *flags: subprocess.run([sys.executable, 'launch.py', '--mode=report', *flags], cwd=ROOT, capture_output=True, text=True)
+    done = launch(f'--workdir={runs}')
+    assert done.returncode == 0, done.stderr
+    assert 'report.html' in done.stdout and (runs / 'report.html').exists()
+    (tmp_path / 'nothing').mkdir()
+    for flags, message in (
+        ([f'--workdir={tmp_path / "nothing"}'], 'holds no run'),
+        ([f'--workdir={tmp_path / "nowhere"}'], 'is not a folder'),
+        ([f'--workdir={runs}', '--config=configs/mnist_lenet300.py'], '--config has no meaning with --mode=report'),
+        ([], '--workdir is missing'),
+    ):
+        wrong = launch(*flags)
+        assert wrong.returncode == 2 and message in wrong.stderr and len(wrong.stderr.strip().split('\n')) == 1, wrong.stderr
+    assert not list((tmp_path / 'nothing').iterdir())
+
+
+def test_published_numbers():
+    assert published.find('wrn_28_2', 'cifar10', 'dense', 1.0)[0].accuracy == 94.70
+    assert published.find('wrn_28_2', 'digits32', 'dense', 1.0) == []
+    assert [n.of for n in published.find('wrn_16_8', 'cifar10', 'sparse_momentum', 0.05)] == ['SNIP']

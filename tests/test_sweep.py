@@ -1,0 +1,125 @@
+"""Sweeps: grids, real processes that are killed and started again, and what is wrong told before anything is made."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sparse_jax import config as config_lib
+from sparse_jax.train import sweep
+
+ROOT = pathlib.Path(__file__).parent.parent
+SETTINGS = ('--config.train.steps=60', '--config.checkpoint.every=20', '--config.log.every=20', '--config.data.batch_size=20')
+GRIDS = ('--sweep=sparsity.density=0.05,0.1;seed=0,1', '--sweep=sparsity.method=dense;seed=0')
+RUNS = {f'density={d},seed={s}' for d in ('0.05', '0.1') for s in (0, 1)} | {'method=dense,seed=0'}
+
+
+def _command(folder, *flags):
+    config = '--config=configs/mnist_lenet300.py:offline'
+    return [sys.executable, 'launch.py', '--mode=sweep', config, f'--workdir={folder}', *SETTINGS, *flags]
+
+
+def _launch(folder, *flags):
+    return subprocess.run(_command(folder, *flags), cwd=ROOT, capture_output=True, text=True, timeout=400)
+
+
+def _finished(folder):
+    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob('*/result.json')}
+
+
+def test_a_sweep_that_is_killed_and_started_again_runs_nothing_twice_and_misses_nothing(tmp_path):
+    folder = tmp_path / 'sweep'
+    process = subprocess.Popen(_command(folder, *GRIDS, '--jobs=2'), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while len(_finished(folder)) < 2:
+        assert process.poll() is None and time.monotonic() < deadline, 'the sweep ended before it could be killed'
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(0.5)
+    left = [line for line in subprocess.run(['ps', '-eo', 'args'], capture_output=True, text=True).stdout.split('\n') if str(folder) in line]
+    assert not left, 'runs outlived their sweep'
+    before = _finished(folder)
+    assert 2 <= len(before) < len(RUNS)
+    assert not (folder / 'report.html').exists()
+
+    done = _launch(folder, *GRIDS, '--jobs=2')
+    assert done.returncode == 0, done.stderr
+    after = _finished(folder)
+    assert set(after) == RUNS and all(after[name] == stamp for name, stamp in before.items())
+    assert f'5 runs, {len(before)} of them done already' in done.stderr and 'run 5/5' in done.stderr and 'all done' in done.stderr
+    results = {name: json.loads((folder / name / 'result.json').read_text()) for name in RUNS}
+    assert results['density=0.1,seed=1']['density'] == pytest.approx(0.1, abs=1e-5)
+    assert results['method=dense,seed=0']['method'] == 'dense'
+    assert all(result['steps'] == 60 for result in results.values())
+    assert '| dense | 100% |' in done.stdout and (folder / 'report.html').exists() and (folder / 'report.md').exists()
+
+    again = _launch(folder, *GRIDS, '--sweep=sparsity.method=static;seed=0')  # larger: only the new run is made
+    assert again.returncode == 0 and '6 runs, 5 of them done already' in again.stderr
+    assert {name: stamp for name, stamp in _finished(folder).items() if name in RUNS} == after
+
+    changed = _launch(folder, *GRIDS, '--config.optimizer.momentum=0.5')
+    assert changed.returncode == 2 and 'holds another experiment (optimizer.momentum: 0.9 there, 0.5 given)' in changed.stderr
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
+    folder = tmp_path / 'sweep'
+    done = _launch(folder, '--sweep=optimizer.learning_rate=1e20,0.1;seed=0')
+    assert done.returncode == 70
+    assert '1 of 2 runs failed' in done.stderr and 'learning_rate=1e20,seed=0 ended with 70: error: the loss is' in done.stderr
+    assert set(_finished(folder)) == {'learning_rate=0.1,seed=0'}
+    text = (folder / 'report.md').read_text()
+    assert 'Not in the tables' in text and '`learning_rate=1e20,seed=0`: not finished' in text
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        (['--sweep=sparsity.densty=0.1'], "setting='sparsity.densty' does not exist. Did you mean 'sparsity.density'"),
+        (['--sweep=seed'], "'seed' is not of the form name=value,value"),
+        (['--sweep=seed=0,,1'], 'is not of the form name=value,value'),
+        (['--sweep=seed=0;seed=1'], 'seed is there twice'),
+        (['--sweep=seed=0,one'], "seed='one' is not a whole number"),
+        (['--sweep=sparsity.density=0.1,2'], 'config.sparsity.density=2.0: must be in (0, 1]'),
+        (['--sweep=sparsity.method=rigl,srt'], "Did you mean 'set'"),
+        (['--sweep=;'], '--sweep is empty'),
+        ([], '--sweep is missing'),
+        (['--sweep=seed=0', '--jobs=0'], 'jobs'),
+        (['--sweep=seed=0', '--mode=train'], '--sweep has no meaning with --mode=train'),
+    ],
+)  # fmt: skip
+def test_wrong_sweeps(flags, message, tmp_path):
+    done = _launch(tmp_path / 'sweep', *flags)
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().split('\n')
+    assert len(lines) == 1 and lines[0].startswith('error: ') and message in lines[0], done.stderr
+    assert not (tmp_path / 'sweep').exists(), 'a file was made'
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path):
+    (tmp_path / 'thesis.tex').write_text('')
+    config = config_lib.Config()
+    with pytest.raises(ValueError, match='holds something else than a sweep'):
+        sweep.run(config, tmp_path, grids=['seed=0'], command=[])
+    assert [p.name for p in tmp_path.iterdir()] == ['thesis.tex']
+
+
+def test_grids_and_names():
+    points = sweep.parse(['a.x=1,2;b.x=u/v', 'a.x=2;b.x=u/v', 'a.x=3;b.x=w'])
+    assert points == [{'a.x': '1', 'b.x': 'u/v'}, {'a.x': '2', 'b.x': 'u/v'}, {'a.x': '3', 'b.x': 'w'}]
+    assert sweep.names(points) == ['a.x=1,b.x=u_v', 'a.x=2,b.x=u_v', 'a.x=3,b.x=w']
+
+
+def test_settings_from_text():
+    config = config_lib.Config()
+    for name, value in {'seed': '7', 'optimizer.nesterov': 'False', 'sparsity.density': '1e-2', 'model.name': 'lenet5'}.items():
+        config_lib.override(config, name, value)
+    assert (config.seed, config.optimizer.nesterov, config.sparsity.density, config.model.name) == (7, False, 0.01, 'lenet5')
+    for name, value, words in (('seed', '1.5', 'a whole number'), ('optimizer.nesterov', 'maybe', 'true or false'), ('sparsity.density', 'x', 'a number')):
+        with pytest.raises(ValueError, match=words):
+            config_lib.override(config, name, value)
