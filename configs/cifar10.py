@@ -8,7 +8,7 @@ Batch and decay are those of SNIP (arXiv:1810.02340, section 5), which the origi
 from sparse_jax import config as config_lib
 
 
-def get(model: str, density: float, variant: str, offline_batch: int = 50, offline_epochs: int = 3) -> config_lib.Config:
+def get(model: str, density: float, variant: str, *, offline_batch: int, offline_epochs: int, offline_rate: float) -> config_lib.Config:
     """The settings of one network; the variant `offline` takes the digits that need no download, and trains for a few epochs."""
     if variant not in ('', 'offline'):
         raise ValueError(f"the variant {variant!r} does not exist: give none, or ':offline'.")
@@ -26,7 +26,7 @@ def get(model: str, density: float, variant: str, offline_batch: int = 50, offli
         config.data.batch_size = offline_batch
         config.train.epochs = offline_epochs
         steps_per_epoch = 4000 // offline_batch
-        config.optimizer.learning_rate, config.optimizer.schedule = 0.02, 'cosine'  # 0.1 needs more steps than these to settle
+        config.optimizer.learning_rate, config.optimizer.schedule = offline_rate, 'cosine'
         config.sparsity.update_every = steps_per_epoch // 2
         config.checkpoint.every = config.sparsity.update_every
         config.log.every = 10

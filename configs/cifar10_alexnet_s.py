@@ -14,4 +14,4 @@ from sparse_jax import config as config_lib
 
 
 def get_config(variant: str = '') -> config_lib.Config:
-    return cifar10.get('alexnet_s', 0.1, variant)
+    return cifar10.get('alexnet_s', 0.1, variant, offline_batch=50, offline_epochs=3, offline_rate=0.02)

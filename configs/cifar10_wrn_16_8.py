@@ -13,4 +13,4 @@ from sparse_jax import config as config_lib
 
 
 def get_config(variant: str = '') -> config_lib.Config:
-    return cifar10.get('wrn_16_8', 0.05, variant, offline_batch=20, offline_epochs=1)
+    return cifar10.get('wrn_16_8', 0.05, variant, offline_batch=20, offline_epochs=1, offline_rate=0.1)

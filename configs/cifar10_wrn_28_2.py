@@ -14,4 +14,4 @@ from sparse_jax import config as config_lib
 
 
 def get_config(variant: str = '') -> config_lib.Config:
-    return cifar10.get('wrn_28_2', 0.1, variant)
+    return cifar10.get('wrn_28_2', 0.1, variant, offline_batch=20, offline_epochs=1, offline_rate=0.1)
