@@ -8,7 +8,9 @@ Batch and decay are those of SNIP (arXiv:1810.02340, section 5), which the origi
 from sparse_jax import config as config_lib
 
 
-def get(model: str, density: float, variant: str, *, offline_batch: int, offline_epochs: int, offline_rate: float) -> config_lib.Config:
+def get(
+    model: str, density: float, variant: str, *, offline_batch: int, offline_epochs: int, offline_rate: float
+) -> config_lib.Config:
     """The settings of one network; the variant `offline` takes the digits that need no download, and trains for a few epochs."""
     if variant not in ('', 'offline'):
         raise ValueError(f"the variant {variant!r} does not exist: give none, or ':offline'.")

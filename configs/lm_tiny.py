@@ -6,7 +6,7 @@
 
 The variant `dense` is its dense twin, everything else equal; `small` a dense network with as many weights as the sparse one has.
 The text is always there, and differs from one version of Python to the next: compare runs on one machine only.
-@RESULT@
+Cost: @COST@.
 """
 
 from sparse_jax import config as config_lib

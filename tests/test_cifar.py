@@ -94,7 +94,9 @@ def test_the_checksums_are_those_of_the_authors_page():
 
 
 def test_missing_wrong_and_incomplete_archives(tmp_path):
-    with pytest.raises(ValueError, match=r'has none of cifar-10-binary.tar.gz, cifar-10-python.tar.gz.*data.download=True.*:offline'):
+    with pytest.raises(
+        ValueError, match=r'has none of cifar-10-binary.tar.gz, cifar-10-python.tar.gz.*data.download=True.*:offline'
+    ):
         cifar.load('cifar10', tmp_path)
     archive, *_ = _write(tmp_path, 'cifar10', 0, 10)
     with pytest.raises(ValueError, match=r'cifar-10-binary.tar.gz has the MD5 .*expected c32a1d'):
@@ -109,7 +111,9 @@ def test_missing_wrong_and_incomplete_archives(tmp_path):
 def test_damaged_binary_files_are_told_with_file_and_offset():
     content, *_ = _content(cifar.ARCHIVES['cifar10'][0], np.random.default_rng(0), 10)
     read = functools.partial(cifar.read_binary, 'a/data_batch_1.bin', label_bytes=1, classes=10)
-    with pytest.raises(ValueError, match=f'a/data_batch_1.bin is truncated.*offset {6 * 3073}, and the file ends at {7 * 3073 - 1}'):
+    with pytest.raises(
+        ValueError, match=f'a/data_batch_1.bin is truncated.*offset {6 * 3073}, and the file ends at {7 * 3073 - 1}'
+    ):
         read(content[:-1])
     with pytest.raises(ValueError, match='is truncated.*offset 0, and the file ends at 0'):
         read(b'')

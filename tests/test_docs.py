@@ -12,7 +12,8 @@ from absl import flags
 import sparse_jax as sj
 
 ROOT = pathlib.Path(__file__).parent.parent
-README = '\n'.join((ROOT / name).read_text() for name in ('README.md', 'docs/speed.md'))
+DOCS = ('README.md', 'docs/speed.md', 'docs/experiments.md')
+README = '\n'.join((ROOT / name).read_text() for name in DOCS)
 
 
 def _blocks(language: str) -> list[str]:
@@ -46,10 +47,7 @@ def test_commands_exist(command):
     elif words[:2] == ['python', 'launch.py']:
         import launch  # noqa: F401  (defines the flags)
 
-        program = (
-            'import sys; sys.argv[0] = "launch.py"; import launch; launch._check_names(sys.argv[1:]);'
-            'from absl import flags; flags.FLAGS(sys.argv); assert launch._CONFIG.value and launch._WORKDIR.value'
-        )
+        program = 'import sys; sys.argv[0] = "launch.py"; import launch; launch._parse(sys.argv)'
         done = subprocess.run([sys.executable, '-c', program, *words[2:]], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, f'{command}\n{done.stderr}'
     elif words[:2] == ['python', '-m']:
@@ -61,8 +59,9 @@ def test_commands_exist(command):
 
 
 def test_links_lead_somewhere():
-    for target in re.findall(r'\]\((?!https?:)([^)#]+)\)', README):
-        assert (ROOT / target).exists(), target
+    for name in DOCS:
+        for target in re.findall(r'\]\((?!https?:)([^)#]+)\)', (ROOT / name).read_text()):
+            assert ((ROOT / name).parent / target).exists(), f'{target} in {name}'
 
 
 def test_the_core_is_as_long_as_it_says():

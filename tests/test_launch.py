@@ -35,6 +35,15 @@ CONFIG = '--config=configs/mnist_lenet300.py:offline'
         ([CONFIG, '--workdir={}', '--config.sparsity.grow=gradint'], "Did you mean 'gradient'"),
         (['--config=configs/mnist_lenet300.py', '--workdir={}', '--config.data.dir=nowhere'], "data.dir='nowhere' has no train-images"),
         ([CONFIG, '--workdir={}', '--mode=evaluate'], 'has no checkpoint: train first'),
+        ([CONFIG, '--workdir={}', '--config.data.name=cifar11'], "Did you mean 'cifar10' or 'cifar100'"),
+        ([CONFIG, '--workdir={}', '--config.model.name=vgg_d'], 'takes images of 32x32 pixels'),
+        ([CONFIG, '--workdir={}', '--config.optimizer.name=adma'], "Did you mean 'adamw'"),
+        ([CONFIG, '--workdir={}', '--sweep=seed=0,1'], '--sweep has no meaning with --mode=train'),
+        (['--config=configs/cifar10_vgg_d.py', '--workdir={}', '--config.data.dir=nowhere'], "(from https://www.cs.toronto.edu/~kriz/)"),
+        (['--config=configs/lm_tiny.py', '--workdir={}', '--config.data.name=text', '--config.data.dir=benchmarks'], "name='stdlib'"),
+        (['--config=configs/lm_tiny.py', '--workdir={}', '--config.data.name=text', '--config.data.dir=docs/images',
+          '--config.data.pattern=*.png'], 'at least two of them, found 1'),
+        (['--config=configs/lm_tiny.py', '--workdir={}', '--config.model.heads=5'], 'model.heads=5 must divide model.features=192'),
     ],
 )  # fmt: skip
 def test_wrong_input(flags, message, tmp_path):
@@ -45,6 +54,20 @@ def test_wrong_input(flags, message, tmp_path):
     lines = done.stderr.strip().split('\n')
     assert len(lines) == 1 and lines[0].startswith('error: ') and message in lines[0], done.stderr
     assert not workdir.exists(), 'a file was made'
+
+
+def test_text_that_is_not_utf8(tmp_path):
+    (tmp_path / 'good.txt').write_text('some text ' * 1000)
+    (tmp_path / 'bad.txt').write_bytes(b'some text \xff')
+    flags = [
+        '--config=configs/lm_tiny.py',
+        '--config.data.name=text',
+        f'--config.data.dir={tmp_path}',
+        f'--workdir={tmp_path / "run"}',
+    ]
+    done = subprocess.run([sys.executable, 'launch.py', *flags], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and f'error: {tmp_path / "bad.txt"} is not UTF-8 at offset 10' in done.stderr
+    assert len(done.stderr.strip().split('\n')) == 1 and not (tmp_path / 'run').exists()
 
 
 def test_a_workdir_that_is_a_file_or_holds_something_else(tmp_path):

@@ -210,7 +210,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
         params, state = jax.jit(model.init)(jax.random.key(0))
         assert {leaf.dtype for leaf in jax.tree.leaves((params, state))} == {jnp.dtype('float32')}
         x = jnp.ones((2, 8), int) if name == 'transformer' else jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
-        run = lambda m: jax.jit(lambda p: m.apply(p, state, x, train=False, rng=None)[0])
+        run = lambda m, s=state, x=x: jax.jit(lambda p: m.apply(p, s, x, train=False, rng=None)[0])
         assert 'bf16' in run(model).lower(params).as_text() and 'bf16' not in run(wide).lower(params).as_text()
         low, high = run(model)(params), run(wide)(params)
         assert low.dtype == jnp.float32
@@ -312,7 +312,9 @@ def test_convolution_of_few_pixels_is_the_convolution(side, taps, strides, paddi
     ours = lambda x, k: layers.convolve(x, k, strides, padding)
     assert ('conv_general_dilated' in str(jax.make_jaxpr(ours)(x, kernel))) == (side == 3)
     np.testing.assert_allclose(ours(x, kernel), plain(x, kernel), atol=1e-5)
-    for got, expected in zip(*(jax.grad(lambda x, k, f=f: (f(x, k) ** 2).sum(), (0, 1))(x, kernel) for f in (ours, plain)), strict=True):
+    for got, expected in zip(
+        *(jax.grad(lambda x, k, f=f: (f(x, k) ** 2).sum(), (0, 1))(x, kernel) for f in (ours, plain)), strict=True
+    ):
         np.testing.assert_allclose(got, expected, atol=1e-4)
 
 

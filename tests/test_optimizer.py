@@ -118,7 +118,9 @@ def test_label_smoothing_equals_numpy():
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     target = 0.9 * np.eye(7)[labels] + 0.1 / 7
     np.testing.assert_allclose(state_lib.cross_entropy(jnp.float32(logits), labels, 0.1), -(target * logp).sum(-1), rtol=1e-5)
-    np.testing.assert_allclose(state_lib.cross_entropy(jnp.float32(logits), labels, 0.0), -(np.eye(7)[labels] * logp).sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(
+        state_lib.cross_entropy(jnp.float32(logits), labels, 0.0), -(np.eye(7)[labels] * logp).sum(-1), rtol=1e-5
+    )
     plain, smooth = (_create(train__label_smoothing=v, sparsity__method='dense') for v in (0.0, 0.2))
     state = plain.init(jax.random.key(0))
     losses = [float(jax.jit(e.train_step)(state, BATCH)[1]['loss']) for e in (plain, smooth)]

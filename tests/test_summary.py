@@ -17,7 +17,9 @@ from sparse_jax.train import published, summary
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def _write(folder, *, seed=0, accuracy=0.9, method='sparse_momentum', density=0.05, model='lenet300', data='mnist', rows=True, **values):
+def _write(
+    folder, *, seed=0, accuracy=0.9, method='sparse_momentum', density=0.05, model='lenet300', data='mnist', rows=True, **values
+):
     """A finished run's files, as the loop writes them."""
     config = config_lib.Config(seed=seed)
     config.model.name, config.data.name = model, data
@@ -171,7 +173,9 @@ def test_broken_unfinished_and_mixed_workdirs(runs):
 
 
 def test_report_mode_from_the_launcher(runs, tmp_path):
-    launch = lambda *flags: subprocess.run([sys.executable, 'launch.py', '--mode=report', *flags], cwd=ROOT, capture_output=True, text=True)
+    launch = lambda *flags: subprocess.run(
+        [sys.executable, 'launch.py', '--mode=report', *flags], cwd=ROOT, capture_output=True, text=True
+    )
     done = launch(f'--workdir={runs}')
     assert done.returncode == 0, done.stderr
     assert 'report.html' in done.stdout and (runs / 'report.html').exists()

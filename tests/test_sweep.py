@@ -42,7 +42,11 @@ def test_a_sweep_that_is_killed_and_started_again_runs_nothing_twice_and_misses_
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     time.sleep(0.5)
-    left = [line for line in subprocess.run(['ps', '-eo', 'args'], capture_output=True, text=True).stdout.split('\n') if str(folder) in line]
+    left = [
+        line
+        for line in subprocess.run(['ps', '-eo', 'args'], capture_output=True, text=True).stdout.split('\n')
+        if str(folder) in line
+    ]
     assert not left, 'runs outlived their sweep'
     before = _finished(folder)
     assert 2 <= len(before) < len(RUNS)
@@ -120,6 +124,10 @@ def test_settings_from_text():
     for name, value in {'seed': '7', 'optimizer.nesterov': 'False', 'sparsity.density': '1e-2', 'model.name': 'lenet5'}.items():
         config_lib.override(config, name, value)
     assert (config.seed, config.optimizer.nesterov, config.sparsity.density, config.model.name) == (7, False, 0.01, 'lenet5')
-    for name, value, words in (('seed', '1.5', 'a whole number'), ('optimizer.nesterov', 'maybe', 'true or false'), ('sparsity.density', 'x', 'a number')):
+    for name, value, words in (
+        ('seed', '1.5', 'a whole number'),
+        ('optimizer.nesterov', 'maybe', 'true or false'),
+        ('sparsity.density', 'x', 'a number'),
+    ):
         with pytest.raises(ValueError, match=words):
             config_lib.override(config, name, value)

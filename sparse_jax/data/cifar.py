@@ -91,7 +91,7 @@ def load(name: str, folder: str | os.PathLike, archives: Sequence[Archive] | Non
         if (folder / archive.name).exists():
             return _parts(_packed(folder / archive.name, archive), archive, CLASSES[name])
     raise ValueError(
-        f'data.dir={str(folder)!r} has none of {", ".join(a.name for a in archives)}, nor one of them unpacked: put one there, set '
+        f'data.dir={str(folder)!r} has none of {", ".join(a.name for a in archives)}, nor one of them unpacked: put one there (from {MIRRORS[0]}), set '
         "data.download=True, or train on the digits that need no download with the config's variant :offline."
     )
 
