@@ -27,9 +27,8 @@ def get(
         config.data.validation = 0.0  # these settings are fixed: there is nothing to choose
         config.data.batch_size = offline_batch
         config.train.epochs = offline_epochs
-        steps_per_epoch = 4000 // offline_batch
         config.optimizer.learning_rate, config.optimizer.schedule = offline_rate, 'cosine'
-        config.sparsity.update_every = steps_per_epoch // 2
-        config.checkpoint.every = config.sparsity.update_every
+        steps = offline_epochs * (4000 // offline_batch)
+        config.sparsity.update_every, config.train.eval_every, config.checkpoint.every = steps // 6, steps // 4, steps // 4
         config.log.every = 10
     return config

@@ -68,6 +68,13 @@ def _series(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[Any]]
     return [row['step'] for row in chosen], [row[key] for row in chosen]
 
 
+_NAMED = 8  # layers that get a colour and a name each
+
+
+def _short(name: str) -> str:
+    return name.removeprefix('layers/').replace('/kernel', '')
+
+
 def draw(path: pathlib.Path, rows: list[dict[str, Any]], *, title: str, input_counts: np.ndarray | None) -> None:
     """Saves a run's picture: loss, accuracy, each layer's density over time, and the weights that each input pixel kept.
 
@@ -77,48 +84,62 @@ def draw(path: pathlib.Path, rows: list[dict[str, Any]], *, title: str, input_co
       title: heading.
       input_counts: number of weights each input pixel kept, [height, width]; None: the weights that moved are drawn instead.
     """
+    import matplotlib.cm
+    import matplotlib.colors
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
     figure = Figure(figsize=(11, 7.5), layout='constrained')
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13)
     (loss_axes, accuracy_axes), (density_axes, last_axes) = figure.subplots(2, 2)
 
+    few = dict(marker='o', markersize=3) if sum('flips' in row for row in rows) < 25 else {}  # there may be one only
     loss_axes.plot(*_series(rows, 'loss'), label='training', color='tab:blue')
     accuracy_axes.plot(*_series(rows, 'accuracy'), label='training', color='tab:blue')
     for part, color in (('validation', 'tab:green'), ('test', 'tab:orange')):
         if any(f'{part}_loss' in row for row in rows):
-            loss_axes.plot(*_series(rows, f'{part}_loss'), label=part, color=color)
-            accuracy_axes.plot(*_series(rows, f'{part}_accuracy'), label=part, color=color)
+            loss_axes.plot(*_series(rows, f'{part}_loss'), label=part, color=color, **few)
+            accuracy_axes.plot(*_series(rows, f'{part}_accuracy'), label=part, color=color, **few)
     loss_axes.set(title='loss (cross entropy, nats)', xlabel='step', yscale='log')
     accuracy_axes.set(title='accuracy', xlabel='step')
     accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if shown := sorted(value for row in rows for key, value in row.items() if key.endswith('accuracy')):
-        accuracy_axes.set_ylim(max(0.0, shown[len(shown) // 10] - 0.03), 1.005)
+        accuracy_axes.set_ylim(max(0.0, shown[len(shown) // 10] - 0.03), min(shown[-1] + 0.05, 1.005))
     loss_axes.legend()
     accuracy_axes.legend()
 
     steps, densities = _series(rows, 'density')
     if densities:
         last = max(row['step'] for row in rows)
-        for layer in densities[0]:
+        names = list(densities[0])
+        many = len(names) > _NAMED
+        for i, layer in enumerate(names):
             values = [d[layer] for d in densities]
-            density_axes.plot([*steps, last], [*values, values[-1]], label=layer, drawstyle='steps-post')
+            look = dict(color=matplotlib.colormaps['viridis'](i / (len(names) - 1))) if many else dict(label=layer)
+            density_axes.plot([*steps, last], [*values, values[-1]], drawstyle='steps-post', linewidth=1 if many else 1.5, **look)
         density_axes.set_yscale('log')
-        density_axes.legend(loc='best')
+        if many:
+            colours = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, len(names) - 1), 'viridis')
+            bar = figure.colorbar(colours, ax=density_axes, ticks=[0, len(names) - 1])
+            bar.ax.set_yticklabels([_short(names[0]), _short(names[-1])], fontsize=8)
+        else:
+            density_axes.legend(loc='best')
     else:
         density_axes.text(0.5, 0.5, 'dense: every weight exists', ha='center', transform=density_axes.transAxes)
     density_axes.set(title='density of each layer', xlabel='step')
-    density_axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    for axes, write in ((density_axes, lambda v, _: f'{100 * v:.3g}%'), (loss_axes, lambda v, _: f'{v:g}')):
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(write))
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
     if input_counts is not None:
         image = last_axes.imshow(input_counts, cmap='viridis')
         last_axes.set(title='weights that each input pixel kept', xticks=[], yticks=[])
         figure.colorbar(image, ax=last_axes)
     else:
-        last_axes.plot(*_series(rows, 'flips'), color='tab:purple')
+        last_axes.plot(*_series(rows, 'flips'), color='tab:purple', **few)
         last_axes.set(title='mask positions that an update flipped', xlabel='step')
         last_axes.set_ylim(bottom=0)
     for axes in (loss_axes, accuracy_axes, density_axes):
