@@ -24,11 +24,11 @@ def logits(params, images):
 
 
 def loss(params, batch):
-    return optax.softmax_cross_entropy_with_integer_labels(logits(params, batch['image']), batch['label']).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(logits(params, batch['input']), batch['label']).mean()
 
 
 def accuracy(params):
-    return jnp.mean(jnp.argmax(logits(params, digits.test.images), axis=-1) == digits.test.labels)
+    return jnp.mean(jnp.argmax(logits(params, digits.test.inputs), axis=-1) == digits.test.labels)
 
 
 def train(tx, params, opt_state, steps, seed):
@@ -37,7 +37,7 @@ def train(tx, params, opt_state, steps, seed):
         updates, opt_state = tx.update(jax.grad(loss)(params, batch), opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    for batch in data.batches(digits.train, batch_size=100, seed=seed, num_batches=steps):
+    for batch in data.batches(digits, batch_size=100, seed=seed, num_batches=steps):
         params, opt_state = step(params, opt_state, batch)
     return params, opt_state
 

@@ -40,16 +40,16 @@ state = state.replace(params=sj.apply_masks(state.params, sj.get_masks(state.opt
 @jax.jit
 def step(state, batch):
     def loss(params):
-        logits = state.apply_fn({'params': params}, batch['image'])
+        logits = state.apply_fn({'params': params}, batch['input'])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch['label']).mean()
 
     return state.apply_gradients(grads=jax.grad(loss)(state.params))
 
 
-for batch in data.batches(digits.train, batch_size=100, seed=0, num_batches=steps):
+for batch in data.batches(digits, batch_size=100, seed=0, num_batches=steps):
     state = step(state, batch)
 
 sj.check_sparse(state.params, state.opt_state)
 print(sj.stats.table(state.opt_state))
-accuracy = jnp.mean(jnp.argmax(network.apply({'params': state.params}, digits.test.images), axis=-1) == digits.test.labels)
+accuracy = jnp.mean(jnp.argmax(network.apply({'params': state.params}, digits.test.inputs), axis=-1) == digits.test.labels)
 print(f'test accuracy {accuracy:.1%}')

@@ -47,16 +47,16 @@ masked(model, optimizer)
 @nnx.jit
 def step(model, optimizer, batch):
     def loss(model):
-        return optax.softmax_cross_entropy_with_integer_labels(model(batch['image']), batch['label']).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(model(batch['input']), batch['label']).mean()
 
     optimizer.update(model, nnx.grad(loss)(model))
 
 
-for batch in data.batches(digits.train, batch_size=100, seed=0, num_batches=steps):
+for batch in data.batches(digits, batch_size=100, seed=0, num_batches=steps):
     step(model, optimizer, batch)
 
 opt_state = nnx.as_pure(optimizer.opt_state)
 sj.check_sparse(nnx.as_pure(nnx.state(model, nnx.Param)), opt_state)
 print(sj.stats.table(opt_state))
-accuracy = jnp.mean(jnp.argmax(model(jax.device_put(digits.test.images)), axis=-1) == digits.test.labels)
+accuracy = jnp.mean(jnp.argmax(model(jax.device_put(digits.test.inputs)), axis=-1) == digits.test.labels)
 print(f'test accuracy {accuracy:.1%}')

@@ -36,7 +36,7 @@ def logits(params, images):
 
 
 def loss(params, batch):
-    return optax.softmax_cross_entropy_with_integer_labels(logits(params, batch['image']), batch['label']).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(logits(params, batch['input']), batch['label']).mean()
 
 
 steps = 600
@@ -57,10 +57,10 @@ def step(params, opt_state, batch):
     return optax.apply_updates(params, updates), opt_state
 
 
-for batch in data.batches(digits.train, batch_size=100, seed=0, num_batches=steps):
+for batch in data.batches(digits, batch_size=100, seed=0, num_batches=steps):
     params, opt_state = step(params, opt_state, batch)
 
 sj.check_sparse(params, opt_state)
-accuracy = jnp.mean(jnp.argmax(logits(params, digits.test.images), axis=-1) == digits.test.labels)
+accuracy = jnp.mean(jnp.argmax(logits(params, digits.test.inputs), axis=-1) == digits.test.labels)
 print(sj.stats.table(opt_state))
 print(f'test accuracy {accuracy:.1%}')

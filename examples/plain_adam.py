@@ -30,7 +30,7 @@ def logits(params, images):
 
 
 def loss(params, batch):
-    return optax.softmax_cross_entropy_with_integer_labels(logits(params, batch['image']), batch['label']).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(logits(params, batch['input']), batch['label']).mean()
 
 
 steps, update_every = 600, 20
@@ -45,14 +45,14 @@ def step(params, opt_state, batch):
     return optax.apply_updates(params, updates), opt_state
 
 
-for batch in data.batches(digits.train, batch_size=100, seed=0, num_batches=steps):
+for batch in data.batches(digits, batch_size=100, seed=0, num_batches=steps):
     params, opt_state = step(params, opt_state, batch)
 
 sj.check_sparse(params, opt_state)
 masks = sj.get_masks(opt_state)
 print(sj.stats.table(opt_state))
 # for a batch of 100; RigL needs the gradients of missing weights in one step before each update
-cost = sj.stats.operations(logits, masks, params, digits.test.images[:100], dense_gradient_window=1, update_every=update_every)
+cost = sj.stats.operations(logits, masks, params, digits.test.inputs[:100], dense_gradient_window=1, update_every=update_every)
 print(cost.table())
-accuracy = jnp.mean(jnp.argmax(logits(params, digits.test.images), axis=-1) == digits.test.labels)
+accuracy = jnp.mean(jnp.argmax(logits(params, digits.test.inputs), axis=-1) == digits.test.labels)
 print(f'test accuracy {accuracy:.1%}')

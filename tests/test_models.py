@@ -24,6 +24,7 @@ def _size(tree):
 # parameters, weights, and the published number of parameters in millions: SNIP's table 2 (arXiv:1810.02340), and for WRN-28-2
 # Zagoruyko and Komodakis's table 4 (1.5). VGG-C is the original code's: its padded 1x1 kernels make the first linear layer larger than SNIP's
 # by 3 x 512 x 512. For WRN-16-8 SNIP says 10.0, but keeps 548,000 at 5%, which is 5% of 11.0.
+@pytest.mark.core
 @pytest.mark.parametrize(
     ('name', 'weights', 'parameters', 'published'),
     [
@@ -52,6 +53,7 @@ def test_parameter_counts(name, weights, parameters, published):
     assert logits.shape == (2, 10) and jax.tree.structure(after) == jax.tree.structure(state)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ('own', 'tokens', 'millions'),
     [
@@ -155,6 +157,7 @@ def _softmax(x):
     return e / e.sum(-1, keepdims=True)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize('own', [{}, dict(tied=False, hidden=24, remat=True)])
 def test_transformer_equals_numpy(own):
     """Head by head, position by position, layer by layer: rotary embeddings, the causal mask, SwiGLU, RMSNorm."""
@@ -190,6 +193,7 @@ def test_transformer_equals_numpy(own):
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.core
 def test_no_token_sees_a_later_one():
     model = _create('transformer')
     params, state = model.init(jax.random.key(0))
@@ -269,6 +273,7 @@ def test_a_pattern_without_a_kernel_is_refused_and_none_is_dense(name, path):
         run(patterns)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize('train', [True, False])
 def test_batch_norm_equals_numpy(train):
     from flax import nnx

@@ -36,7 +36,12 @@ def _check_counts(made, state, budget):
     [
         ('vgg_like', 0.03, {}),
         ('wrn_28_2', 0.1, {'model__dropout': 0.3}),
-        ('transformer', 0.1, {'model__depth': 3, 'model__features': 64, 'model__heads': 4, 'optimizer__name': 'adamw'}),
+        pytest.param(
+            'transformer',
+            0.1,
+            {'model__depth': 3, 'model__features': 64, 'model__heads': 4, 'optimizer__name': 'adamw'},
+            marks=pytest.mark.core,
+        ),
     ],
 )
 def test_counts_are_exact_through_three_updates(model, density, own):
@@ -89,6 +94,7 @@ def test_a_bfloat16_step_updates_float32_masters():
     assert 0 < moved < 1e-2
 
 
+@pytest.mark.core
 def test_a_language_model_trains_from_the_launchers_loop(tmp_path):
     (tmp_path / 'text').mkdir()
     for i in range(6):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from sparse_jax import methods
 from sparse_jax.train import published
 
 
@@ -187,7 +188,9 @@ def tables(runs: Sequence[Run]) -> list[Table]:
             settings = ', '.join(f'{name.rpartition(".")[2]}={identity[name]}' for name in varying if name in identity)
             density = 1.0 if identity['method'] == 'dense' else float(identity['sparsity.density'])
             rows.append(Group(identity['method'], density, settings, sorted(same, key=lambda run: run.config['seed'])))
-        order = lambda group: (group.method != 'dense', group.method, group.settings, -group.density)
+        known = ['dense', *methods.NAMES]
+        place = lambda method: known.index(method) if method in known else len(known)
+        order = lambda group: (place(group.method), group.method, group.settings, -group.density)
         made.append(Table(model, data, metric, sorted(rows, key=order)))
     return made
 
