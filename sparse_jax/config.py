@@ -188,6 +188,21 @@ _RANGES = (
 )
 
 
+# (settings, the setting that decides whether they have an effect, its values with which they do)
+_IMAGES = ('cifar10', 'cifar100', 'digits32')
+_ONLY_FOR = (
+    (('data.pattern',), 'data.name', ('text',)),
+    (('data.tokenizer', 'data.length'), 'data.name', ('text', 'stdlib')),
+    (('data.augment',), 'data.name', _IMAGES),
+    (('data.download',), 'data.name', ('mnist', 'cifar10', 'cifar100')),
+    (('optimizer.momentum', 'optimizer.nesterov'), 'optimizer.name', ('sgd',)),
+    (('optimizer.beta1', 'optimizer.beta2'), 'optimizer.name', ('adamw',)),
+    (('optimizer.final_factor',), 'optimizer.schedule', ('cosine',)),
+    (('sparsity.initial_density',), 'sparsity.method', ('granet', 'dense')),
+    (('sparsity.accumulate_steps',), 'sparsity.method', ('rigl', 'dense')),
+)
+
+
 def override(config: Config, name: str, value: str) -> None:
     """Sets one setting from text, as the command line does.
 
@@ -222,13 +237,13 @@ _KINDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 
 
 
 def validate(config: Config) -> None:
-    """Checks every number's range.
+    """Checks every number's range, and that no setting is changed that has no effect.
 
     Args:
       config: the settings.
 
     Raises:
-      ValueError: naming the first setting out of range, what was given and what would work.
+      ValueError: naming the first wrong setting, what was given and what would work.
 
     Example:
       >>> validate(Config(seed=-1))
@@ -236,7 +251,13 @@ def validate(config: Config) -> None:
       ...
       ValueError: config.seed=-1: must be in [0, 2^31).
     """
-    flat = flatten(config)
+    flat, default = flatten(config), flatten(Config())
     for name, allowed, words in _RANGES:
         if not allowed(flat[name]):  # a NaN is in no range
             raise ValueError(f'config.{name}={flat[name]!r}: must be {words}.')
+    for names, chooser, choices in _ONLY_FOR:
+        for name in names:
+            if flat[name] != default[name] and flat[chooser] not in choices:
+                raise ValueError(
+                    f'config.{name}={flat[name]!r} has no effect with {chooser}={flat[chooser]!r}, only with {", ".join(choices)}: leave it out.'
+                )

@@ -51,10 +51,6 @@ class Experiment(NamedTuple):
 def _sparsify(config: config_lib.Config, inner, stacked, update_every: int, total_steps: int) -> tuple[Any, dict[str, Any]]:
     """The sparse optimizer, and the arguments that make it."""
     s = config.sparsity
-    only_for = {'initial_density': 'granet', 'accumulate_steps': 'rigl'}
-    for name, method in only_for.items():
-        if getattr(s, name) != getattr(config_lib.Sparsity(), name) and s.method != method:
-            raise ValueError(f'config.sparsity.{name}={getattr(s, name)!r} is for the method {method}, not for {s.method}.')
     options: dict[str, Any] = dict(start_step=s.start_step, granularity=s.granularity, stacked=stacked)
     options['dense'] = _patterns(s.dense)
     for name in ('prune_rate', 'stop_step', 'distribution', 'prune', 'grow', 'redistribute'):

@@ -164,6 +164,15 @@ def _identity(run: Run) -> dict[str, Any]:
     return own | {'method': run.result['method']}
 
 
+_KNOWN = ['dense', *methods.NAMES]
+
+
+def _order(group: Group) -> tuple:
+    """Dense first, then the methods as README lists them, from the densest on."""
+    place = _KNOWN.index(group.method) if group.method in _KNOWN else len(_KNOWN)
+    return place, group.method, group.settings, -group.density
+
+
 def tables(runs: Sequence[Run]) -> list[Table]:
     """Groups runs by model and data, and in these by everything but the seed; of runs that repeat a seed the first counts."""
     by_table: dict[tuple[str, str, str], dict[str, list[Run]]] = {}
@@ -188,10 +197,7 @@ def tables(runs: Sequence[Run]) -> list[Table]:
             settings = ', '.join(f'{name.rpartition(".")[2]}={identity[name]}' for name in varying if name in identity)
             density = 1.0 if identity['method'] == 'dense' else float(identity['sparsity.density'])
             rows.append(Group(identity['method'], density, settings, sorted(same, key=lambda run: run.config['seed'])))
-        known = ['dense', *methods.NAMES]
-        place = lambda method: known.index(method) if method in known else len(known)
-        order = lambda group: (place(group.method), group.method, group.settings, -group.density)
-        made.append(Table(model, data, metric, sorted(rows, key=order)))
+        made.append(Table(model, data, metric, sorted(rows, key=_order)))
     return made
 
 
