@@ -28,7 +28,15 @@ _CONFIG = config_flags.DEFINE_config_file('config', help_string='Config file, an
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of this run: checkpoints, metrics, result, report.')
 _MODE = flags.DEFINE_string('mode', 'train', f'What to do: {", ".join(MODES)}.')
 _SWEEP = flags.DEFINE_multi_string('sweep', [], 'name=value,value;name=value: all combinations; may be given several times.')
-_JOBS = flags.DEFINE_integer('jobs', 1, 'Runs of a sweep at a time, each on a CPU core of its own.', lower_bound=1)
+_JOBS = flags.DEFINE_integer(
+    'jobs',
+    None,
+    'Runs of a sweep at a time (1), each on a CPU core of its own; on one GPU set XLA_PYTHON_CLIENT_PREALLOCATE=false.',
+    1,
+)
+_RUNS = flags.DEFINE_multi_string(
+    'runs', [], 'Folders with runs to report on, in place of --workdir, which the report is written to.'
+)
 
 
 def main(argv) -> int:
@@ -36,18 +44,24 @@ def main(argv) -> int:
     absl_logging.set_verbosity(absl_logging.WARNING)  # of jax, orbax and matplotlib
     logging.getLogger('sparse_jax').setLevel(logging.INFO)
     from sparse_jax import train  # after the flags: a wrong flag is told at once
-    from sparse_jax.train import summary, sweep
 
     folder = pathlib.Path(_WORKDIR.value or '')
     try:
         if _MODE.value == 'report':
-            summary.report(folder)
+            from sparse_jax.train import summary
+
+            summary.report(folder, [pathlib.Path(path) for path in _RUNS.value])
         elif _MODE.value == 'sweep':
+            import jax
+
+            from sparse_jax.train import sweep
+
+            jax.config.update('jax_platforms', 'cpu')  # of this process, which checks only: the accelerator is the runs'
             file = config_flags.get_config_filename(flags.FLAGS['config'])
             overrides = config_flags.get_override_values(flags.FLAGS['config'])
             shared = [f'--config={file}', *(f'--config.{name}={value}' for name, value in overrides.items())]
             command = [str(pathlib.Path(__file__).resolve()), *shared]
-            sweep.run(_CONFIG.value, folder, grids=_SWEEP.value, command=command, jobs=_JOBS.value)
+            sweep.run(_CONFIG.value, folder, grids=_SWEEP.value, command=command, jobs=_JOBS.value or 1)
         else:
             {'train': train.train, 'evaluate': train.evaluate}[_MODE.value](_CONFIG.value, folder)
     except ValueError as error:
@@ -97,10 +111,11 @@ def _parse(argv):
             hint = f' Did you mean {near[0]}?' if near else ''
             raise ValueError(f'--mode={_MODE.value} does not exist.{hint} Known: {", ".join(MODES)}.')
         wanted = ((_CONFIG, 'configs/mnist_lenet300.py:offline'), (_WORKDIR, 'runs/mnist_lenet300'), (_SWEEP, "'seed=0,1,2'"))
-        unwanted = {'report': ('config', 'sweep'), 'sweep': ()}.get(_MODE.value, ('sweep',))
+        unwanted = {'report': ('config', 'sweep', 'jobs'), 'sweep': ('runs',)}.get(_MODE.value, ('sweep', 'jobs', 'runs'))
         for flag, example in wanted:
             if not flag.value and flag.name not in unwanted:
                 raise ValueError(f'--{flag.name} is missing: give for instance --{flag.name}={example}.')
+        for flag in (_CONFIG, _SWEEP, _JOBS, _RUNS):
             if flag.value and flag.name in unwanted:
                 raise ValueError(f'--{flag.name} has no meaning with --mode={_MODE.value}: leave it out.')
     except Exception as error:  # a config file may raise anything; its own message is the last line

@@ -1,6 +1,7 @@
 """The settings of an experiment, as typed dataclasses; standard library only. Intervals are in steps."""
 
 import dataclasses
+import math
 from typing import Any
 
 from sparse_jax import _names
@@ -41,7 +42,7 @@ class Optimizer:
     name: str = 'sgd'  # see sparse_jax.train.optimizer
     learning_rate: float = 0.1  # at the start, or after the warm-up
     schedule: str = 'step'  # step: x decay_factor every decay_every steps; cosine: to final_factor at the end; constant
-    warmup_steps: int = 0  # of a linear warm-up from 0
+    warmup_steps: int = 0  # of a linear warm-up, in equal parts of learning_rate
     decay_every: int = 25_000  # step schedule: in steps; 0: never
     decay_factor: float = 0.1  # step schedule
     final_factor: float = 0.0  # cosine schedule: the last learning rate as a part of learning_rate, in [0, 1]
@@ -159,16 +160,16 @@ _RANGES = (
     ('data.validation', lambda v: 0 <= v < 1, 'in [0, 1)'),
     ('data.length', lambda v: v >= 1, 'at least 1'),
     ('data.prefetch', lambda v: v >= 0, 'at least 0 (0: none)'),
-    ('optimizer.learning_rate', lambda v: v > 0, 'positive'),
+    ('optimizer.learning_rate', lambda v: 0 < v < math.inf, 'positive and finite'),
     ('optimizer.warmup_steps', lambda v: v >= 0, 'at least 0'),
     ('optimizer.final_factor', lambda v: 0 <= v <= 1, 'in [0, 1]'),
     ('optimizer.momentum', lambda v: 0 <= v < 1, 'in [0, 1)'),
     ('optimizer.beta1', lambda v: 0 <= v < 1, 'in [0, 1)'),
     ('optimizer.beta2', lambda v: 0 <= v < 1, 'in [0, 1)'),
-    ('optimizer.clip_norm', lambda v: v >= 0, 'at least 0 (0: none)'),
-    ('optimizer.weight_decay', lambda v: v >= 0, 'at least 0'),
+    ('optimizer.clip_norm', lambda v: 0 <= v < math.inf, 'at least 0 (0: none) and finite'),
+    ('optimizer.weight_decay', lambda v: 0 <= v < math.inf, 'at least 0 and finite'),
     ('optimizer.decay_every', lambda v: v >= 0, 'at least 0 (0: never)'),
-    ('optimizer.decay_factor', lambda v: v > 0, 'positive'),
+    ('optimizer.decay_factor', lambda v: 0 < v < math.inf, 'positive and finite'),
     ('sparsity.density', lambda v: 0 < v <= 1, 'in (0, 1]'),
     ('sparsity.initial_density', lambda v: 0 < v <= 1, 'in (0, 1]'),
     ('sparsity.accumulate_steps', lambda v: v >= 1, 'at least 1'),
@@ -259,5 +260,6 @@ def validate(config: Config) -> None:
         for name in names:
             if flat[name] != default[name] and flat[chooser] not in choices:
                 raise ValueError(
-                    f'config.{name}={flat[name]!r} has no effect with {chooser}={flat[chooser]!r}, only with {", ".join(choices)}: leave it out.'
+                    f'config.{name}={flat[name]!r} has no effect with {chooser}={flat[chooser]!r}, only with {", ".join(choices)}: '
+                    f'leave it at {default[name]!r}.'
                 )

@@ -139,6 +139,9 @@ def test_damaged_python_files_are_told_with_file_and_offset():
         read(pickle.dumps(labels, protocol=2))
     with pytest.raises(ValueError, match=r'holds uint8\[2, 3071\] and 2 labels'):
         read(pickle.dumps({**labels, b'data': np.zeros((2, 3071), np.uint8)}, protocol=2))
+    for wrong in (['a', 'b'], [None, 1], 3, [[1], [2]], [0.5, 1.0]):
+        with pytest.raises(ValueError, match=r'a/train cannot be read at offset .* its labels are|cannot be read'):
+            read(pickle.dumps({**labels, archive.label_key: wrong}, protocol=2))
     with pytest.raises(ValueError, match=r'a.train (holds|cannot be read)'):
         read(pickle.dumps({archive.label_key: [], b'data': np.zeros((0, 3072), np.uint8)}, protocol=2))
 

@@ -164,15 +164,36 @@ def test_average_of_weights_is_masked_at_evaluation():
         state, _ = step(state, BATCH)
         decay = min(0.9, (1 + t) / (10 + t))
         average = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * np.asarray(p, np.float64), average, state.params)
-    for got, expected in zip(jax.tree.leaves(state.average), jax.tree.leaves(average), strict=True):
+    for got, expected in zip(jax.tree.leaves(state.average[0]), jax.tree.leaves(average), strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-6)
     masks = sj.get_masks(state.opt_state)
-    outside = state.average['fc1']['kernel'][~masks['fc1']['kernel']]
+    outside = state.average[0]['fc1']['kernel'][~masks['fc1']['kernel']]
     assert (outside != 0).any(), 'masks moved, so the average itself is not sparse'
-    masked = state._replace(params=sj.apply_masks(state.average, masks))
+    masked = state._replace(params=sj.apply_masks(state.average[0], masks))
     plain = _create(sparsity__update_every=2, data__batch_size=20)
     assert float(made.evaluate(state, BATCH)['loss']) == pytest.approx(float(plain.evaluate(masked, BATCH)['loss']), rel=1e-6)
     assert float(made.evaluate(state, BATCH)['loss']) != float(plain.evaluate(state, BATCH)['loss'])
+
+
+def test_running_statistics_are_averaged_with_the_weights():
+    values = dict(model__name='alexnet_s', sparsity__method='dense', data__batch_size=8, train__average_decay=0.9)
+    made = train.create(_config(**values), num_examples=80, input_shape=(32, 32, 3), num_outputs=10)
+    state = jax.jit(made.init)(jax.random.key(0))
+    batch = {'input': jax.random.normal(jax.random.key(1), (8, 32, 32, 3)), 'label': jnp.arange(8)}
+    step = jax.jit(made.train_step)
+    mean = np.asarray(state.model_state['norm1']['mean'], np.float64)
+    for t in (1, 2):
+        state, _ = step(state, batch)
+        decay = (1 + t) / (10 + t)
+        mean = decay * mean + (1 - decay) * np.asarray(state.model_state['norm1']['mean'])
+    np.testing.assert_allclose(state.average[1]['norm1']['mean'], mean, rtol=1e-5)
+    live = train.create(
+        _config(**{**values, 'train__average_decay': 0.0}), num_examples=80, input_shape=(32, 32, 3), num_outputs=10
+    )
+    averaged = state._replace(params=state.average[0], model_state=state.average[1], average=None)
+    assert float(jax.jit(made.evaluate)(state, batch)['loss']) == pytest.approx(
+        float(jax.jit(live.evaluate)(averaged, batch)['loss'])
+    )
 
 
 def test_an_average_goes_on_after_a_restart(tmp_path):

@@ -54,7 +54,7 @@ def runs(tmp_path):
 
 
 def test_means_errors_and_intervals_equal_scipy(runs):
-    (table,) = summary.tables(summary.collect(runs)[0])
+    (table,) = summary.tables(summary.collect([runs])[0])
     assert [(g.method, g.density, len(g.runs)) for g in table.groups] == [('dense', 1.0, 3), ('sparse_momentum', 0.05, 3)]
     values = 100 * np.array(list(ACCURACIES.values()))
     low, high = stats.t.interval(0.95, 2, loc=values.mean(), scale=stats.sem(values))
@@ -68,17 +68,22 @@ def test_means_errors_and_intervals_equal_scipy(runs):
 
 def test_one_run_has_no_interval(tmp_path):
     _write(tmp_path / 'one', data='digits32', model='vgg_d')
-    (table,) = summary.tables(summary.collect(tmp_path)[0])
+    (table,) = summary.tables(summary.collect([tmp_path])[0])
     row = dict(zip(summary.columns(table), summary.cells(table, table.groups[0]), strict=True))
     assert row['test accuracy %'] == '90.00' and row['standard error'] == row['95% interval'] == ''
     assert 'published %' not in row, 'the digits are not CIFAR'
 
 
-def test_groups_are_apart_by_every_setting_but_the_seed_and_copies_count_once(runs):
+def test_groups_are_apart_by_every_setting_but_the_seed_and_copies_are_named(runs):
     _write(runs / 'copy', seed=0, accuracy=0.5)
     _write(runs / 'other', seed=0, accuracy=0.7, settings={'optimizer.learning_rate': '0.2'})
     _write(runs / 'dense_at_10', seed=0, accuracy=0.5, method='dense', density=0.1)  # the same as dense at 5%: it has no density
-    (table,) = summary.tables(summary.collect(runs)[0])
+    found, problems = summary.collect([runs])
+    assert {p.folder.name: p.reason for p in problems} == {
+        'dense_at_10': f'has the settings and the seed of {runs / "deep" / "er" / "dense0"}',
+        '0': f'has the settings and the seed of {runs / "copy"}',
+    }
+    (table,) = summary.tables(found)
     assert [(g.label, len(g.runs)) for g in table.groups if g.method == 'dense'] == [('dense (learning_rate=0.1)', 3)]
     assert {g.label: len(g.runs) for g in table.groups if g.method != 'dense'} == {
         'sparse_momentum (learning_rate=0.1)': 3,
@@ -149,20 +154,29 @@ def test_broken_unfinished_and_mixed_workdirs(runs):
     (runs / 'b4_old' / 'result.json').write_text('{"model": "lenet300"}')
     _write(runs / 'b5_list', seed=9)
     (runs / 'b5_list' / 'result.json').write_text('[]')
+    _write(runs / 'b6_types', seed=9, accuracy=0.5)
+    broken = json.loads((runs / 'b6_types' / 'result.json').read_text())
+    (runs / 'b6_types' / 'result.json').write_text(json.dumps(broken | {'test_accuracy': 'x', 'nonzeros': None, 'model': ['a']}))
     _write(runs / 'rows_cut', seed=4, accuracy=0.98)
-    (runs / 'rows_cut' / 'metrics.jsonl').write_text('{"step": 0, "density": {"a/kernel": 0.05}}\n[1]\n{"ste')
+    (runs / 'rows_cut' / 'metrics.jsonl').write_text(
+        '{"step": 0, "density": {"a/kernel": 0.05}, "test_accuracy": NaN}\n[1]\n{"step": 1, "test_accuracy": "a", "density": {"a": "b"}}\n{"ste'
+    )
     (runs / 'rows_cut' / 'run.json').write_text('broken')
     (runs / 'empty').mkdir()
     summary.report(runs)
     checker, _ = _page(runs)
     text = ' '.join(checker.text)
-    assert '5 workdirs not in the tables' in text
+    assert '6 workdirs not in the tables' in text
     markdown = (runs / 'report.md').read_text()
     for name, reason in (
         ('b1_unfinished', 'not finished: its last metrics are of step 400'),
         ('b2_result', 'result.json cannot be read'),
         ('b3_config', 'config.json cannot be read'),
-        ('b4_old', 'made by another version: it lacks data, method'),
+        (
+            'b4_old',
+            'broken, or made by another version: it has no usable nonzeros, density, parameters, seconds, steps, data, method',
+        ),
+        ('b6_types', 'broken, or made by another version: it has no usable nonzeros, model, test_accuracy or eval_loss'),
         ('b5_list', 'result.json cannot be read'),
     ):
         assert f'- `{name}`: {reason}' in markdown and name in text
@@ -183,15 +197,31 @@ def test_report_mode_from_the_launcher(runs, tmp_path):
     for flags, message in (
         ([f'--workdir={tmp_path / "nothing"}'], 'holds no run'),
         ([f'--workdir={tmp_path / "nowhere"}'], 'is not a folder'),
+        ([f'--workdir={runs}', f'--runs={tmp_path / "nowhere"}'], f'--runs={tmp_path / "nowhere"} is not a folder'),
+        ([f'--workdir={runs}', '--jobs=2'], '--jobs has no meaning with --mode=report'),
         ([f'--workdir={runs}', '--config=configs/mnist_lenet300.py'], '--config has no meaning with --mode=report'),
         ([], '--workdir is missing'),
     ):
         wrong = launch(*flags)
         assert wrong.returncode == 2 and message in wrong.stderr and len(wrong.stderr.strip().split('\n')) == 1, wrong.stderr
     assert not list((tmp_path / 'nothing').iterdir())
+    chosen = launch(f'--workdir={tmp_path / "page"}', f'--runs={runs / "sm" / "0"}', f'--runs={runs / "deep"}')
+    assert chosen.returncode == 0, chosen.stderr
+    assert '| 5% | 50 | 1 |' in chosen.stdout and sorted(p.name for p in (tmp_path / 'page').iterdir()) == [
+        'report.html',
+        'report.md',
+    ]
 
 
 def test_published_numbers():
     assert published.find('wrn_28_2', 'cifar10', 'dense', 1.0)[0].accuracy == 94.70
     assert published.find('wrn_28_2', 'digits32', 'dense', 1.0) == []
     assert [n.of for n in published.find('wrn_16_8', 'cifar10', 'sparse_momentum', 0.05)] == ['SNIP']
+
+
+def test_a_run_from_before_a_setting_existed_is_of_its_default(runs):
+    path = runs / 'sm' / '0' / 'config.json'
+    old = {key: value for key, value in json.loads(path.read_text()).items() if not key.startswith(('model.d', 'train.a'))}
+    path.write_text(json.dumps(old))
+    (table,) = summary.tables(summary.collect([runs])[0])
+    assert [(group.label, len(group.runs)) for group in table.groups] == [('dense', 3), ('sparse_momentum', 3)]

@@ -16,7 +16,7 @@ from sparse_jax.train import sweep
 ROOT = pathlib.Path(__file__).parent.parent
 SETTINGS = ('--config.train.steps=60', '--config.checkpoint.every=20', '--config.log.every=20', '--config.data.batch_size=20')
 GRIDS = ('--sweep=sparsity.density=0.05,0.1;seed=0,1', '--sweep=sparsity.method=dense;seed=0')
-RUNS = {f'density={d},seed={s}' for d in ('0.05', '0.1') for s in (0, 1)} | {'method=dense,seed=0'}
+RUNS = {f'seed={s},sparsity.density={d}' for d in ('0.05', '0.1') for s in (0, 1)} | {'seed=0,sparsity.method=dense'}
 
 
 def _command(folder, *flags):
@@ -58,8 +58,8 @@ def test_a_sweep_that_is_killed_and_started_again_runs_nothing_twice_and_misses_
     assert set(after) == RUNS and all(after[name] == stamp for name, stamp in before.items())
     assert f'5 runs, {len(before)} of them done already' in done.stderr and 'run 5/5' in done.stderr and 'all done' in done.stderr
     results = {name: json.loads((folder / name / 'result.json').read_text()) for name in RUNS}
-    assert results['density=0.1,seed=1']['density'] == pytest.approx(0.1, abs=1e-5)
-    assert results['method=dense,seed=0']['method'] == 'dense'
+    assert results['seed=1,sparsity.density=0.1']['density'] == pytest.approx(0.1, abs=1e-5)
+    assert results['seed=0,sparsity.method=dense']['method'] == 'dense'
     assert all(result['steps'] == 60 for result in results.values())
     assert '| dense | 100% |' in done.stdout and (folder / 'report.html').exists() and (folder / 'report.md').exists()
 
@@ -75,10 +75,13 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
     folder = tmp_path / 'sweep'
     done = _launch(folder, '--sweep=optimizer.learning_rate=1e20,0.1;seed=0')
     assert done.returncode == 70
-    assert '1 of 2 runs failed' in done.stderr and 'learning_rate=1e20,seed=0 ended with 70: error: the loss is' in done.stderr
-    assert set(_finished(folder)) == {'learning_rate=0.1,seed=0'}
+    assert (
+        '1 of 2 runs failed' in done.stderr
+        and 'optimizer.learning_rate=1e+20,seed=0 ended with 70: error: the loss is' in done.stderr
+    )
+    assert set(_finished(folder)) == {'optimizer.learning_rate=0.1,seed=0'}
     text = (folder / 'report.md').read_text()
-    assert 'Not in the tables' in text and '`learning_rate=1e20,seed=0`: not finished' in text
+    assert 'Not in the tables' in text and '`optimizer.learning_rate=1e+20,seed=0`: not finished' in text
 
 
 @pytest.mark.parametrize(
@@ -94,6 +97,8 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
         (['--sweep=;'], '--sweep is empty'),
         ([], '--sweep is missing'),
         (['--sweep=seed=0', '--jobs=0'], 'jobs'),
+        (['--sweep=seed=0', '--config.log.tensorboard=maybe'], 'log.tensorboard'),
+        (['--sweep=seed=0', '--runs=x'], '--runs has no meaning with --mode=sweep'),
         (['--sweep=seed=0', '--mode=train'], '--sweep has no meaning with --mode=train'),
     ],
 )  # fmt: skip
@@ -103,6 +108,21 @@ def test_wrong_sweeps(flags, message, tmp_path):
     lines = done.stderr.strip().split('\n')
     assert len(lines) == 1 and lines[0].startswith('error: ') and message in lines[0], done.stderr
     assert not (tmp_path / 'sweep').exists(), 'a file was made'
+
+
+def test_runs_that_cannot_begin_are_named_and_so_are_points_that_are_one(tmp_path):
+    """Children that fail at once leave no workdir; the report says so and the error names them."""
+    config = config_lib.Config()
+    config.data.name = 'mnist_offline'
+    grid = 'seed=0,00;sparsity.density=0.1,0.10'
+    with pytest.raises(RuntimeError, match=r'1 of 1 runs failed.*\n.*seed=0,sparsity.density=0.1 ended with 2: boom'):
+        sweep.run(config, tmp_path / 'sweep', grids=[grid], command=['-c', 'import sys; sys.exit(print("boom") or 2)'])
+    assert '- `seed=0,sparsity.density=0.1`: not begun' in (tmp_path / 'sweep' / 'report.md').read_text()
+
+
+def test_a_sweep_killed_before_its_first_file_can_begin(tmp_path):
+    (tmp_path / '.lock').touch()
+    sweep._check(tmp_path, {})
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path):
@@ -117,6 +137,7 @@ def test_grids_and_names():
     points = sweep.parse(['a.x=1,2;b.x=u/v', 'a.x=2;b.x=u/v', 'a.x=3;b.x=w'])
     assert points == [{'a.x': '1', 'b.x': 'u/v'}, {'a.x': '2', 'b.x': 'u/v'}, {'a.x': '3', 'b.x': 'w'}]
     assert sweep.names(points) == ['a.x=1,b.x=u_v', 'a.x=2,b.x=u_v', 'a.x=3,b.x=w']
+    assert sweep.names([{'seed': '0', 'a.x': '1'}]) == sweep.names([{'a.x': '1', 'seed': '0'}]), 'in whatever order'
 
 
 def test_settings_from_text():

@@ -68,6 +68,14 @@ def test_a_tokenizer_file(folder):
         assert len(files) == count and set(files) <= {path.read_text() for path in paths}
     loaded = data.load('text', str(folder), validation=0.25, length=16, tokenizer=str(folder / 'bpe.json'))
     assert loaded.bytes_per_token > 1.2, 'bits a byte are comparable with those of other tokenizers'
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=50)
+    tokenizer.save(str(folder / 'cutting.json'))
+    again = text.load(paths, validation=0.25, tokenizer=str(folder / 'cutting.json'))
+    np.testing.assert_array_equal(again.train.stream, corpus.train.stream)
+    sparse_ids = tokenizers.Tokenizer(tokenizers.models.WordLevel({'a': 0, 'b': 9}, unk_token='a'))
+    sparse_ids.save(str(folder / 'gaps.json'))
+    assert text.load(paths, validation=0.25, tokenizer=str(folder / 'gaps.json')).num_tokens == 11
     (folder / 'broken.json').write_text('{')
     with pytest.raises(ValueError, match=r"broken.json' cannot be read"):
         text.load(paths, validation=0.25, tokenizer=str(folder / 'broken.json'))
@@ -78,6 +86,11 @@ def test_a_tokenizer_file(folder):
 def test_wrong_files(folder):
     with pytest.raises(ValueError, match=r"no file that matches data.pattern='\*.md'.*data.name='stdlib'"):
         text.find(str(folder), '*.md')
+    for pattern in ('/abs/*.txt', ''):
+        with pytest.raises(ValueError, match=f'data.pattern={pattern!r}'.replace('*', r'\*')):
+            text.find(str(folder), pattern)
+    with pytest.raises(ValueError, match=r'found 0 \(none\)'):
+        text.split([], 0.5)
     with pytest.raises(ValueError, match=r'image.png is not UTF-8 at offset 0 \(invalid start byte\)'):
         text.load([*text.find(str(folder), '**/*.txt'), folder / 'image.png'], validation=0.25)
     (folder / 'cut.txt').write_bytes('abcdé'.encode()[:-1])
@@ -96,3 +109,18 @@ def test_the_standard_library_is_there_and_has_no_tests():
     paths = text.standard_library()
     assert len(paths) > 200 and not any('test' in path.parts or 'site-packages' in path.parts for path in paths)
     assert any(path.name == 'argparse.py' for path in paths)
+
+
+def test_a_resumed_run_refuses_another_text(folder, tmp_path_factory):
+    from sparse_jax.train import workdir
+
+    first = data.load('text', str(folder), validation=0.25, length=16)
+    assert first.fingerprint == data.load('text', str(folder), validation=0.25, length=32).fingerprint
+    (folder / 'd0' / '00.txt').write_text('another text')
+    changed = data.load('text', str(folder), validation=0.25, length=16)
+    run = tmp_path_factory.mktemp('run')
+    workdir.check_data(run, first.fingerprint)
+    workdir.write_json(run / 'data.json', {'fingerprint': first.fingerprint})
+    workdir.check_data(run, first.fingerprint)
+    with pytest.raises(ValueError, match='was begun on another text'):
+        workdir.check_data(run, changed.fingerprint)

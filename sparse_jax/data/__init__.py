@@ -1,6 +1,7 @@
 """Data sets as arrays, and their batches as a random-access grain data set whose position is one integer."""
 
 import functools
+import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ class Dataset(NamedTuple):
         None  # (inputs, random bits): training inputs, before `prepare`
     )
     bytes_per_token: float | None = None  # of the validation text
+    fingerprint: str = ''  # of a text, which no setting tells
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -99,7 +101,8 @@ def load(
         )
         none = Split(held_out.inputs[:0], held_out.labels[:0])
         per_token = corpus.validation.num_bytes / len(corpus.validation.stream)
-        return Dataset(train, held_out, none, corpus.num_tokens, _tokens, bytes_per_token=per_token)
+        fingerprint = f'{zlib.crc32(corpus.validation.stream.data, zlib.crc32(corpus.train.stream.data)):08x}'
+        return Dataset(train, held_out, none, corpus.num_tokens, _tokens, None, per_token, fingerprint)
     change, prepare, num_outputs = None, _as_they_are, 10
     if name == 'mnist':
         if download:

@@ -191,12 +191,15 @@ def read_pickle(name: str, content: bytes, label_key: bytes, classes: int) -> Ar
       uint8[n, 32, 32, 3] and int32[n].
 
     Raises:
-      ValueError: naming file and offset, if it is empty or truncated, holds something else, or has a label that does not exist.
+      ValueError: naming file and offset (of a label: its record), if it is empty or truncated, holds something else, or has a label
+        that does not exist.
     """
     stream = io.BytesIO(content)
     try:
         batch = _ArraysOnly(stream, encoding='bytes').load()
         pixels, labels = np.asarray(batch[b'data']), np.asarray(batch[label_key])
+        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(f'its labels are {labels.dtype}{list(labels.shape)}, not a list of integers')
     except Exception as error:  # an unpickler raises many kinds
         raise ValueError(f'{name} cannot be read at offset {stream.tell()} of {len(content)} ({error}): replace it.') from error
     if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape != (len(labels), _PIXELS) or not len(labels):

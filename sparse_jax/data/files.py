@@ -25,7 +25,7 @@ def download(folder: str | os.PathLike, files: Mapping[str, str], mirrors: Seque
       timeout: seconds to wait for a mirror.
 
     Raises:
-      ValueError: if no mirror gives a file with its checksum.
+      ValueError: if no mirror gives a file with its checksum, or the folder cannot be written.
     """
     folder = pathlib.Path(folder)
     for name, md5 in files.items():
@@ -44,7 +44,10 @@ def download(folder: str | os.PathLike, files: Mapping[str, str], mirrors: Seque
             raise ValueError(
                 f'data.download: no mirror gave {name} ({"; ".join(reasons)}). Put the file into data.dir={folder} by hand.'
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f'{name}.{os.getpid()}.partial'
-        partial.write_bytes(content)
-        os.replace(partial, folder / name)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = folder / f'{name}.{os.getpid()}.partial'
+            partial.write_bytes(content)
+            os.replace(partial, folder / name)
+        except OSError as error:
+            raise ValueError(f'data.dir={str(folder)!r} cannot be written ({error}): give another folder.') from error

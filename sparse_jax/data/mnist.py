@@ -90,7 +90,7 @@ def load(folder: str | os.PathLike, files: Mapping[str, str] = FILES) -> tuple[A
             arrays.append(read_idx(plain))
         else:
             raise ValueError(
-                f'data.dir={str(folder)!r} has no {name} (nor {plain.name}): put the four MNIST files there, set data.download=True, or '
+                f'data.dir={str(folder)!r} has no {name} (nor {plain.name}): put the four MNIST files there (from {MIRRORS[0]}), set data.download=True, or '
                 "train on the digits that need no download with the config's variant :offline."
             )
     for images, labels in (arrays[:2], arrays[2:]):

@@ -46,7 +46,12 @@ def find(folder: str, pattern: str) -> list[pathlib.Path]:
     Raises:
       ValueError: if there are none.
     """
-    paths = sorted(path for path in pathlib.Path(folder).glob(pattern) if path.is_file())
+    try:
+        paths = sorted(path for path in pathlib.Path(folder).glob(pattern) if path.is_file())
+    except (NotImplementedError, ValueError) as error:
+        raise ValueError(
+            f'data.pattern={pattern!r} is not a pattern below data.dir ({error}): give one such as **/*.txt.'
+        ) from error
     if not paths:
         raise ValueError(
             f'data.dir={folder!r} has no file that matches data.pattern={pattern!r}: put UTF-8 text there, change data.pattern, or '
@@ -71,7 +76,8 @@ def split(paths: Sequence[pathlib.Path], validation: float) -> tuple[list[pathli
     if validation == 0:
         raise ValueError('data.validation=0.0: text is split by file, and needs a part to evaluate on: give for instance 0.02.')
     if len(paths) < 2:
-        raise ValueError(f'text is split by file and needs at least two of them, found {len(paths)} ({paths[0]}): split it in two.')
+        found = ', '.join(map(str, paths)) or 'none'
+        raise ValueError(f'text is split by file and needs at least two of them, found {len(paths)} ({found}): split it in two.')
     order = np.random.default_rng(0).permutation(len(paths))
     count = min(max(round(validation * len(paths)), 1), len(paths) - 1)
     return [paths[i] for i in sorted(order[count:])], [paths[i] for i in sorted(order[:count])]
@@ -105,7 +111,10 @@ def _tokenizer(path: str):
     if not pathlib.Path(path).is_file():
         raise ValueError(f'data.tokenizer={path!r} is not a file: give the JSON file of a tokenizer, or leave it empty for bytes.')
     try:
-        return tokenizers.Tokenizer.from_file(path)
+        encoder = tokenizers.Tokenizer.from_file(path)
+        encoder.no_truncation()  # a file may have been saved with either
+        encoder.no_padding()
+        return encoder
     except Exception as error:  # the library raises bare Exceptions
         raise ValueError(f'data.tokenizer={path!r} cannot be read ({error}): give the JSON file of a tokenizer.') from error
 
@@ -128,7 +137,7 @@ def load(paths: Sequence[pathlib.Path], *, validation: float, tokenizer: str = '
     if not tokenizer:
         return Corpus(*(_bytes(map(read, part)) for part in parts), num_tokens=END + 1)
     encoder = _tokenizer(tokenizer)
-    end = encoder.get_vocab_size()
+    end = max(encoder.get_vocab().values()) + 1  # ids may have gaps
     kind = np.uint16 if end < 2**16 else np.uint32  # `end` is the largest token
 
     def encode(part: Sequence[pathlib.Path]) -> Tokens:

@@ -39,7 +39,7 @@ class AlexNet(nnx.Module):
         for i in (1, 2):
             x = getattr(self, f'fc{i}')(x, pattern_at(patterns, f'fc{i}', 'kernel'))
             x = jax.nn.relu(getattr(self, f'fc_norm{i}')(x, train=train))
-        return self.fc3(x, pattern_at(patterns, 'fc3', 'kernel'))
+        return self.fc3(x, pattern_at(patterns, 'fc3', 'kernel'), out_dtype='float32')
 
 
 _VGG_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -83,14 +83,16 @@ class VGG(nnx.Module):
         for i in range(1, self.hidden + 1):
             x = jax.nn.relu(getattr(self, f'fc{i}')(x, pattern_at(patterns, f'fc{i}', 'kernel')))
             x = getattr(self, f'fc_norm{i}')(x, train=train)
-        return self.out(x, pattern_at(patterns, 'out', 'kernel'))
+        return self.out(x, pattern_at(patterns, 'out', 'kernel'), out_dtype='float32')
 
 
 class _WideBlock(nnx.Module):
     """Pre-activation residual block: two 3x3 convolutions with dropout in between, and a 1x1 shortcut where the width changes."""
 
     def __init__(self, features: int, width: int, stride: int, *, dropout: float, rngs: nnx.Rngs):
-        conv = lambda f, k, s: Conv(f, width, (k, k), strides=(s, s), padding=_SAME[k], use_bias=False, init=_he, rngs=rngs)
+        conv = lambda f, k, s: Conv(
+            f, width, (k, k), strides=(s, s), padding=_SAME[k], use_bias=False, init=layers.he_fan_out, rngs=rngs
+        )
         self.norm1 = BatchNorm(features)
         self.conv1 = conv(features, 3, stride)
         self.norm2 = BatchNorm(width)
@@ -109,7 +111,6 @@ class _WideBlock(nnx.Module):
         return residual + self.conv2(y, pattern_at(patterns, 'conv2', 'kernel'))
 
 
-_he = layers.he_fan_out
 _SAME = {3: ((1, 1), (1, 1)), 1: ((0, 0), (0, 0))}  # PyTorch's padding: with stride 2 'SAME' would pad the other side
 
 
@@ -127,7 +128,7 @@ class WideResNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         _check_cifar(input_shape, f'wrn_{depth}_{width}')
-        self.conv = Conv(input_shape[-1], 16, (3, 3), padding=_SAME[3], use_bias=False, init=_he, rngs=rngs)
+        self.conv = Conv(input_shape[-1], 16, (3, 3), padding=_SAME[3], use_bias=False, init=layers.he_fan_out, rngs=rngs)
         features, self.blocks = 16, (depth - 4) // 6
         for stage in (1, 2, 3):
             for i in range(1, self.blocks + 1):
@@ -146,7 +147,7 @@ class WideResNet(nnx.Module):
                 key = None if rng is None else jax.random.fold_in(rng, 1000 * stage + i)
                 x = getattr(self, name)(x, train=train, rng=key, patterns=pattern_at(patterns, name))
         x = jax.nn.relu(self.norm(x, train=train))
-        return self.fc(x.mean(axis=(1, 2)), pattern_at(patterns, 'fc', 'kernel'))
+        return self.fc(x.mean(axis=(1, 2)), pattern_at(patterns, 'fc', 'kernel'), out_dtype='float32')
 
 
 def _check_cifar(input_shape, name: str) -> None:

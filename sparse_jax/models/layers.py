@@ -60,11 +60,11 @@ class Linear(nnx.Module):
             self.bias = nnx.Param(uniform(rngs.params(), (out_features,), in_features))
         self.use_bias = use_bias
 
-    def __call__(self, x: jax.Array, pattern=None) -> jax.Array:
-        """Args: x: [..., in]. pattern: the kernel's sparsity pattern, or None. Returns: [..., out]."""
+    def __call__(self, x: jax.Array, pattern=None, *, out_dtype: Any = None) -> jax.Array:
+        """Args: x: [..., in]. pattern: the kernel's sparsity pattern, or None. out_dtype: None: x's. Returns: [..., out]."""
         _dense_only(pattern)
-        y = x @ self.kernel[...].astype(x.dtype)
-        return y + self.bias[...].astype(x.dtype) if self.use_bias else y
+        y = jnp.matmul(x, self.kernel[...].astype(x.dtype), preferred_element_type=out_dtype)
+        return y + self.bias[...].astype(y.dtype) if self.use_bias else y
 
 
 class Conv(nnx.Module):
@@ -183,8 +183,8 @@ class Embed(nnx.Module):
         return self.table[...].astype(dtype)[tokens]
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """Args: x: [..., features]. Returns: [..., tokens]."""
-        return x @ self.table[...].astype(x.dtype).T
+        """Args: x: [..., features]. Returns: float32[..., tokens]."""
+        return jnp.matmul(x, self.table[...].astype(x.dtype).T, preferred_element_type=jnp.float32)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None, *, train: bool) -> jax.Array:

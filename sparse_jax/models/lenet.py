@@ -22,7 +22,7 @@ class LeNet300(nnx.Module):
         x = x.reshape(len(x), -1)
         for name in ('fc1', 'fc2'):
             x = jax.nn.relu(getattr(self, name)(x, pattern_at(patterns, name, 'kernel')))
-        return self.fc3(x, pattern_at(patterns, 'fc3', 'kernel'))
+        return self.fc3(x, pattern_at(patterns, 'fc3', 'kernel'), out_dtype='float32')
 
 
 class LeNet5(nnx.Module):
@@ -44,4 +44,4 @@ class LeNet5(nnx.Module):
             x = jax.nn.relu(x)  # after the pooling: the same values from a quarter of the work
         x = x.reshape(len(x), -1)
         x = jax.nn.relu(self.fc1(x, pattern_at(patterns, 'fc1', 'kernel')))
-        return self.fc2(x, pattern_at(patterns, 'fc2', 'kernel'))
+        return self.fc2(x, pattern_at(patterns, 'fc2', 'kernel'), out_dtype='float32')

@@ -139,8 +139,9 @@ class Transformer(nnx.Module):
         rows = nnx.to_pure_dict(stacked), keys, pattern_at(patterns, 'layers')
         x, _ = jax.lax.scan(jax.checkpoint(layer) if self.remat else layer, self.embed(tokens, dtype), rows)
         x = self.norm(x)
-        logits = self.embed.logits(x) if self.tied else self.head(x, pattern_at(patterns, 'head', 'kernel'))
-        return logits.astype(jnp.float32)
+        if self.tied:
+            return self.embed.logits(x)
+        return self.head(x, pattern_at(patterns, 'head', 'kernel'), out_dtype=jnp.float32)
 
 
 def stacked(path: str, leaf) -> bool:

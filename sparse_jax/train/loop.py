@@ -40,13 +40,20 @@ def create_experiment(config: config_lib.Config, data: data_lib.Dataset) -> stat
     return state_lib.create(config, num_examples=len(data.train.labels), input_shape=data.input_shape, num_outputs=data.num_outputs)
 
 
-def _prepare(config: config_lib.Config, folder: pathlib.Path) -> tuple[data_lib.Dataset, state_lib.Experiment]:
-    """Everything that can be wrong with the input is found here, before a file is made in the workdir."""
+def check(config: config_lib.Config, folder: pathlib.Path) -> None:
+    """What can be told to be wrong without the data; ValueError."""
     config_lib.validate(config)
+    state_lib.check_names(config)
     workdir.check(config, folder)
     if config.log.tensorboard:
         metrics.check_tensorboard()
+
+
+def _prepare(config: config_lib.Config, folder: pathlib.Path) -> tuple[data_lib.Dataset, state_lib.Experiment]:
+    """Everything that can be wrong with the input is found here, before a file is made in the workdir."""
+    check(config, folder)
     data = load_data(config)
+    workdir.check_data(folder, data.fingerprint)
     return data, create_experiment(config, data)
 
 
@@ -127,6 +134,8 @@ def train(config: config_lib.Config, folder: pathlib.Path) -> dict[str, Any]:
 
 def _train_or_go_on(config, folder, data, experiment) -> dict[str, Any]:
     workdir.write_json(folder / 'config.json', config_lib.identity(config))
+    if data.fingerprint:
+        workdir.write_json(folder / 'data.json', {'fingerprint': data.fingerprint})
 
     checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', keep=config.checkpoint.keep)
     init = jax.jit(experiment.init)
@@ -223,6 +232,7 @@ def _finish(config, folder, data, experiment, state, seconds, start) -> dict[str
         'nonzeros': sizes.nonzeros,
         'density': sizes.density,
         'layers': sizes.layers,
+        **({'data_fingerprint': data.fingerprint} if data.fingerprint else {}),
         **_results(config, data, experiment, state),
     }
     rows = metrics.read(folder)

@@ -77,10 +77,12 @@ def page(tables: Sequence[summary.Table], problems: Sequence[summary.Problem], f
     for number, table in enumerate(tables):
         body += _section(table, number)
     if where := summary.sources(tables):
-        body.append(f'<h2>Published numbers</h2><ul>{"".join(f"<li>{html.escape(source)}</li>" for source in where)}</ul>')
+        body.append(
+            f'<h2>Published numbers</h2><p>By whole trainings with the settings of their sources:</p><ul>{"".join(f"<li>{html.escape(source)}</li>" for source in where)}</ul>'
+        )
     if problems:
         items = ''.join(
-            f'<li><code>{html.escape(_relative(p.folder, folder))}</code>: {html.escape(p.reason)}</li>' for p in problems
+            f'<li><code>{html.escape(summary.relative(p.folder, folder))}</code>: {html.escape(p.reason)}</li>' for p in problems
         )
         body.append(f'<h2 id="problems">Not in the tables</h2><ul class="problems">{items}</ul>')
     title = f'Sparse training: {html.escape(folder.resolve().name)}'
@@ -90,10 +92,6 @@ def page(tables: Sequence[summary.Table], problems: Sequence[summary.Problem], f
 
 def _count(number: int, noun: str) -> str:
     return f'{number:,} {noun}{"" if number == 1 else "s"}'
-
-
-def _relative(path: pathlib.Path, folder: pathlib.Path) -> str:
-    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
 
 
 def _html_table(heads: Sequence[str], rows: Sequence[Sequence[str]], starts: Sequence[bool] = ()) -> str:

@@ -27,7 +27,7 @@ class TrainState(NamedTuple):
     model_state: Any
     opt_state: Any
     rng_key: jax.Array  # constant; folded with the step
-    average: Any = None  # exponential average of the params, not masked; None where there is none
+    average: Any = None  # exponential average of (params, model_state), not masked; None where there is none
 
 
 class Experiment(NamedTuple):
@@ -80,6 +80,25 @@ def _model(config: config_lib.Config, input_shape: tuple[int, ...], num_outputs:
     return models.create(name, input_shape=input_shape, num_outputs=num_outputs, dtype=dtype, **own)
 
 
+def check_names(config: config_lib.Config) -> None:
+    """What can be told to be wrong without the data, so that none is fetched or read in vain; ValueError."""
+    models.options(config.model.name)
+    sparsity = config.sparsity
+    for name, value, known in (
+        ('model.dtype', config.model.dtype, models.DTYPES),
+        ('optimizer.name', config.optimizer.name, optimizer_lib.OPTIMIZERS),
+        ('optimizer.schedule', config.optimizer.schedule, optimizer_lib.SCHEDULES),
+        ('sparsity.method', sparsity.method, METHODS),
+    ):
+        if value not in known:
+            raise _names.unknown(name, value, known)
+    if config.data.batch_size % config.train.accumulate:
+        raise ValueError(f'config.train.accumulate={config.train.accumulate} must divide data.batch_size={config.data.batch_size}.')
+    if sparsity.method == 'dense':  # its other settings have no effect, but are not nonsense
+        config = dataclasses.replace(config, sparsity=dataclasses.replace(sparsity, method='sparse_momentum'))
+    _sparsify(config, optax.sgd(0.1, 0.9), None, 1, config.train.steps or 10**9)
+
+
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
     """Cross entropy in nats of each label, [...], with a part of the target spread evenly over all classes."""
     if smoothing == 0:
@@ -104,11 +123,8 @@ def create(config: config_lib.Config, *, num_examples: int, input_shape: tuple[i
     Raises:
       ValueError: for a name that does not exist, or settings that do not fit together.
     """
-    if config.sparsity.method not in METHODS:
-        raise _names.unknown('sparsity.method', config.sparsity.method, METHODS)
+    check_names(config)
     sparsity, parts_of_batch, decay = config.sparsity, config.train.accumulate, config.train.average_decay
-    if config.data.batch_size % parts_of_batch:
-        raise ValueError(f'config.train.accumulate={parts_of_batch} must divide data.batch_size={config.data.batch_size}.')
     steps_per_epoch = num_examples // config.data.batch_size
     if steps_per_epoch == 0:
         raise ValueError(f'data.batch_size={config.data.batch_size} is more than the {num_examples} training examples.')
@@ -138,7 +154,7 @@ def create(config: config_lib.Config, *, num_examples: int, input_shape: tuple[i
         opt_state = tx.init(params)
         if is_sparse:
             params = sj.apply_masks(params, sj.get_masks(opt_state))
-        average = jax.tree.map(jnp.copy, params) if decay else None
+        average = jax.tree.map(jnp.copy, (params, model_state)) if decay else None
         return TrainState(jnp.zeros([], jnp.int32), params, model_state, opt_state, rng_key, average)
 
     def gradients(params, model_state, batch, rng):
@@ -179,14 +195,15 @@ def create(config: config_lib.Config, *, num_examples: int, input_shape: tuple[i
         average = state.average
         if decay:  # early on it is the mean of fewer steps, so that the start is soon forgotten
             now = jnp.minimum(decay, (1 + step) / (10 + step))
-            average = jax.tree.map(lambda a, p: now.astype(a.dtype) * a + (1 - now).astype(a.dtype) * p, average, params)
+            mix = lambda a, p: now.astype(a.dtype) * a + (1 - now).astype(a.dtype) * p
+            average = jax.tree.map(mix, average, (params, model_state))  # running statistics too: they belong to the weights
         return TrainState(step, params, model_state, opt_state, state.rng_key, average), metrics
 
     def evaluate(state: TrainState, batch):
-        params = state.params
-        if decay:  # an average of weights is not sparse where masks have moved
-            params = sj.apply_masks(state.average, sj.get_masks(state.opt_state)) if is_sparse else state.average
-        logits, _ = model.apply(params, state.model_state, batch['input'], train=False, rng=None)
+        params, model_state = state.average if decay else (state.params, state.model_state)
+        if decay and is_sparse:  # an average of weights is not sparse where masks have moved
+            params = sj.apply_masks(params, sj.get_masks(state.opt_state))
+        logits, _ = model.apply(params, model_state, batch['input'], train=False, rng=None)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
         return {'loss': losses.sum(), 'correct': jnp.sum(jnp.argmax(logits, axis=-1) == batch['label'])}
 

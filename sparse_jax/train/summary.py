@@ -1,6 +1,7 @@
 """Many runs as one table: collected from their workdirs, grouped over seeds, with means and intervals, beside published numbers."""
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from sparse_jax import config as config_lib
 from sparse_jax import methods
 from sparse_jax.train import published
 
@@ -80,33 +82,56 @@ def interval(values: np.ndarray) -> Interval:
     return Interval(mean, error, mean - half, mean + half)
 
 
-def collect(folder: pathlib.Path) -> tuple[list[Run], list[Problem]]:
-    """Reads every workdir in a folder, at any depth.
+def collect(places: Sequence[pathlib.Path]) -> tuple[list[Run], list[Problem]]:
+    """Reads every workdir in some folders, at any depth.
 
     Args:
-      folder: where to look.
+      places: where to look.
 
     Returns:
-      Finished runs, and the others with the reason why they are not among them.
+      Finished runs, and the others with the reason why they are not among them; a run that repeats another one's settings and seed
+      is among these.
 
     Raises:
       ValueError: if there is no workdir at all.
     """
-    runs, problems = [], []
-    for path in _workdirs(folder):
+    runs, problems, seen = [], [], {}
+    for path in _workdirs(places):
         run = _read(path)
+        if isinstance(run, Run):
+            key = json.dumps([_identity(run), run.config['seed']], sort_keys=True)
+            if key in seen:
+                run = Problem(path, f'has the settings and the seed of {seen[key]}')
+            else:
+                seen[key] = path
         (runs if isinstance(run, Run) else problems).append(run)
     if not runs and not problems:
-        raise ValueError(f'--workdir={folder} holds no run: give the folder of a run, of a sweep, or of several.')
+        where = ', '.join(map(str, places))
+        raise ValueError(f'{where} holds no run: give the folder of a run, of a sweep, or of several.')
     return runs, problems
 
 
-def _workdirs(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    for path, folders, files in os.walk(folder):
-        if 'config.json' in files:
-            folders.clear()
-            yield pathlib.Path(path)
-        folders[:] = sorted(name for name in folders if name not in ('checkpoints', 'tensorboard', 'logs'))
+def _workdirs(places: Sequence[pathlib.Path]) -> Iterator[pathlib.Path]:
+    found = set()
+    for place in places:
+        for path, folders, files in os.walk(place):
+            here = [pathlib.Path(path)] if 'config.json' in files else []
+            if here:
+                folders.clear()
+            elif 'sweep.json' in files:  # those of its runs that have not begun
+                here = [pathlib.Path(path) / name for name in _planned(pathlib.Path(path)) if name not in folders]
+            for folder in here:
+                if folder.resolve() not in found:
+                    found.add(folder.resolve())
+                    yield folder
+            folders[:] = sorted(name for name in folders if name not in ('checkpoints', 'tensorboard', 'logs'))
+
+
+def _planned(folder: pathlib.Path) -> list[str]:
+    try:
+        return [name for name in _load(folder / 'sweep.json')['runs'] if isinstance(name, str)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _load(path: pathlib.Path) -> dict[str, Any]:
@@ -122,18 +147,37 @@ def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
     try:
         for line in path.read_text().splitlines():
             row = json.loads(line)
-            rows += [row] if isinstance(row, dict) and isinstance(row.get('step'), int) else []
+            if isinstance(row, dict) and isinstance(row.get('step'), int):
+                rows.append({name: value for name, value in row.items() if _is_number(value) or _is_numbers(value)})
     except (OSError, ValueError):
         pass
     return rows
 
 
-_NEEDED = ('model', 'data', 'method', 'nonzeros', 'density', 'parameters', 'seconds', 'steps', 'layers')
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_NEEDED = dict.fromkeys(('nonzeros', 'density', 'parameters', 'seconds', 'steps'), _is_number)
+_NEEDED |= dict.fromkeys(('model', 'data', 'method'), _is_text)
+_NUMBERS = (
+    'test_accuracy', 'eval_loss', 'validation_bits_per_byte', 'operations_training_against_dense', 'operations_inference_against_dense',
+)  # fmt: skip
 
 
 def _read(folder: pathlib.Path) -> Run | Problem:
+    if not folder.exists():
+        return Problem(folder, 'not begun')
     try:
-        config = _load(folder / 'config.json')
+        config = config_lib.identity(config_lib.Config()) | _load(folder / 'config.json')  # settings that did not exist yet
     except (OSError, ValueError) as error:
         return Problem(folder, f'config.json cannot be read ({error})')
     rows = _rows(folder / 'metrics.jsonl')
@@ -144,12 +188,14 @@ def _read(folder: pathlib.Path) -> Run | Problem:
         result = _load(folder / 'result.json')
     except (OSError, ValueError) as error:
         return Problem(folder, f'result.json cannot be read ({error})')
-    missing = [key for key in _NEEDED if key not in result]
+    result |= {key: None for key in _NUMBERS if key in result and not _is_number(result[key])}
+    result = {key: value for key, value in result.items() if value is not None}
+    missing = [key for key, is_right in _NEEDED.items() if not is_right(result.get(key))]
     if 'test_accuracy' not in result and 'eval_loss' not in result:
         missing.append('test_accuracy or eval_loss')
-    missing += [key for key in ('seed', 'sparsity.density') if key not in config]
+    missing += [key for key in ('seed', 'sparsity.density') if not _is_number(config.get(key))]
     if missing:
-        return Problem(folder, f'made by another version: it lacks {", ".join(missing)}')
+        return Problem(folder, f'broken, or made by another version: it has no usable {", ".join(missing)}')
     try:
         machine = _load(folder / 'run.json')
     except (OSError, ValueError):
@@ -160,8 +206,9 @@ def _read(folder: pathlib.Path) -> Run | Problem:
 def _identity(run: Run) -> dict[str, Any]:
     """What distinguishes a group; a dense run has no sparsity to differ in."""
     is_dense = run.result['method'] == 'dense'
-    own = {k: v for k, v in run.config.items() if k != 'seed' and not (is_dense and k.startswith('sparsity.'))}
-    return own | {'method': run.result['method']}
+    left_out = ('seed', 'data.eval_batch_size', *(k for k in run.config if is_dense and k.startswith('sparsity.')))
+    own = {k: v for k, v in run.config.items() if k not in left_out}
+    return own | {'method': run.result['method'], 'text': run.result.get('data_fingerprint', '')}
 
 
 _KNOWN = ['dense', *methods.NAMES]
@@ -174,14 +221,12 @@ def _order(group: Group) -> tuple:
 
 
 def tables(runs: Sequence[Run]) -> list[Table]:
-    """Groups runs by model and data, and in these by everything but the seed; of runs that repeat a seed the first counts."""
+    """Groups runs by model and data, and in these by everything but the seed."""
     by_table: dict[tuple[str, str, str], dict[str, list[Run]]] = {}
     for run in runs:
         metric = 'eval_loss' if 'eval_loss' in run.result else 'test_accuracy'
         groups = by_table.setdefault((run.result['model'], run.result['data'], metric), {})
-        same = groups.setdefault(json.dumps(_identity(run), sort_keys=True), [])
-        if all(run.config['seed'] != other.config['seed'] for other in same):
-            same.append(run)
+        groups.setdefault(json.dumps(_identity(run), sort_keys=True), []).append(run)
     made = []
     for (model, data, metric), groups in sorted(by_table.items()):
         identities = [json.loads(key) for key in groups]
@@ -219,7 +264,7 @@ def cells(table: Table, group: Group) -> list[str]:
     nonzeros = sorted({run.result['nonzeros'] for run in group.runs})
     beside = []
     if is_accuracy and sources([table]):
-        numbers = published.find(table.model, table.data, group.method, group.density) if not group.settings else []
+        numbers = published.find(table.model, table.data, group.method, group.density)
         beside = [', '.join(f'{n.accuracy:.2f}' + (f' ({n.of})' if n.of else '') for n in numbers)]
     elif not is_accuracy:
         known = all('validation_bits_per_byte' in run.result for run in group.runs)
@@ -250,7 +295,7 @@ def sources(made: Sequence[Table]) -> list[str]:
     found = {}
     for table in made:
         for group in table.groups:
-            if table.metric == 'test_accuracy' and not group.settings:
+            if table.metric == 'test_accuracy':
                 found |= dict.fromkeys(n.source for n in published.find(table.model, table.data, group.method, group.density))
     return list(found)
 
@@ -264,38 +309,49 @@ def markdown(made: Sequence[Table], problems: Sequence[Problem], folder: pathlib
         lines += ['|---|' + '---:|' * (len(heads) - 1)]
         lines += ['| ' + ' | '.join(cells(table, group)) + ' |' for group in table.groups] + ['']
     if where := sources(made):
-        lines += ['Published: ' + '; '.join(where) + '.', '']
+        lines += [f'Published, by whole trainings with the settings of: {"; ".join(where)}.', '']
     if problems:
         lines += ['Not in the tables:', '']
-        lines += [f'- `{problem.folder.relative_to(folder)}`: {problem.reason}' for problem in problems] + ['']
+        lines += [f'- `{relative(problem.folder, folder)}`: {problem.reason}' for problem in problems] + ['']
     return '\n'.join(lines)
 
 
-def report(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+def relative(path: pathlib.Path, folder: pathlib.Path) -> str:
+    """A path as seen from a folder, if it is in it."""
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
+
+
+def report(folder: pathlib.Path, places: Sequence[pathlib.Path] = ()) -> dict[str, pathlib.Path]:
     """Writes ``report.html``, one page with everything in it, and ``report.md``, and prints the tables.
 
     Args:
-      folder: a run's workdir, a sweep's, or any folder that holds some.
+      folder: to write to: a run's workdir, a sweep's, or any folder that holds some; with `places` any folder, made if need be.
+      places: folders with the runs, in place of `folder`.
 
     Returns:
       The two files.
 
     Raises:
-      ValueError: if there is no run.
+      ValueError: if there is no run, or the folder cannot be written.
     """
     from sparse_jax.train import page  # matplotlib is needed for the page alone
 
-    if not folder.is_dir():
-        raise ValueError(f'--workdir={folder} is not a folder: give the folder of a run, of a sweep, or of several.')
-    runs, problems = collect(folder)
+    for name, place in [('--runs', place) for place in places] or [('--workdir', folder)]:
+        if not place.is_dir():
+            raise ValueError(f'{name}={place} is not a folder: give the folder of a run, of a sweep, or of several.')
+    runs, problems = collect(places or [folder])
     made = tables(runs)
     texts = {'html': page.page(made, problems, folder), 'md': markdown(made, problems, folder)}
     written = {}
-    for kind, text in texts.items():
-        written[kind] = folder / f'report.{kind}'
-        partial = folder / f'report.{kind}.tmp'
-        partial.write_text(text)
-        partial.replace(written[kind])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind, text in texts.items():
+            written[kind] = folder / f'report.{kind}'
+            partial = folder / f'report.{kind}.tmp'
+            partial.write_text(text)
+            partial.replace(written[kind])
+    except OSError as error:
+        raise ValueError(f'--workdir={folder} cannot be written ({error}): give another folder.') from error
     print(texts['md'])
     print(f'{written["html"]} and {written["md"]} are written.')
     return written

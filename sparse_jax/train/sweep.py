@@ -27,8 +27,9 @@ _START = """
 import ctypes, os, signal, sys
 if sys.platform == 'linux':
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if sys.argv[1]: os.sched_setaffinity(0, [int(sys.argv[1])])
-os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+    if os.getppid() != int(sys.argv[1]): sys.exit('the sweep has ended')
+    if sys.argv[2]: os.sched_setaffinity(0, [int(sys.argv[2])])
+os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
 """
 
 
@@ -66,16 +67,13 @@ def parse(grids: Sequence[str]) -> list[dict[str, str]]:
 
 
 def names(points: Sequence[Mapping[str, str]]) -> list[str]:
-    """A folder name for each point.
+    """A folder name for each point, the same in whatever sweep and order it stands, so that a sweep can be made larger.
 
     >>> names([{'sparsity.density': '0.1', 'seed': '0'}])
-    ['density=0.1,seed=0']
+    ['seed=0,sparsity.density=0.1']
     """
-    every = {name for point in points for name in point}
-    last = lambda name: name.rpartition('.')[2]
-    short = {name: last(name) if [last(n) for n in every].count(last(name)) == 1 else name for name in every}
     clean = lambda value: value.replace('/', '_').replace(':', '_').replace('*', '_')
-    return [','.join(f'{short[name]}={clean(value)}' for name, value in point.items()) for point in points]
+    return [','.join(f'{name}={clean(point[name])}' for name in sorted(point)) for point in points]
 
 
 def run(
@@ -97,14 +95,21 @@ def run(
       ValueError: for anything wrong with the input, before a file is made.
       RuntimeError: if runs failed; the others are done all the same.
     """
-    points = parse(grids)
-    configs = [_with(config, point) for point in points]
-    runs = dict(zip((folder / name for name in names(points)), zip(points, configs, strict=True), strict=True))
+    experiments = {}
+    for point in parse(grids):
+        made = _with(config, point)
+        flat = config_lib.flatten(made)
+        # the values as they were read, so that 0.1 and 0.10 are one point
+        experiments.setdefault(json.dumps(flat), ({name: str(flat[name]) for name in point}, made))
+    points = [point for point, _ in experiments.values()]
+    runs = dict(zip((folder / name for name in names(points)), experiments.values(), strict=True))
     if len(runs) != len(points):
         raise ValueError('--sweep: two points have the same name: leave out values that differ in signs only.')
     _check(folder, runs)
     with workdir.locked(folder):
-        workdir.write_json(folder / 'sweep.json', {'sweep': list(grids), 'command': list(command)})
+        known = _points(folder)
+        all_runs = [*known, *(path.name for path in runs if path.name not in known)]
+        workdir.write_json(folder / 'sweep.json', {'sweep': list(grids), 'command': list(command), 'runs': all_runs})
         tasks = {}
         for path, (point, _) in runs.items():
             flags = [f'--config.{name}={value}' for name, value in point.items()]
@@ -114,6 +119,14 @@ def run(
     if failed := outcome['failed']:
         raise RuntimeError(f'{len(failed)} of {len(runs)} runs failed, the others are done:\n' + '\n'.join(failed))
     return outcome
+
+
+def _points(folder: pathlib.Path) -> list[str]:
+    """Runs that the sweep in a folder has had so far."""
+    try:
+        return list(json.loads((folder / 'sweep.json').read_text())['runs'])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _with(config: config_lib.Config, point: Mapping[str, str]) -> config_lib.Config:
@@ -129,11 +142,15 @@ def _with(config: config_lib.Config, point: Mapping[str, str]) -> config_lib.Con
 
 def _check(folder: pathlib.Path, runs: Mapping[pathlib.Path, tuple[Any, config_lib.Config]]) -> None:
     """Everything that can be wrong is found here, before a file is made; of runs that differ in the seed one is tried."""
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / 'sweep.json').exists())):
+    foreign = folder.exists() and (
+        not folder.is_dir()
+        or (not (folder / 'sweep.json').exists() and any(p.name not in ('.lock', 'sweep.tmp') for p in folder.iterdir()))
+    )
+    if foreign:
         raise ValueError(f'--workdir={folder} holds something else than a sweep: give a new or an empty folder.')
     data, tried = {}, set()
     for path, (_, config) in runs.items():
-        workdir.check(config, path)
+        loop.check(config, path)
         settings = {name: value for name, value in config_lib.flatten(config).items() if name != 'seed'}
         if (path / 'result.json').exists() or json.dumps(settings) in tried:
             continue
@@ -166,7 +183,7 @@ def run_all(tasks: Mapping[pathlib.Path, Sequence[str]], jobs: int, logs: pathli
         core = cores.pop()
         try:
             with (logs / f'{path.name}.txt').open('w') as log:
-                first = [sys.executable, '-c', _START, '' if core is None else str(core)]
+                first = [sys.executable, '-c', _START, str(os.getpid()), '' if core is None else str(core)]
                 code = subprocess.run([*first, *tasks[path]], stdout=log, stderr=subprocess.STDOUT, check=False).returncode
             if code == 0:
                 return path, None
@@ -179,7 +196,7 @@ def run_all(tasks: Mapping[pathlib.Path, Sequence[str]], jobs: int, logs: pathli
             cores.append(core)
 
     failed = []
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool, _Progress(len(tasks), len(left), jobs) as show:
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool, _Progress(len(tasks), len(left)) as show:
         futures = [pool.submit(start, path) for path in left]
         try:
             for future in concurrent.futures.as_completed(futures):
@@ -195,8 +212,8 @@ def run_all(tasks: Mapping[pathlib.Path, Sequence[str]], jobs: int, logs: pathli
 class _Progress:
     """A bar on a terminal, a line for each run otherwise; both tell what is left and about how long it takes."""
 
-    def __init__(self, total: int, left: int, jobs: int):
-        self._total, self._left, self._jobs, self._done = total, left, jobs, 0
+    def __init__(self, total: int, left: int):
+        self._total, self._left, self._done = total, left, 0
         self._bar = progress.Progress(
             progress.TextColumn('[bold]runs'), progress.BarColumn(bar_width=None), progress.MofNCompleteColumn(),
             progress.TextColumn('{task.fields[left]}'), console=Console(stderr=True), disable=not sys.stderr.isatty(),

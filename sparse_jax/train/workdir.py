@@ -28,7 +28,21 @@ def differences(config: config_lib.Config, workdir: pathlib.Path) -> list[str]:
     except ValueError as error:
         raise ValueError(f'{path} is not JSON ({error}): give another --workdir, or delete this one.') from error
     new = config_lib.identity(config)
+    old = config_lib.identity(config_lib.Config()) | old  # settings that did not exist yet
     return [f'{k}: {old.get(k)!r} there, {new.get(k)!r} given' for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+
+
+def check_data(workdir: pathlib.Path, fingerprint: str) -> None:
+    """Raises ValueError where a workdir's run was begun on other data, which the settings do not tell."""
+    path = workdir / 'data.json'
+    try:
+        before = json.loads(path.read_text())['fingerprint'] if path.exists() else fingerprint
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{path} cannot be read ({error}): give another --workdir, or delete this one.') from error
+    if before != fingerprint:
+        raise ValueError(
+            f'--workdir={workdir} was begun on another text (its files, or the version of Python, have changed): give another --workdir.'
+        )
 
 
 def check(config: config_lib.Config, workdir: pathlib.Path) -> None:
