@@ -17,6 +17,7 @@ _INK, _GRID = '#010203', '#040506'
 _SERIES = [f'#0a0b{i:02x}' for i in range(16, 24)]
 _LIGHT = ['#1f6fb4', '#c8501e', '#2b8a3e', '#8d4bb8', '#b5830f', '#0b8a94', '#b8336a', '#5c636b']
 _DARK = ['#6cb2f2', '#ff9a6b', '#6fd087', '#cfa0f2', '#e8c25c', '#5fd4dd', '#f28ab5', '#aeb6bf']
+_DASHES: list[Any] = [(0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2))]  # of dense networks
 _VARIABLES = {_INK: 'var(--ink)', _GRID: 'var(--grid)'} | {c: f'var(--series-{i})' for i, c in enumerate(_SERIES)}
 
 _STYLE = """
@@ -180,6 +181,13 @@ def _figure(draw: Callable[[Any], bool], salt: str, size: tuple[float, float]) -
     )
 
 
+def _legend(axes) -> None:
+    """Below the axes, in as many columns as the figure is wide enough for."""
+    labels = axes.get_legend_handles_labels()[1]
+    room = 15 * axes.figure.get_figwidth() / (max(map(len, labels)) + 7)  # letters
+    axes.figure.legend(loc='outside lower center', ncols=max(1, min(4, int(room))), fontsize=9)
+
+
 def _scale(table: summary.Table) -> tuple[float, str]:
     return (100, 'test accuracy %') if table.metric == 'test_accuracy' else (1, 'validation loss, nats a token')
 
@@ -209,7 +217,7 @@ def _dense_band(axes, table: summary.Table) -> None:
     scale = _scale(table)[0]
     for i, group in enumerate(g for g in table.groups if g.method == 'dense'):
         mean = summary.interval(scale * group.values(table.metric))
-        axes.axhline(mean.mean, color=_INK, linewidth=1, linestyle=(0, (4, 2 + 2 * i)), label=group.label)
+        axes.axhline(mean.mean, color=_INK, linewidth=1, linestyle=_DASHES[i % len(_DASHES)], label=group.label)
         if not np.isnan(mean.error):
             axes.axhspan(mean.low, mean.high, color=_INK, alpha=0.1, linewidth=0)
 
@@ -241,7 +249,7 @@ def _by_density(axes, table: summary.Table) -> bool:
     _keep_below_100(axes, table)
     metric = _scale(table)[1]
     axes.set(xlabel='density', ylabel=metric, title=f'{metric.rstrip(" %").partition(",")[0]} against density')
-    axes.figure.legend(loc='outside lower center', ncols=3, fontsize=9)
+    _legend(axes)
     return True
 
 
@@ -266,11 +274,11 @@ def _over_time(axes, table: summary.Table) -> bool:
     """One curve a method: dense, and each method's group of the middle density."""
     scale, metric = _scale(table)
     kind = 'accuracy' if table.metric == 'test_accuracy' else 'loss'
-    chosen = [(group, _INK) for group in table.groups if group.method == 'dense']
+    chosen = [(group, _INK, _DASHES[i % len(_DASHES)]) for i, group in enumerate(g for g in table.groups if g.method == 'dense')]
     for i, groups in enumerate(_curves(table).values()):
-        chosen.append((groups[len(groups) // 2], _SERIES[i % len(_SERIES)]))
+        chosen.append((groups[len(groups) // 2], _SERIES[i % len(_SERIES)], '-'))
     drawn = False
-    for group, colour in chosen:
+    for group, colour, dashes in chosen:
         curves = {}
         for run in group.runs:
             for row in run.rows:
@@ -282,14 +290,14 @@ def _over_time(axes, table: summary.Table) -> bool:
             continue
         steps = sorted(curves)
         label = group.label if group.method == 'dense' else f'{group.label}, {100 * group.density:.3g}%'
-        axes.plot(steps, [np.mean(curves[step]) for step in steps], color=colour, linewidth=1.5, label=label)
+        axes.plot(steps, [np.mean(curves[step]) for step in steps], color=colour, linestyle=dashes, linewidth=1.5, label=label)
         drawn = True
     if drawn:
         values = np.concatenate([line.get_ydata() for line in axes.get_lines()])
         low, high = np.quantile(values, 0.1 if kind == 'accuracy' else 0), np.quantile(values, 1 if kind == 'accuracy' else 0.9)
         axes.set_ylim(low - 0.1 * (high - low) - 1e-9, high + 0.1 * (high - low) + 1e-9)
         axes.set(xlabel='step', ylabel=metric.replace('test ', ''), title='while training')
-        axes.figure.legend(loc='outside lower center', ncols=3, fontsize=9)
+        _legend(axes)
     return drawn
 
 
@@ -343,5 +351,5 @@ def _layer_densities(axes, group: summary.Group, low: float) -> bool:
     axes.set(title=f'density {100 * group.density:.3g}%', xlabel='step', yscale='log', ylim=(0.8 * low, 1.25))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{100 * v:.3g}%'))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.figure.legend(loc='outside lower center', ncols=4 if len(names) <= _NAMED else 2, fontsize=9)
+    _legend(axes)
     return True

@@ -206,7 +206,12 @@ def _read(folder: pathlib.Path) -> Run | Problem:
 def _identity(run: Run) -> dict[str, Any]:
     """What distinguishes a group; a dense run has no sparsity to differ in."""
     is_dense = run.result['method'] == 'dense'
-    left_out = ('seed', 'data.eval_batch_size', *(k for k in run.config if is_dense and k.startswith('sparsity.')))
+    left_out = (
+        'seed',
+        'data.eval_batch_size',
+        'train.eval_every',
+        *(k for k in run.config if is_dense and k.startswith('sparsity.')),
+    )
     own = {k: v for k, v in run.config.items() if k not in left_out}
     return own | {'method': run.result['method'], 'text': run.result.get('data_fingerprint', '')}
 
