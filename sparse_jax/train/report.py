@@ -130,6 +130,8 @@ def draw(path: pathlib.Path, rows: list[dict[str, Any]], *, title: str, input_co
         density_axes.text(0.5, 0.5, 'dense: every weight exists', ha='center', transform=density_axes.transAxes)
     density_axes.set(title='density of each layer', xlabel='step')
     for axes, write in ((density_axes, lambda v, _: f'{100 * v:.3g}%'), (loss_axes, lambda v, _: f'{v:g}')):
+        if axes.get_yscale() != 'log':
+            continue
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(write))
         axes.yaxis.set_minor_formatter(NullFormatter())

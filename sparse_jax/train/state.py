@@ -94,9 +94,17 @@ def check_names(config: config_lib.Config) -> None:
             raise _names.unknown(name, value, known)
     if config.data.batch_size % config.train.accumulate:
         raise ValueError(f'config.train.accumulate={config.train.accumulate} must divide data.batch_size={config.data.batch_size}.')
-    if sparsity.method == 'dense':  # its other settings have no effect, but are not nonsense
-        config = dataclasses.replace(config, sparsity=dataclasses.replace(sparsity, method='sparse_momentum'))
-    _sparsify(config, optax.sgd(0.1, 0.9), None, 1, config.train.steps or 10**9)
+    # the names of the method's parts; its steps wait for the length of an epoch
+    method = 'sparse_momentum' if sparsity.method == 'dense' else sparsity.method  # dense: no effect, but no nonsense either
+    parts = dataclasses.replace(sparsity, method=method, start_step=0, stop_step=0)
+    every = sparsity.update_every or config.train.steps or 10**8
+    _sparsify(
+        dataclasses.replace(config, sparsity=parts),
+        optax.sgd(0.1, 0.9),
+        None,
+        every,
+        config.train.steps or min(10 * every, 2**31 - 1),
+    )
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
