@@ -131,7 +131,8 @@ def _lm_tiny(p, tokens):
 
 
 _FORWARD = {'vgg_d': _vgg_d, 'wrn_16_8': _wrn_16_8, 'lenet5': _lenet5, 'lm_tiny': _lm_tiny}
-# A small rate: with batch normalisation over few pixels VGG-D amplifies rounding. At 0.01 float32 and float64 differ by half after three steps.
+# A small rate: with batch normalisation over few pixels VGG-D amplifies rounding. At 0.001 its third loss (batch 16) is 1.19 in float32
+# and 0.88 in float64; at this rate 0.197 and 0.189.
 RATE, MOMENTUM, DECAY = 0.0001, 0.9, 5e-4
 
 

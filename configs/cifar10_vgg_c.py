@@ -6,7 +6,8 @@
 Settings: configs/cifar10.py. Published, not reproduced here: error of SNIP at 5%: 7.27%, its dense network: 6.82% (arXiv:1810.02340, table 2); its network has 10.5 million parameters, as the original's code pads 1x1
 kernels and so has a larger first linear layer.
 
-Cost: 87,750 steps of 128 images, for an accelerator, not run here; `offline`: minutes on two CPU cores.
+Cost: 87,750 steps of 128 images, for an accelerator, not run here; `offline`: not timed; of its kind vgg_d and wrn_16_8 were, at two to four minutes on
+two CPU cores.
 """
 
 from configs import cifar10

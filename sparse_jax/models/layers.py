@@ -97,7 +97,7 @@ class Conv(nnx.Module):
         return y + self.bias[...].astype(x.dtype) if self.use_bias else y
 
 
-# XLA on CPU convolves images of 2x2 pixels a hundred times slower than larger ones: 512 to 512 channels, 3x3 taps, batch 64, both
+# XLA on CPU convolves images of 2x2 pixels far more slowly than larger ones: 512 to 512 channels, 3x3 taps, batch 64, both
 # gradients took 800 ms, as sums of matrix products 14 ms. At 3x3 pixels its convolution is the faster one again.
 _FEW_PIXELS = 4
 
