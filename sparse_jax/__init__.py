@@ -23,6 +23,7 @@ __all__ = [
     'distributions',
     'get_masks',
     'granularity',
+    'kernels',
     'layer_names',
     'methods',
     'momentum',
@@ -37,10 +38,10 @@ __all__ = [
 
 
 if TYPE_CHECKING:
-    from sparse_jax import stats
+    from sparse_jax import kernels, stats
 
 
 def __getattr__(name: str):
-    if name == 'stats':  # for looking, not for training: loaded when it is first used
-        return importlib.import_module('sparse_jax.stats')
+    if name in ('kernels', 'stats'):  # loaded when they are first used: the optimizer needs neither
+        return importlib.import_module(f'sparse_jax.{name}')
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

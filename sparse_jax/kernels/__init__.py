@@ -1,0 +1,28 @@
+"""Sparse matrix product and convolution that follow a changing mask: time and arithmetic fall with the density.
+
+Parameters stay dense arrays with exact zeros. A :class:`Pattern`, made on the host when masks change, says where the others are, and the
+same function runs on plain XLA (the definition) or on kernels.
+
+Example:
+  >>> import jax, jax.numpy as jnp
+  >>> from sparse_jax import kernels
+  >>> mask = jax.random.bernoulli(jax.random.key(0), 0.1, (3, 3, 8, 16))
+  >>> w = jnp.where(mask, jax.random.normal(jax.random.key(1), mask.shape), 0)
+  >>> pattern = kernels.make_pattern(mask)
+  >>> kernels.sparse_conv(jnp.ones((2, 10, 10, 8)), w, pattern, strides=(2, 2)).shape
+  (2, 5, 5, 16)
+"""
+
+from sparse_jax.kernels.pattern import Pattern, make_pattern, make_patterns, with_dense_gradients
+from sparse_jax.kernels.products import IMPLEMENTATIONS, convolve, sparse_conv, sparse_dot
+
+__all__ = [
+    'IMPLEMENTATIONS',
+    'Pattern',
+    'convolve',
+    'make_pattern',
+    'make_patterns',
+    'sparse_conv',
+    'sparse_dot',
+    'with_dense_gradients',
+]

@@ -1,0 +1,173 @@
+// How images are cut into tiles: patches of output pixels as lanes, and the windows of source pixels that they need.
+#pragma once
+
+#include <climits>
+#include <cstring>
+#include <vector>
+
+#include "vectors.h"
+
+namespace sparse_jax {
+
+struct Image {
+  int64_t count, height, width, channels;
+};
+
+struct Geometry {
+  int64_t taps_y, taps_x, stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x;
+};
+
+// One pass: outputs at first + i * step for i < count, reading source pixels from i * stride + origin on.
+struct Axis {
+  int64_t count, first, step, stride, origin, window;
+  std::vector<int64_t> tap;  // offset of each tap in the window; -1: not in this pass
+};
+
+struct Pass {
+  Axis y, x;
+  int64_t patch_rows = 0, patch_columns = 0, groups = 0;  // of a tile: rows x columns x groups = kTile
+  int64_t window_rows = 0, window_columns = 0;
+
+  int64_t positions() const { return window_rows * window_columns * groups; }
+  int64_t patches_y() const { return (y.count + patch_rows - 1) / patch_rows; }
+  int64_t patches_x() const { return (x.count + patch_columns - 1) / patch_columns; }
+  int64_t tiles(int64_t images) const {
+    const int64_t lanes = images * patches_y() * patches_x();
+    return (lanes + groups * kLanes - 1) / (groups * kLanes);
+  }
+};
+
+// The rectangle of the patch: the shape that wastes the least, of those that are compiled. Large squares share most of their window.
+inline void choose_patch(Pass& pass, int64_t images) {
+  const int64_t side = kTile == 16 ? 4 : 2;
+  const int64_t shapes[][2] = {{side, kTile / side}, {2, 2}, {1, 1}};
+  double best = -1;
+  for (const auto& shape : shapes) {
+    Pass p = pass;
+    p.patch_rows = shape[0];
+    p.patch_columns = shape[1];
+    p.groups = kTile / (shape[0] * shape[1]);
+    const double done = double(p.tiles(images)) * kTile * kLanes;
+    const double window = double((shape[0] - 1) * p.y.stride + p.y.window) * ((shape[1] - 1) * p.x.stride + p.x.window);
+    const double cost = done * (1 + 0.1 * window / (shape[0] * shape[1]));
+    if (best < 0 || cost < best) {
+      best = cost;
+      pass = p;
+    }
+  }
+  pass.window_rows = (pass.patch_rows - 1) * pass.y.stride + pass.y.window;
+  pass.window_columns = (pass.patch_columns - 1) * pass.x.stride + pass.x.window;
+}
+
+inline Axis forward_axis(int64_t count, int64_t taps, int64_t stride, int64_t pad, int64_t dilation) {
+  Axis axis{count, 0, 1, stride, -pad, (taps - 1) * dilation + 1, {}};
+  for (int64_t k = 0; k < taps; k++) axis.tap.push_back(k * dilation);
+  return axis;
+}
+
+// Input pixel phase + i * stride gets what outputs (phase + i * stride + pad - k * dilation) / stride made of it, where that divides.
+inline Axis backward_axis(int64_t pixels, int64_t phase, int64_t taps, int64_t stride, int64_t pad, int64_t dilation) {
+  Axis axis{(pixels - phase + stride - 1) / stride, phase, stride, 1, 0, 1, {}};
+  int64_t low = INT64_MAX, high = INT64_MIN;
+  for (int64_t k = 0; k < taps; k++) {
+    const int64_t shift = phase + pad - k * dilation;
+    const bool reaches = ((shift % stride) + stride) % stride == 0;
+    axis.tap.push_back(reaches ? shift / stride : INT64_MAX);
+    if (reaches) low = std::min(low, shift / stride), high = std::max(high, shift / stride);
+  }
+  if (low > high) low = high = 0;
+  for (auto& t : axis.tap) t = t == INT64_MAX ? -1 : t - low;
+  axis.origin = low;
+  axis.window = high - low + 1;
+  return axis;
+}
+
+// The lanes of a tile: of each its image and the first pixel of its patch, in pixels of this pass.
+struct Tile {
+  int64_t image[kTile * kLanes], y[kTile * kLanes], x[kTile * kLanes];  // image -1: no such patch
+
+  Tile(const Pass& pass, int64_t images, int64_t t) {
+    const int64_t py = pass.patches_y(), px = pass.patches_x(), lanes = pass.groups * kLanes;
+    for (int64_t j = 0; j < lanes; j++) {
+      const int64_t id = t * lanes + j;
+      image[j] = id < images * py * px ? id / (py * px) : -1;
+      y[j] = id / px % py * pass.patch_rows;
+      x[j] = id % px * pass.patch_columns;
+    }
+  }
+
+  // Source pixels of the window, [rows][columns][groups][lanes]: where each begins in its image array; -1: outside, which reads zero.
+  void sources(const Pass& pass, const Image& from, int64_t* out) const {
+    for (int64_t r = 0; r < pass.window_rows; r++)
+      for (int64_t c = 0; c < pass.window_columns; c++)
+        for (int64_t j = 0; j < pass.groups * kLanes; j++)
+          *out++ = at(j, y[j] * pass.y.stride + pass.y.origin + r, x[j] * pass.x.stride + pass.x.origin + c, from);
+  }
+
+  // Destination pixels of the patch, likewise; -1: beyond the last one of this pass.
+  void destinations(const Pass& pass, const Image& to, int64_t* out) const {
+    for (int64_t r = 0; r < pass.patch_rows; r++)
+      for (int64_t c = 0; c < pass.patch_columns; c++)
+        for (int64_t j = 0; j < pass.groups * kLanes; j++) {
+          const bool inside = y[j] + r < pass.y.count && x[j] + c < pass.x.count;
+          *out++ = inside ? at(j, pass.y.first + (y[j] + r) * pass.y.step, pass.x.first + (x[j] + c) * pass.x.step, to) : -1;
+        }
+  }
+
+ private:
+  int64_t at(int64_t j, int64_t row, int64_t column, const Image& shape) const {
+    const bool inside = image[j] >= 0 && row >= 0 && row < shape.height && column >= 0 && column < shape.width;
+    return inside ? ((image[j] * shape.height + row) * shape.width + column) * shape.channels : -1;
+  }
+};
+
+// Packs channels [first, last) of the pixels into out[channel][position]: squares of lanes x channels, read along the channels that lie
+// side by side in memory, transposed in registers, written along the lanes.
+inline void pack(const float* image, const int64_t* pixels, int64_t positions, int64_t first, int64_t last, Vector* out) {
+  alignas(64) static const float zeros[kLanes] = {};
+  alignas(64) float edge[kLanes][kLanes];
+  for (int64_t p = 0; p < positions; p++, pixels += kLanes)
+    for (int64_t c = first; c < last; c += kLanes) {
+      const int64_t width = std::min<int64_t>(kLanes, last - c);
+      Vector rows[kLanes];
+      if (width == kLanes) {
+#pragma GCC unroll 16
+        for (int l = 0; l < kLanes; l++) rows[l] = load(pixels[l] < 0 ? zeros : image + pixels[l] + c);
+      } else {
+        std::memset(edge, 0, sizeof(edge));
+        for (int l = 0; l < kLanes; l++)
+          if (pixels[l] >= 0) std::memcpy(edge[l], image + pixels[l] + c, width * sizeof(float));
+        for (int l = 0; l < kLanes; l++) rows[l] = load(edge[l]);
+      }
+      transpose(rows);
+      Vector* to = out + (c - first) * positions + p;
+      if (width == kLanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i++) to[i * positions] = rows[i];
+      } else {
+        for (int i = 0; i < width; i++) to[i * positions] = rows[i];
+      }
+    }
+}
+
+// Writes a tile, [channel][position], to the pixels that it stands for: the same squares, back.
+inline void unpack(const Vector* tile, const Image& shape, const int64_t* pixels, float* image) {
+  alignas(64) float edge[kLanes][kLanes];
+  for (int64_t p = 0; p < kTile; p++, pixels += kLanes)
+    for (int64_t c = 0; c < shape.channels; c += kLanes) {
+      const int64_t width = std::min<int64_t>(kLanes, shape.channels - c);
+      Vector rows[kLanes];
+      for (int i = 0; i < kLanes; i++) rows[i] = i < width ? tile[(c + i) * kTile + p] : Vector{};
+      transpose(rows);
+      if (width == kLanes) {
+        for (int l = 0; l < kLanes; l++)
+          if (pixels[l] >= 0) store(image + pixels[l] + c, rows[l]);
+      } else {
+        for (int l = 0; l < kLanes; l++) store(edge[l], rows[l]);
+        for (int l = 0; l < kLanes; l++)
+          if (pixels[l] >= 0) std::memcpy(image + pixels[l] + c, edge[l], width * sizeof(float));
+      }
+    }
+}
+
+}  // namespace sparse_jax

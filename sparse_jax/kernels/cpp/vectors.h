@@ -1,0 +1,119 @@
+// Vectors as wide as the target's registers, their transposition, memory that outlives a call, and loops over XLA's threads.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <utility>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace sparse_jax {
+
+namespace ffi = xla::ffi;
+
+// kTile accumulators of kLanes floats, an operand and a broadcast weight must fit into the registers: 32 of them with AVX-512 and
+// on Arm, 16 on the rest of x86.
+#if defined(__AVX512F__)
+inline constexpr int kLanes = 16, kTile = 16;
+#elif defined(__AVX__)
+inline constexpr int kLanes = 8, kTile = 8;
+#elif defined(__aarch64__)
+inline constexpr int kLanes = 4, kTile = 16;
+#else
+inline constexpr int kLanes = 4, kTile = 8;
+#endif
+
+typedef float Vector __attribute__((vector_size(4 * kLanes)));
+typedef float Unaligned __attribute__((vector_size(4 * kLanes), aligned(4)));
+typedef int32_t Indices __attribute__((vector_size(4 * kLanes)));
+
+inline Vector broadcast(float value) { return value - Vector{}; }
+inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
+inline void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
+
+// One step of a butterfly: of each pair of rows that are H apart, the second halves of the first change place with the first
+// halves of the second. After the steps 1, 2, 4, ... the square is transposed.
+template <int H, int... I>
+inline void exchange(Vector& a, Vector& b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  const Vector low = __builtin_shufflevector(a, b, (I & H ? kLanes + I - H : I)...);
+  const Vector high = __builtin_shufflevector(a, b, (I & H ? kLanes + I : I + H)...);
+#else
+  const Vector low = __builtin_shuffle(a, b, Indices{(I & H ? kLanes + I - H : I)...});
+  const Vector high = __builtin_shuffle(a, b, Indices{(I & H ? kLanes + I : I + H)...});
+#endif
+  a = low;
+  b = high;
+}
+
+template <int H = 1>
+inline void transpose(Vector (&rows)[kLanes]) {
+  if constexpr (H < kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i++)
+      if (!(i & H)) exchange<H>(rows[i], rows[i + H], std::make_integer_sequence<int, kLanes>{});
+    transpose<2 * H>(rows);
+  }
+}
+
+// Memory of one thread for one purpose: kept between calls, since fresh pages cost more than a small layer's work.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  template <typename T>
+  T* get(size_t count) {
+    const size_t bytes = (count * sizeof(T) + 127) / 64 * 64;
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = 0;
+      data_ = std::aligned_alloc(64, bytes);
+      if (!data_) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// Calls work(i) for each i below count, on XLA's threads and this one. Which thread takes which i is left to chance, so what is
+// computed must not depend on it. It waits for the work, not for the helpers: where all threads are busy with calls like this one
+// none of them would ever start, and this thread does all by itself.
+inline void parallel_for(ffi::ThreadPool& pool, int64_t count, const std::function<void(int64_t)>& work) {
+  struct State {
+    std::atomic<int64_t> next{0};
+    int64_t done = 0;
+    std::mutex mutex;
+    std::condition_variable all_done;
+  };
+  const int64_t helpers = std::min<int64_t>(count, pool.num_threads()) - 1;
+  if (helpers <= 0) {
+    for (int64_t i = 0; i < count; i++) work(i);
+    return;
+  }
+  auto state = std::make_shared<State>();
+  const auto* f = &work;  // read only after an i was drawn, which keeps this call waiting
+  auto run = [state, f, count] {
+    int64_t mine = 0;
+    for (int64_t i; (i = state->next.fetch_add(1)) < count; mine++) (*f)(i);
+    if (mine == 0) return;
+    std::lock_guard<std::mutex> lock(state->mutex);
+    state->done += mine;
+    if (state->done == count) state->all_done.notify_all();
+  };
+  for (int64_t i = 0; i < helpers; i++) pool.Schedule([run] { run(); });
+  run();
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->all_done.wait(lock, [&] { return state->done == count; });
+}
+
+}  // namespace sparse_jax

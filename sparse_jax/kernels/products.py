@@ -1,0 +1,261 @@
+"""Sparse matrix product and convolution with their gradients, over any backend."""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from sparse_jax import _names
+from sparse_jax.kernels import cpu, reference
+from sparse_jax.kernels.pattern import Pattern
+from sparse_jax.kernels.reference import Geometry
+
+
+class _Backend(NamedTuple):
+    forward: Callable[..., jax.Array]
+    input_gradient: Callable[..., jax.Array]
+    weight_gradient: Callable[..., jax.Array]
+
+
+_BACKENDS = {
+    'reference': _Backend(reference.forward, reference.input_gradient, reference.weight_gradient),
+    'cpu': _Backend(cpu.forward, cpu.input_gradient, cpu.weight_gradient),
+}
+IMPLEMENTATIONS = tuple(_BACKENDS)
+
+# By rule, without a measurement: a pattern at 10% or less takes `cpu`; its capacity is a power of two, at most twice that.
+_MOST_CAPACITY = 0.2
+
+
+def _choose(implementation: str | None, x: jax.Array, w: jax.Array, pattern: Pattern) -> str:
+    """The backend that runs; NotImplementedError where a named one cannot, ValueError where there is none of that name."""
+    named = implementation or pattern.implementation
+    if named is not None and named not in _BACKENDS:
+        raise _names.unknown('implementation', named, IMPLEMENTATIONS)
+    if named == 'reference':
+        return named
+    platform = jax.default_backend()
+    if not x.size or (named is None and (platform != 'cpu' or pattern.capacity > _MOST_CAPACITY * np.prod(pattern.units))):
+        return 'reference'
+    reason = f'it runs on CPU, not on {platform}' if platform != 'cpu' else cpu.unsupported(x.dtype, w.dtype) or cpu.unavailable()
+    if not reason:
+        return 'cpu'
+    if implementation == 'cpu':
+        raise NotImplementedError(f"implementation='cpu' does not run here: {reason}. Take implementation=None or 'reference'.")
+    return 'reference'
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _product(x, w, pattern: Pattern, geometry: Geometry, implementation: str, dense_gradient: bool):
+    del dense_gradient
+    return _BACKENDS[implementation].forward(x, w, pattern, geometry)
+
+
+def _product_forward(x, w, pattern, geometry, implementation, dense_gradient):
+    return _product(x, w, pattern, geometry, implementation, dense_gradient), (x, w, pattern)
+
+
+def _product_backward(geometry, implementation, dense_gradient, residuals, dy):
+    x, w, pattern = residuals
+    backend = _BACKENDS[implementation]
+    dx = backend.input_gradient(dy, w, pattern, geometry, x.shape)
+    if dense_gradient:
+        dw = reference.dense_weight_gradient(x, dy, w.shape, geometry)
+    else:
+        dw = backend.weight_gradient(x, dy, pattern, geometry, w.shape)
+    return dx, dw, None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _check(name: str, x: jax.Array, w: jax.Array, pattern: Pattern, axes: int) -> None:
+    where = f' (layer {pattern.name})' if isinstance(pattern, Pattern) and pattern.name else ''
+    if not isinstance(pattern, Pattern):
+        raise ValueError(f'{name}: pattern must come from make_pattern, got {type(pattern).__name__}.')
+    if w.ndim != axes or tuple(w.shape) != tuple(pattern.shape):
+        raise ValueError(f'{name}: w has shape {tuple(w.shape)}, its pattern is of shape {tuple(pattern.shape)}{where}.')
+    if pattern.indices.ndim != 1:
+        raise ValueError(f'{name}: the pattern holds several layers, one a row{where}: take one row, as lax.scan does.')
+    if x.shape[-1] != w.shape[-2]:
+        raise ValueError(
+            f'{name}: x of shape {tuple(x.shape)} has {x.shape[-1]} features, w of shape {tuple(w.shape)} takes {w.shape[-2]}{where}.'
+        )
+    if x.dtype != w.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f'{name}: x and w must be of one floating-point type, got {x.dtype} and {w.dtype}{where}: cast one of them.'
+        )
+
+
+def _check_zeros(w: jax.Array, pattern: Pattern) -> None:
+    """With SPARSE_JAX_DEBUG=1, at run time: the kernels do not read what is off the pattern, so it must be zero."""
+
+    def check(count):
+        if count:
+            where = f' of {pattern.name}' if pattern.name else ''
+            raise ValueError(
+                f'the weight{where} of shape {pattern.shape} has {int(count)} nonzeros off its pattern: make the pattern of the same '
+                'masks that the weight was multiplied with, again after each mask update.'
+            )
+
+    jax.debug.callback(check, jnp.sum((w != 0) & ~reference.mask_of(pattern)))
+
+
+def _apply(x, w, pattern, geometry, dense_gradient, implementation):
+    chosen = _choose(implementation, x, w, pattern)
+    if os.environ.get('SPARSE_JAX_DEBUG') == '1':
+        _check_zeros(w, pattern)
+    flat = w.reshape(-1, *w.shape[-2:]) if w.ndim == 4 else w[None]
+    if flat.shape[0] == 1 and geometry == Geometry():  # one tap: a matrix product of all pixels
+        y = _product(x.reshape(-1, 1, 1, x.shape[-1]), flat[None], pattern, geometry, chosen, dense_gradient)
+        return y.reshape(*x.shape[:-1], w.shape[-1])
+    return _product(x, w, pattern, geometry, chosen, dense_gradient)
+
+
+def sparse_dot(
+    x: jax.Array,
+    w: jax.Array,
+    pattern: Pattern,
+    *,
+    dense_gradient: bool = False,
+    implementation: str | None = None,
+) -> jax.Array:
+    r"""Matrix product with a sparse weight: :math:`y_{\ldots o} = \sum_i x_{\ldots i} w_{io}` over the pattern's positions.
+
+    The gradient with respect to x is such a product with the transposed weight, that with respect to w is computed at the pattern's
+    positions only and zero elsewhere. All backends give the same values within rounding on finite inputs; where x or w holds NaN or
+    infinity, positions off the pattern may or may not spread it (0 times NaN).
+
+    Args:
+      x: [..., in].
+      w: [in, out], of x's type, and zero off the pattern (checked at run time with SPARSE_JAX_DEBUG=1 in the environment).
+      pattern: of w: see :func:`make_pattern`.
+      dense_gradient: whether the gradient with respect to w is wanted at all positions; so too if the pattern says so.
+      implementation: ``'reference'`` (plain XLA) or ``'cpu'`` (C++); None: the one that the pattern names, or else by rule: on CPU, in
+        float32, where there is a C++ compiler, ``'cpu'`` for patterns at 10% or less and some up to 20%, otherwise the reference.
+
+    Returns:
+      [..., out], of x's type.
+
+    Raises:
+      ValueError: if shapes or types do not fit together, or there is no such implementation.
+      NotImplementedError: if the implementation named here cannot take these operands, or does not run on this machine.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sparse_jax import kernels
+      >>> w = jnp.array([[1.0, 0.0], [2.0, 3.0]])
+      >>> kernels.sparse_dot(jnp.ones((1, 2)), w, kernels.make_pattern(w != 0))
+      Array([[3., 3.]], dtype=float32)
+
+    Reference: Gale et al., Sparse GPU kernels for deep learning, 2020; Nikdan et al., SparseProp, 2023.
+    """
+    _check('sparse_dot', x, w, pattern, 2)
+    return _apply(x, w, pattern, Geometry(), dense_gradient or pattern.dense_gradient, implementation)
+
+
+def sparse_conv(
+    x: jax.Array,
+    w: jax.Array,
+    pattern: Pattern,
+    *,
+    strides: tuple[int, int] = (1, 1),
+    padding: str | Sequence[tuple[int, int]] = 'SAME',
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    dense_gradient: bool = False,
+    implementation: str | None = None,
+) -> jax.Array:
+    r"""2D convolution with a sparse kernel: :math:`y_{npo} = \sum_{t,i} w_{tio} x_{n, sp + dt, i}` over the pattern's positions.
+
+    Gradients as in :func:`sparse_dot`.
+
+    Args:
+      x: [batch, height, width, in].
+      w: [height, width, in, out], of x's type, and zero off the pattern.
+      pattern: of w: see :func:`make_pattern`.
+      strides: steps in rows and columns.
+      padding: ``'SAME'``, ``'VALID'``, or pixels before and after in rows and columns, such as ((1, 1), (1, 1)).
+      dilation: distance of neighbouring taps in rows and columns.
+      groups: 1; there are no grouped convolutions yet.
+      dense_gradient: as in :func:`sparse_dot`.
+      implementation: as in :func:`sparse_dot`.
+
+    Returns:
+      [batch, height', width', out], of x's type.
+
+    Raises:
+      ValueError: as :func:`sparse_dot`, and for strides, padding or dilation that make no convolution.
+      NotImplementedError: as :func:`sparse_dot`, and for groups.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sparse_jax import kernels
+      >>> w = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(2.0)
+      >>> kernels.sparse_conv(jnp.ones((1, 2, 2, 1)), w, kernels.make_pattern(w != 0)).ravel()
+      Array([2., 2., 2., 2.], dtype=float32)
+
+    Reference: Elsen et al., Fast sparse convnets, 2020; Park et al., Faster CNNs with direct sparse convolutions, 2017.
+    """
+    if groups != 1:
+        raise NotImplementedError(f'sparse_conv: groups={groups} is not there yet: take groups=1, or a dense convolution.')
+    if x.ndim != 4:
+        raise ValueError(f'sparse_conv: x must be [batch, height, width, in], got shape {tuple(x.shape)}.')
+    _check('sparse_conv', x, w, pattern, 4)
+    geometry = _geometry('sparse_conv', x.shape, w.shape, strides, padding, dilation)
+    if w.shape[:2] == (1, 1) and geometry.padding == ((0, 0), (0, 0)):  # only every s-th pixel is read
+        x, geometry = x[:, :: geometry.strides[0], :: geometry.strides[1]], Geometry()
+    return _apply(x, w, pattern, geometry, dense_gradient or pattern.dense_gradient, implementation)
+
+
+def convolve(
+    x: jax.Array,
+    w: jax.Array,
+    *,
+    strides: tuple[int, int] = (1, 1),
+    padding: str | Sequence[tuple[int, int]] = 'SAME',
+    dilation: tuple[int, int] = (1, 1),
+) -> jax.Array:
+    """2D convolution with a dense kernel, by what XLA does best: the dense rival of :func:`sparse_conv`, with its arguments.
+
+    Args:
+      x: [batch, height, width, in].
+      w: [height, width, in, out], of x's type.
+      strides: as in :func:`sparse_conv`.
+      padding: as in :func:`sparse_conv`.
+      dilation: as in :func:`sparse_conv`.
+
+    Returns:
+      [batch, height', width', out], of x's type.
+
+    Raises:
+      ValueError: for strides, padding or dilation that make no convolution.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> convolve(jnp.ones((1, 4, 4, 3)), jnp.ones((3, 3, 3, 8)), strides=(2, 2)).shape
+      (1, 2, 2, 8)
+    """
+    return reference.convolve_dense(x, w, _geometry('convolve', x.shape, w.shape, strides, padding, dilation))
+
+
+def _geometry(name: str, x: tuple[int, ...], w: tuple[int, ...], strides, padding, dilation) -> Geometry:
+    pairs = {'strides': strides, 'dilation': dilation}
+    for key, value in pairs.items():
+        if not isinstance(value, Sequence) or len(value) != 2 or min(value) < 1:
+            raise ValueError(f'{name}: {key}={value!r} must be two integers of at least 1, for rows and columns.')
+    strides, dilation = tuple(map(int, strides)), tuple(map(int, dilation))
+    if isinstance(padding, str):
+        if padding.upper() not in ('SAME', 'VALID'):
+            raise _names.unknown('padding', padding, ['SAME', 'VALID'])
+        reach = [(taps - 1) * d + 1 for taps, d in zip(w[:2], dilation, strict=True)]
+        padding = lax.padtype_to_pads(x[1:3], reach, strides, padding.upper())
+    pads = tuple((int(low), int(high)) for low, high in padding)
+    if len(pads) != 2 or min(min(pads)) < 0:
+        raise ValueError(f'{name}: padding={padding!r} must be pixels before and after in rows and columns, at least 0.')
+    return Geometry(strides, pads, dilation)  # type: ignore[arg-type]
