@@ -24,6 +24,18 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # jaxlib's notes to its deve
 
 MODES = ('train', 'evaluate', 'sweep', 'report')
 
+
+class _IntegerOrNone(flags.IntegerParser):
+    """Whole numbers, and None for the settings that take it; the config's own check refuses it elsewhere."""
+
+    def parse(self, argument):
+        if argument is None or str(argument).lower() == 'none':
+            return None
+        return super().parse(argument)
+
+
+config_flags.register_flag_parser_for_type(int, _IntegerOrNone())
+
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Config file, and after a colon its variant.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of this run: checkpoints, metrics, result, report.')
 _MODE = flags.DEFINE_string('mode', 'train', f'What to do: {", ".join(MODES)}.')

@@ -11,6 +11,7 @@ from sparse_jax import criteria, distributions, granularity, methods, momentum, 
 from sparse_jax._version import __version__
 from sparse_jax.masks import SparsifyState, UpdateStats, apply_masks, check_sparse, get_masks, layer_names, set_masks
 from sparse_jax.methods import sparse_momentum
+from sparse_jax.schedules import needs_dense_gradient
 from sparse_jax.transform import sparsify
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     'layer_names',
     'methods',
     'momentum',
+    'needs_dense_gradient',
     'redistribution',
     'schedules',
     'selection',

@@ -70,6 +70,9 @@ class Sparsity:
     distribution: str = ''  # of the first weights over the layers: uniform, erdos_renyi, erk; empty: the method's
     granularity: str = 'unstructured'  # what one unit of selection is; block:16x16, block:16x16:kernel
     dense: str = ''  # path patterns of leaves that stay dense, separated by commas, such as fc3/*
+    kernels: str = 'auto'  # of sparse layers: auto (each layer's fastest, measured), reference, cpu, dense
+    # steps up to a mask update whose gradients are dense, where growth reads a momentum; None: all steps; 0: none
+    dense_gradient_window: int | None = 22
 
 
 @dataclasses.dataclass
@@ -177,6 +180,7 @@ _RANGES = (
     ('sparsity.update_every', lambda v: v >= 0, 'at least 0 (0: one epoch)'),
     ('sparsity.start_step', lambda v: v >= 0, 'at least 0'),
     ('sparsity.stop_step', lambda v: v >= 0, "at least 0 (0: the method's)"),
+    ('sparsity.dense_gradient_window', lambda v: v is None or v >= 0, 'at least 0, or None (all steps)'),
     ('train.epochs', lambda v: v >= 1, 'at least 1'),
     ('train.steps', lambda v: v >= 0, 'at least 0 (0: train.epochs decides)'),
     ('train.eval_every', lambda v: v >= 0, 'at least 0 (0: one epoch)'),
@@ -224,15 +228,19 @@ def override(config: Config, name: str, value: str) -> None:
     known = flatten(config)
     if name not in known:
         raise _names.unknown('setting', name, known)
-    kind = type(known[name])
+    kind = int if name in _OPTIONAL else type(known[name])
     try:
-        parsed = {'true': True, 'false': False}[value.lower()] if kind is bool else _PARSERS[kind](value)
+        if name in _OPTIONAL and value.lower() == 'none':
+            parsed = None
+        else:
+            parsed = {'true': True, 'false': False}[value.lower()] if kind is bool else _PARSERS[kind](value)
     except (ValueError, KeyError) as error:
         raise ValueError(f'{name}={value!r} is not {_KINDS[kind]}.') from error
     *section, field = name.split('.')
     setattr(getattr(config, section[0]) if section else config, field, parsed)
 
 
+_OPTIONAL = ('sparsity.dense_gradient_window',)
 _PARSERS: dict[type, Any] = {int: int, float: float, str: str}
 _KINDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text'}
 
@@ -254,7 +262,7 @@ def validate(config: Config) -> None:
     """
     flat, default = flatten(config), flatten(Config())
     for name, allowed, words in _RANGES:
-        if not allowed(flat[name]):  # a NaN is in no range
+        if (flat[name] is None and name not in _OPTIONAL) or not allowed(flat[name]):  # a NaN is in no range
             raise ValueError(f'config.{name}={flat[name]!r}: must be {words}.')
     for names, chooser, choices in _ONLY_FOR:
         for name in names:

@@ -100,6 +100,48 @@ def is_update(t, *, update_every: int, total_steps: int, start_step: int = 0, st
     return (start_step < t) & (t % update_every == 0) & (t < last)
 
 
+def needs_dense_gradient(
+    count: int,
+    *,
+    update_every: int,
+    total_steps: int,
+    window: int | None,
+    start_step: int = 0,
+    stop_step: int | None = None,
+) -> bool:
+    r"""Whether a step's gradients are wanted at missing weights too, or zeros will do there.
+
+    Growth reads the momentum of missing weights, and a momentum of decay :math:`\beta` keeps :math:`\beta^w` of what is `w` steps old: so
+    the gradients of the last `w` steps up to each mask update are enough (22: a tenth is left at 0.9), and a sparse backward pass does
+    for the others. No gradient of a missing weight is wanted after the last update.
+
+    Args:
+      count: steps done before this one, 0 at the first; a Python integer.
+      update_every: steps between mask updates, as given to ``sparsify``.
+      total_steps: as given to ``sparsify``.
+      window: dense steps up to each update, the update step itself included; 0: never; None: at every step of the training.
+      start_step: as given to ``sparsify``.
+      stop_step: as given to ``sparsify``.
+
+    Returns:
+      True where the gradients must be dense.
+
+    Raises:
+      ValueError: for a window or a count below 0.
+
+    Example:
+      >>> [count for count in range(12) if needs_dense_gradient(count, update_every=4, total_steps=12, window=2)]
+      [2, 3, 6, 7]
+    """
+    if window is None:
+        return True
+    if window < 0 or count < 0:
+        raise ValueError(f'needs_dense_gradient: window={window!r} and count={count!r} must be at least 0 (window None: always).')
+    step = count + 1
+    update = -(-max(step, start_step + 1) // update_every) * update_every  # the first one from this step on
+    return update < (total_steps if stop_step is None else stop_step) and update - step < window
+
+
 def budgets(density, size: int, *, update_every: int, total_steps: int, start_step: int, stop_step: int | None) -> np.ndarray:
     """The number of units that a density schedule asks for: float64 densities at t = update_every, 2 update_every, ... as counts.
 

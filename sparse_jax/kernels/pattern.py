@@ -54,14 +54,14 @@ class Pattern:
 
 
 def capacity(count: int, most: int) -> int:
-    """Room for so many units: the next power of two, at least 16, so that a layer has to grow a lot before a step is compiled anew.
+    """Room for so many units and as many again, in powers of two: a layer has to double before a step is compiled anew.
 
     Kernels do not visit what is beyond the last pointer: it costs 8 bytes a unit and no time.
 
-    >>> capacity(1000, 5000), capacity(1025, 1800), capacity(3, 9)
-    (1024, 1800, 9)
+    >>> capacity(1000, 5000), capacity(1025, 2000), capacity(3, 9)
+    (2048, 2000, 9)
     """
-    return min(most, max(16, 1 << (count - 1).bit_length() if count else 1))
+    return min(most, max(16, 1 << (2 * count - 1).bit_length()))
 
 
 def make_pattern(

@@ -28,8 +28,11 @@ _BACKENDS = {
 }
 IMPLEMENTATIONS = tuple(_BACKENDS)
 
-# By rule, without a measurement: a pattern at 10% or less takes `cpu`; its capacity is a power of two, at most twice that.
-_MOST_CAPACITY = 0.2
+# Functions (x, w, pattern, geometry) that are told of each product while it is traced: see choice.py.
+observers: list[Callable[..., None]] = []
+
+# By rule, without a measurement: a pattern at 10% or less takes `cpu`; its capacity is a power of two, two to four times that.
+_MOST_CAPACITY = 0.4
 
 
 def _choose(implementation: str | None, x: jax.Array, w: jax.Array, pattern: Pattern) -> str:
@@ -110,11 +113,13 @@ def _apply(x, w, pattern, geometry, dense_gradient, implementation):
     chosen = _choose(implementation, x, w, pattern)
     if os.environ.get('SPARSE_JAX_DEBUG') == '1':
         _check_zeros(w, pattern)
-    flat = w.reshape(-1, *w.shape[-2:]) if w.ndim == 4 else w[None]
-    if flat.shape[0] == 1 and geometry == Geometry():  # one tap: a matrix product of all pixels
-        y = _product(x.reshape(-1, 1, 1, x.shape[-1]), flat[None], pattern, geometry, chosen, dense_gradient)
-        return y.reshape(*x.shape[:-1], w.shape[-1])
-    return _product(x, w, pattern, geometry, chosen, dense_gradient)
+    shape = x.shape
+    if w.ndim == 2 or (w.shape[:2] == (1, 1) and geometry == Geometry()):  # one tap: a matrix product of all pixels
+        x, w = x.reshape(-1, 1, 1, shape[-1]), w.reshape(1, 1, *w.shape[-2:])
+    for observer in observers:
+        observer(x, w, pattern, geometry)
+    y = _product(x, w, pattern, geometry, chosen, dense_gradient)
+    return y if x.shape == shape else y.reshape(*shape[:-1], w.shape[-1])
 
 
 def sparse_dot(

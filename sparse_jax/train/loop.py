@@ -18,7 +18,7 @@ import numpy as np
 import sparse_jax as sj
 from sparse_jax import config as config_lib
 from sparse_jax import data as data_lib
-from sparse_jax.train import checkpoint, metrics, report, workdir
+from sparse_jax.train import checkpoint, layer_kernels, metrics, report, workdir
 from sparse_jax.train import state as state_lib
 
 PARTS = ('validation', 'test')
@@ -45,6 +45,7 @@ def check(config: config_lib.Config, folder: pathlib.Path) -> None:
     config_lib.validate(config)
     state_lib.check_names(config)
     workdir.check(config, folder)
+    layer_kernels.check(config)
     if config.log.tensorboard:
         metrics.check_tensorboard()
 
@@ -146,14 +147,16 @@ def _train_or_go_on(config, folder, data, experiment) -> dict[str, Any]:
     else:
         state, seconds = init(key), 0.0
     try:
-        state, seconds = _train_loop(config, folder, data, experiment, checkpoints, state, start, seconds)
+        kernels = layer_kernels.LayerKernels(config, experiment, folder, start)
+        state, seconds = _train_loop(config, folder, data, experiment, checkpoints, kernels, state, start, seconds)
         checkpoints.close()
+        kernels.print_table()
         return _finish(config, folder, data, experiment, state, seconds, start)
     except ValueError as error:  # no longer the input's fault
         raise RuntimeError(f'the run failed: {error}') from error
 
 
-def _train_loop(config, folder, data, experiment, checkpoints, state, start, seconds):
+def _train_loop(config, folder, data, experiment, checkpoints, kernels, state, start, seconds):
     train_step = jax.jit(experiment.train_step, donate_argnums=0, static_argnames='dense_gradients')
     evaluate = jax.jit(experiment.evaluate)
     part = next(part for part in PARTS if len(getattr(data, part).labels))
@@ -172,13 +175,16 @@ def _train_loop(config, folder, data, experiment, checkpoints, state, start, sec
 
     if start == 0 and config.sparsity.method != 'dense':
         write_density(0, {})
+    patterns = kernels.patterns(start, state)
     begin = last_time = time.perf_counter()
     last_step = start
     try:
         for step in range(start + 1, experiment.total_steps + 1):
-            state, values = train_step(state, next(drawn), dense_gradients=True)
+            dense = experiment.needs_dense_gradient(step)
+            state, values = train_step(state, next(drawn), patterns, dense_gradients=dense)
             step_metrics.add(step, values)
             if experiment.is_mask_update(step):
+                patterns = kernels.patterns(step, state)
                 stats = jax.device_get(state.opt_state.stats)
                 extra = {
                     name: dict(zip(layers, getattr(stats, name).tolist(), strict=True)) for name in ('share', 'pruned', 'grown')

@@ -17,6 +17,7 @@ from sparse_jax import masks as masks_lib
 from sparse_jax.train import optimizer as optimizer_lib
 
 METHODS = (*sj.methods.NAMES, 'dense')
+KERNELS = ('auto', 'dense', *sj.kernels.IMPLEMENTATIONS)
 
 
 class TrainState(NamedTuple):
@@ -34,14 +35,16 @@ class Experiment(NamedTuple):
     """The pure functions of one experiment, and its lengths in steps."""
 
     init: Callable[[jax.Array], TrainState]  # of a random key
-    train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]  # (state, batch, *, dense_gradients)
+    train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]  # (state, batch, patterns=None, *, dense_gradients)
     evaluate: Callable[..., dict[str, jax.Array]]  # (state, batch): sums over the batch
     learning_rate: optax.Schedule
     prune_rate: optax.Schedule | None  # None where nothing is pruned and grown
     is_mask_update: Callable[[int], bool]  # of a step's number, 1-based
-    dense_gradient_steps: int | None  # before a mask update whose gradients off the masks the method needs; None: all
-    apply: Callable[..., Any]  # apply(params, model_state, inputs): logits
+    dense_gradient_steps: int | None  # up to a mask update, whose gradients off the masks are computed; None: all
+    needs_dense_gradient: Callable[[int], bool]  # of a step's number, 1-based
+    apply: Callable[..., Any]  # apply(params, model_state, inputs, patterns=None): logits
     layers: list[masks_lib.Layer]  # that are trained sparse (in the dense twin: that would be)
+    stacked: Callable[[str, Any], bool] | None  # which leaves hold a layer in each row
     example: jax.ShapeDtypeStruct  # one input
     total_steps: int
     steps_per_epoch: int
@@ -89,6 +92,7 @@ def check_names(config: config_lib.Config) -> None:
         ('optimizer.name', config.optimizer.name, optimizer_lib.OPTIMIZERS),
         ('optimizer.schedule', config.optimizer.schedule, optimizer_lib.SCHEDULES),
         ('sparsity.method', sparsity.method, METHODS),
+        ('sparsity.kernels', sparsity.kernels, KERNELS),
     ):
         if value not in known:
             raise _names.unknown(name, value, known)
@@ -126,7 +130,7 @@ def create(config: config_lib.Config, *, num_examples: int, input_shape: tuple[i
     Returns:
       Pure functions, not yet jitted. Both ``train_step`` and ``evaluate`` take batches of ``input`` (images float32[batch, h, w, c] or
       tokens int32[batch, length]) and ``label`` (int32[batch], or int32[batch, length]). With ``dense_gradients=False`` the gradients
-      off the masks are zeros, as a sparse backward pass gives.
+      off the masks are zeros. ``patterns`` (see ``sj.kernels.make_patterns``) of the state's masks let layers run on sparse kernels.
 
     Raises:
       ValueError: for a name that does not exist, or settings that do not fit together.
@@ -143,15 +147,20 @@ def create(config: config_lib.Config, *, num_examples: int, input_shape: tuple[i
     tx = optimizer_lib.create(config.optimizer, learning_rate)
     prune_rate: Any = None
     is_mask_update: Callable[[int], bool] = lambda step: False
+    needs_dense_gradient: Callable[[int], bool] = lambda step: dense_steps is None
     dense_steps = None
     is_sparse = sparsity.method != 'dense'
     if is_sparse:
         tx, parts = _sparsify(config, tx, model.stacked, update_every, total_steps)
         grow = sj.criteria.get('grow', parts.get('grow', sj.criteria.momentum))
-        dense_steps = sj.criteria.dense_gradient_steps(grow)
+        if sparsity.dense_gradient_window is not None:
+            needed = sj.criteria.dense_gradient_steps(grow)
+            dense_steps = sparsity.dense_gradient_window if needed is None else needed
         if grow is not None or callable(parts['density']):
             timing = {name: parts[name] for name in ('update_every', 'total_steps', 'start_step')}
             is_mask_update = functools.partial(sj.schedules.is_update, **timing, stop_step=parts.get('stop_step'))
+            window = dict(**timing, stop_step=parts.get('stop_step'), window=dense_steps)
+            needs_dense_gradient = lambda step: sj.needs_dense_gradient(step - 1, **window)
         if grow is not None:
             rate = parts['prune_rate']
             prune_rate = rate if callable(rate) else sj.schedules.cosine(rate, total_steps)
@@ -165,21 +174,21 @@ def create(config: config_lib.Config, *, num_examples: int, input_shape: tuple[i
         average = jax.tree.map(jnp.copy, (params, model_state)) if decay else None
         return TrainState(jnp.zeros([], jnp.int32), params, model_state, opt_state, rng_key, average)
 
-    def gradients(params, model_state, batch, rng):
+    def gradients(params, model_state, batch, rng, patterns):
         def loss_fn(params):
-            logits, new_state = model.apply(params, model_state, batch['input'], train=True, rng=rng)
+            logits, new_state = model.apply(params, model_state, batch['input'], train=True, rng=rng, patterns=patterns)
             loss = cross_entropy(logits, batch['label'], config.train.label_smoothing).mean()
             return loss, (logits, new_state)
 
         (loss, (logits, new_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         return grads, new_state, {'loss': loss, 'accuracy': jnp.mean(jnp.argmax(logits, axis=-1) == batch['label'])}
 
-    def accumulated(params, model_state, batch, rng):
+    def accumulated(params, model_state, batch, rng, patterns):
         """Means over the parts of a batch; running statistics go from part to part."""
 
         def part(carry, row):
             total, model_state = carry
-            grads, model_state, metrics = gradients(params, model_state, row[0], jax.random.fold_in(rng, row[1]))
+            grads, model_state, metrics = gradients(params, model_state, row[0], jax.random.fold_in(rng, row[1]), patterns)
             return (jax.tree.map(jnp.add, total, grads), model_state), metrics
 
         split = jax.tree.map(lambda x: x.reshape(parts_of_batch, -1, *x.shape[1:]), batch)
@@ -188,10 +197,12 @@ def create(config: config_lib.Config, *, num_examples: int, input_shape: tuple[i
         mean = lambda g: g / parts_of_batch
         return jax.tree.map(mean, total), model_state, jax.tree.map(jnp.mean, metrics)
 
-    def train_step(state: TrainState, batch, *, dense_gradients: bool = True):
+    def train_step(state: TrainState, batch, patterns=None, *, dense_gradients: bool = True):
+        if dense_gradients:
+            patterns = sj.kernels.with_dense_gradients(patterns)
         rng = jax.random.fold_in(state.rng_key, state.step)
         work = gradients if parts_of_batch == 1 else accumulated
-        grads, model_state, metrics = work(state.params, state.model_state, batch, rng)
+        grads, model_state, metrics = work(state.params, state.model_state, batch, rng, patterns)
         masks = sj.get_masks(state.opt_state) if is_sparse else None
         if is_sparse and not dense_gradients:
             grads = sj.apply_masks(grads, masks)
@@ -215,8 +226,8 @@ def create(config: config_lib.Config, *, num_examples: int, input_shape: tuple[i
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
         return {'loss': losses.sum(), 'correct': jnp.sum(jnp.argmax(logits, axis=-1) == batch['label'])}
 
-    def apply(params, model_state, inputs):
-        return model.apply(params, model_state, inputs, train=False, rng=None)[0]
+    def apply(params, model_state, inputs, patterns=None):
+        return model.apply(params, model_state, inputs, train=False, rng=None, patterns=patterns)[0]
 
     shapes = jax.eval_shape(init, jax.random.key(0))  # budget and leaves are checked before any file is made
     sparse = masks_lib.sparse_leaves(shapes.params, None, _patterns(sparsity.dense))
@@ -228,8 +239,10 @@ def create(config: config_lib.Config, *, num_examples: int, input_shape: tuple[i
         prune_rate,
         is_mask_update,
         dense_steps,
+        needs_dense_gradient,
         apply,
         masks_lib.layer_table(shapes.params, sparse, model.stacked),
+        model.stacked,
         jax.ShapeDtypeStruct((1, *input_shape), jnp.int32 if len(input_shape) == 1 else jnp.float32),
         total_steps,
         steps_per_epoch,
@@ -278,8 +291,7 @@ def operations(experiment: Experiment, state: TrainState, mean_density: dict[str
       mean_density: density of each layer, on average over the training's steps; empty for the dense twin.
 
     Returns:
-      Numbers for ``result.json``: what the method needs, with gradients off the masks in those steps only that it needs them in
-      (this version's products are dense all the same).
+      Numbers for ``result.json``: what sparse products take, with gradients off the masks in those steps only that compute them.
     """
     masks = jax.tree.map(lambda _: jnp.array(True), state.params)
     if _has_masks(state):

@@ -18,6 +18,10 @@ def write_json(path: pathlib.Path, content: Any) -> None:
     os.replace(partial, path)
 
 
+# What settings that did not exist yet stood at, where that is not their default.
+_BEFORE = {'sparsity.dense_gradient_window': None}
+
+
 def differences(config: config_lib.Config, workdir: pathlib.Path) -> list[str]:
     """What distinguishes an experiment from the one in a workdir, one line a setting; empty for the same, or a new workdir."""
     path = workdir / 'config.json'
@@ -28,7 +32,7 @@ def differences(config: config_lib.Config, workdir: pathlib.Path) -> list[str]:
     except ValueError as error:
         raise ValueError(f'{path} is not JSON ({error}): give another --workdir, or delete this one.') from error
     new = config_lib.identity(config)
-    old = config_lib.identity(config_lib.Config()) | old  # settings that did not exist yet
+    old = config_lib.identity(config_lib.Config()) | _BEFORE | old
     return [f'{k}: {old.get(k)!r} there, {new.get(k)!r} given' for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
 
 

@@ -1,0 +1,186 @@
+"""Which implementation is fastest for a layer: found out by running it, and kept on disk by what decides it."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_jax.kernels import compiler, cpu, products
+from sparse_jax.kernels.pattern import make_pattern
+from sparse_jax.kernels.reference import Geometry
+
+
+class Call(NamedTuple):
+    """What decides a product's time, but for its density. A matrix product is a convolution of images of one pixel."""
+
+    name: str  # of the layer
+    x: tuple[int, ...]  # [batch, height, width, in]
+    w: tuple[int, ...]  # [height, width, in, out]
+    geometry: Geometry
+    block: tuple[int, int]
+    dtype: str
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Call]]:
+    """Collects the sparse products that are traced meanwhile.
+
+    Example:
+      >>> import numpy as np
+      >>> pattern = make_pattern(np.eye(4, dtype=bool), name='fc')
+      >>> with recorded() as calls:
+      ...     y = jax.eval_shape(lambda x: products.sparse_dot(x, x, pattern), jnp.ones((4, 4)))
+      >>> calls[0].name, calls[0].x
+      ('fc', (4, 1, 1, 4))
+    """
+    calls: list[Call] = []
+
+    def note(x, w, pattern, geometry):
+        calls.append(Call(pattern.name, x.shape, w.shape, geometry, pattern.block, str(x.dtype)))
+
+    products.observers.append(note)
+    try:
+        yield calls
+    finally:
+        products.observers.remove(note)
+
+
+def candidates(call: Call) -> tuple[str, ...]:
+    """What can run a call here: always 'dense', which is XLA's product with the masked weight."""
+    sparse = jax.default_backend() == 'cpu' and not cpu.unsupported(call.dtype, call.dtype) and not cpu.unavailable()
+    return ('dense', 'cpu') if sparse else ('dense',)
+
+
+def rounded(density: float) -> float:
+    """A density as measurements are kept: to two digits.
+
+    >>> rounded(0.04951)
+    0.05
+    """
+    return float(f'{density:.1e}')
+
+
+@functools.cache
+def _step(name: str, geometry: Geometry, linear: bool, dense_gradient: bool) -> Callable:
+    """The compiled forward product and both gradients; kept, so that another density of the same shapes compiles nothing."""
+    options: dict[str, Any] = dict(strides=geometry.strides, padding=geometry.padding, dilation=geometry.dilation)
+
+    def product(x, w, pattern):
+        if name == 'dense':
+            return x @ w if linear else products.convolve(x, w, **options)
+        own: dict[str, Any] = dict(dense_gradient=dense_gradient, implementation=name)
+        return products.sparse_dot(x, w, pattern, **own) if linear else products.sparse_conv(x, w, pattern, **options, **own)
+
+    @jax.jit
+    def step(x, w, pattern, dy):
+        y, pull = jax.vjp(lambda x, w: product(x, w, pattern), x, w)
+        return y, pull(dy)
+
+    return step
+
+
+def measure(
+    call: Call, density: float, *, dense_gradient: bool = False, at_least: float = 0.2, rounds: int = 7
+) -> dict[str, float]:
+    """Seconds of a call's forward product and both gradients, by each implementation that can run it.
+
+    The candidates take turns, so that whatever else the machine does meets all of them; the median counts.
+
+    Args:
+      call: its shapes.
+      density: of the weight, in (0, 1]; the mask is random.
+      dense_gradient: whether the weight gradient is wanted at all positions.
+      at_least: seconds after which no more than three rounds are run.
+      rounds: of calls at most, after a first that compiles.
+
+    Returns:
+      Seconds by name: 'dense', and 'cpu' where it runs.
+    """
+    random = np.random.default_rng(0)
+    linear = call.x[1:3] == call.w[:2] == (1, 1)  # the rival of a matrix product is one
+    x = jnp.asarray(random.standard_normal(call.x, np.float32), call.dtype)
+    rows, columns = call.block
+    units = (*call.w[:-2], -(-call.w[-2] // rows), -(-call.w[-1] // columns))
+    mask = np.repeat(np.repeat(random.random(units) < density, rows, axis=-2), columns, axis=-1)[..., : call.w[-2], : call.w[-1]]
+    w = jnp.asarray(np.where(mask, random.standard_normal(call.w, np.float32), 0), call.dtype)
+    dy = jnp.asarray(random.standard_normal(call.geometry.output_shape(call.x, call.w), np.float32), call.dtype)
+    if linear:
+        x, w, dy, mask = x.reshape(-1, call.x[-1]), w[0, 0], dy.reshape(-1, call.w[-1]), mask[0, 0]
+    pattern = jax.device_put(make_pattern(mask, block=None if call.block == (1, 1) else call.block))
+
+    def run(name: str) -> float:
+        step = _step(name, call.geometry, linear, dense_gradient)
+        begin = time.perf_counter()
+        jax.block_until_ready(step(x, w, None if name == 'dense' else pattern, dy))
+        return time.perf_counter() - begin
+
+    names = candidates(call)
+    for name in names:
+        run(name)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    begin = time.perf_counter()
+    for number in range(rounds):
+        for name in names:
+            seconds[name].append(run(name))
+        if number >= 2 and time.perf_counter() - begin > at_least:
+            break
+    return {name: float(np.median(values)) for name, values in seconds.items()}
+
+
+def measured(call: Call, density: float, *, dense_gradient: bool = False) -> dict[str, float]:
+    """As :func:`measure`, or what was measured before on this machine for these shapes and this density (to two digits)."""
+    density = rounded(density)
+    machine = hashlib.sha256(f'{compiler.processor()} {os.cpu_count()} {jax.__version__}'.encode()).hexdigest()[:12]
+    what = [list(call.x), list(call.w), [list(map(_plain, part)) for part in call.geometry], list(call.block), call.dtype]
+    key = json.dumps([machine, *what, density, dense_gradient, list(candidates(call))])
+    path = compiler.cache_folder() / 'measured.json'
+    known = _read(path)
+    if key not in known:
+        seconds = measure(call, density, dense_gradient=dense_gradient)
+        _write(path, _read(path) | {key: seconds})
+        return seconds
+    return known[key]
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _read(path: pathlib.Path) -> dict[str, dict[str, float]]:
+    """What is kept; nothing where the file is absent or damaged, since it can be measured again."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    numbers = lambda row: isinstance(row, dict) and row and all(isinstance(s, float) and math.isfinite(s) for s in row.values())
+    return {key: row for key, row in content.items() if numbers(row)} if isinstance(content, dict) else {}
+
+
+def _write(path: pathlib.Path, content: dict[str, dict[str, float]]) -> None:
+    """Whole or not at all. Of two processes that write at once one wins, and the other's is measured again some time."""
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs a measurement next time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=path.parent, suffix='.json.partial')
+        with os.fdopen(handle, 'w') as file:
+            json.dump(content, file)
+        os.replace(partial, path)
+
+
+def fastest(seconds: dict[str, float]) -> str:
+    """The implementation with the least time; the dense one unless another is faster by a twentieth.
+
+    >>> fastest({'dense': 1.0, 'cpu': 0.99}), fastest({'dense': 1.0, 'cpu': 0.5})
+    ('dense', 'cpu')
+    """
+    return min(seconds, key=lambda name: seconds[name] * (0.95 if name == 'dense' else 1))
