@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sparse_jax as sj
 from sparse_jax import models
+from sparse_jax.kernels import choice
 from sparse_jax.models import layers
 
 TINY = dict(depth=2, features=16, heads=2)
@@ -254,23 +256,26 @@ def test_initial_values_of_the_others():
 
 @pytest.mark.parametrize(('name', 'path'), [('lenet300', ('fc2',)), ('vgg_d', ('conv5_3',)), ('alexnet_s', ('fc3',)),
                                             ('wrn_16_8', ('block2_1', 'shortcut')), ('transformer', ('layers', 'mlp', 'up'))])  # fmt: skip
-def test_a_pattern_without_a_kernel_is_refused_and_none_is_dense(name, path):
+def test_each_layer_takes_its_pattern_and_none_is_dense(name, path):
+    """With all patterns but one None, one product is sparse, and the logits are those of the masked weights."""
     model = _create(name)
     params, state = jax.eval_shape(model.init, jax.random.key(0))
     x = jax.ShapeDtypeStruct((1, 8), jnp.int32) if name == 'transformer' else jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)
     if name[:2] != 'le' and name != 'transformer':
         x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    patterns = jax.tree.map(lambda _: None, params)
+    leaf = params
+    for part in path:
+        leaf = leaf[part]
+    pattern = sj.kernels.make_patterns({'w': np.ones(leaf['kernel'].shape, bool)}, stacked=lambda *_: 'layers' in path)['w']
+    patterns = {'kernel': pattern}
+    for part in reversed(path):
+        patterns = {part: patterns}
     run = lambda patterns: jax.eval_shape(
         lambda p, s, x: model.apply(p, s, x, train=False, rng=None, patterns=patterns), params, state, x
-    )
-    run(patterns)
-    node = patterns
-    for part in path:
-        node = node[part]
-    node['kernel'] = jnp.zeros(TINY['depth'])  # a leaf with a row for each layer, as a stacked pattern has
-    with pytest.raises(NotImplementedError, match='patterns=None'):
-        run(patterns)
+    )[0]
+    with choice.recorded() as calls:
+        assert run(None).shape == run(patterns).shape
+    assert [call.name for call in calls] == ['w']
 
 
 @pytest.mark.core
@@ -314,7 +319,7 @@ def test_convolution_of_few_pixels_is_the_convolution(side, taps, strides, paddi
     x = jax.random.normal(jax.random.key(0), (3, side, side, 4))
     kernel = jax.random.normal(jax.random.key(1), (*taps, 4, 5))
     plain = lambda x, k: jax.lax.conv_general_dilated(x, k, strides, padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-    ours = lambda x, k: layers.convolve(x, k, strides, padding)
+    ours = lambda x, k: sj.kernels.convolve(x, k, strides=strides, padding=padding)
     assert ('conv_general_dilated' in str(jax.make_jaxpr(ours)(x, kernel))) == (side == 3)
     np.testing.assert_allclose(ours(x, kernel), plain(x, kernel), atol=1e-5)
     for got, expected in zip(

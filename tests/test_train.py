@@ -199,7 +199,7 @@ def test_every_method_is_made_from_a_config(method):
     stop = {'rigl': 3000, 'static': 0}.get(method, 4000)
     assert [t for t in range(1, 4001) if experiment.is_mask_update(t)] == list(range(40, stop, 40))
     never, once = ('set', 'dsr', 'static', 'gmp'), ('rigl', 'granet')
-    assert experiment.dense_gradient_steps == (0 if method in never else 1 if method in once else None)
+    assert experiment.dense_gradient_steps == (0 if method in never else 1 if method in once else 22)
 
 
 @pytest.mark.parametrize('method', ['rigl', 'granet', 'static'])

@@ -108,17 +108,22 @@ class LayerKernels:
             row['implementation'] = choice.fastest(row['seconds'])
         return row
 
-    def print_table(self) -> None:
-        """Prints each layer's choice with both times, where there was one."""
-        if self._mode != 'auto' or not self._chosen:
-            return
-        table = Table(title='kernels, chosen by measurement: forward and both gradients of one step')
-        for column in ('layer', 'density', 'dense', 'sparse', 'takes'):
-            table.add_column(column, justify='left' if column in ('layer', 'takes') else 'right')
-        for path, row in self._chosen.items():
-            times = [f'{1e3 * row["seconds"][name]:.2f} ms' if name in row['seconds'] else '' for name in ('dense', 'cpu')]
-            table.add_row(path, f'{row["density"]:.2%}', *times, row['implementation'])
-        Console().print(table)
+
+def print_table(folder: pathlib.Path) -> None:
+    """Prints the choices of a workdir's run, each layer's last one with both times; nothing where none was made."""
+    path = folder / FILE
+    if not path.exists():
+        return
+    history, rows = json.loads(path.read_text()), {}
+    for step in sorted(history, key=int):
+        rows |= history[step]
+    table = Table(title='kernels, chosen by measurement: forward and both gradients of one step')
+    for column in ('layer', 'density', 'dense', 'sparse', 'takes'):
+        table.add_column(column, justify='left' if column in ('layer', 'takes') else 'right')
+    for name, row in rows.items():
+        times = [f'{1e3 * row["seconds"][key]:.2f} ms' if key in row['seconds'] else '' for key in ('dense', 'cpu')]
+        table.add_row(name, f'{row["density"]:.2%}', *times, row['implementation'])
+    Console().print(table)
 
 
 def _calls(experiment, state, masks, block, examples: int) -> dict[str, choice.Call]:

@@ -125,6 +125,7 @@ def train(config: config_lib.Config, folder: pathlib.Path) -> dict[str, Any]:
     workdir.check(config, folder)
     if (folder / 'result.json').exists():
         result = json.loads((folder / 'result.json').read_text())
+        layer_kernels.print_table(folder)
         report.print_table(result)
         return result
     data, experiment = _prepare(config, folder)
@@ -150,7 +151,6 @@ def _train_or_go_on(config, folder, data, experiment) -> dict[str, Any]:
         kernels = layer_kernels.LayerKernels(config, experiment, folder, start)
         state, seconds = _train_loop(config, folder, data, experiment, checkpoints, kernels, state, start, seconds)
         checkpoints.close()
-        kernels.print_table()
         return _finish(config, folder, data, experiment, state, seconds, start)
     except ValueError as error:  # no longer the input's fault
         raise RuntimeError(f'the run failed: {error}') from error
@@ -267,6 +267,7 @@ def _finish(config, folder, data, experiment, state, seconds, start) -> dict[str
         },
     )
     workdir.write_json(folder / 'result.json', result)  # last: its presence says that the run is finished
+    layer_kernels.print_table(folder)
     report.print_table(result)
     return result
 

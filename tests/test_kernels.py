@@ -1,0 +1,340 @@
+"""Sparse products against float64, their patterns, the compiler and its cache, and the measured choice."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sparse_jax as sj
+from sparse_jax import kernels
+from sparse_jax.kernels import choice, compiler, cpu, reference
+from tests import kernel_cases
+
+pytestmark = pytest.mark.core
+needs_compiler = pytest.mark.skipif(bool(cpu.unavailable()), reason='needs a C++ compiler: install g++ or clang++')
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@needs_compiler
+@settings(max_examples=20)
+@given(st.sampled_from(kernel_cases.CASES), st.integers(0, 2**31 - 1), st.sampled_from(kernels.IMPLEMENTATIONS))
+def test_products_and_both_gradients_equal_float64(case, seed, implementation):
+    _, wrong = kernel_cases.errors(case, implementation, seed)
+    assert max(wrong) < 2e-6
+
+
+@needs_compiler
+@settings(max_examples=20)
+@given(
+    st.integers(0, 10_000), st.integers(1, 40), st.integers(1, 20), st.integers(1, 20),
+    st.tuples(st.integers(1, 4), st.integers(1, 4)), st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    st.tuples(st.integers(0, 2), st.integers(0, 2)), st.floats(0, 1),
+)  # fmt: skip
+def test_any_convolution_by_the_c_kernels(seed, batch, inputs, outputs, taps, strides, pad, density):
+    """Shapes at random: nothing is compiled for a shape but the call, so there may be many."""
+    height, width = 4 + seed % 5, 4 + seed % 3
+    padding = ((pad[0], pad[1]), (pad[1], pad[0]))
+    case = (batch, height, width, inputs, outputs, taps, strides, padding, (1, 1), density, None)
+    x, mask, w, dy = kernel_cases.make(case, seed)
+    pattern, geometry = kernels.make_pattern(mask), reference.Geometry(strides, padding)
+    got = (
+        cpu.forward(jnp.asarray(x), jnp.asarray(w), pattern, geometry),
+        cpu.input_gradient(jnp.asarray(dy), jnp.asarray(w), pattern, geometry, x.shape),
+        cpu.weight_gradient(jnp.asarray(x), jnp.asarray(dy), pattern, geometry, w.shape),
+    )
+    expected = list(kernel_cases.convolution(x, w, dy, strides, padding, (1, 1)))
+    expected[2] = np.where(mask, expected[2], 0)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6 * max(np.abs(b).max(initial=0), 1))
+
+
+@needs_compiler
+@pytest.mark.parametrize('implementation', kernels.IMPLEMENTATIONS)
+def test_gradients_are_those_of_finite_differences(implementation):
+    mask = np.random.default_rng(0).random((3, 3, 4, 5)) < 0.3
+    pattern = kernels.make_pattern(mask)
+    x = jax.random.normal(jax.random.key(0), (2, 5, 5, 4))
+    w = jnp.where(mask, jax.random.normal(jax.random.key(1), mask.shape), 0)
+    product = lambda x, w: kernels.sparse_conv(x, w, pattern, strides=(2, 1), implementation=implementation)
+    loss = lambda x, w: (jnp.sin(product(x, w)) ** 2).sum()
+    dx, dw = jax.grad(loss, (0, 1))(x, w)
+    for key in range(4):
+        vx = jax.random.normal(jax.random.key(key), x.shape)
+        vw = jnp.where(mask, jax.random.normal(jax.random.key(key + 9), w.shape), 0)
+        step = 1e-2
+        numeric = (loss(x + step * vx, w + step * vw) - loss(x - step * vx, w - step * vw)) / (2 * step)
+        assert float(numeric) == pytest.approx(float((dx * vx).sum() + (dw * vw).sum()), rel=2e-2, abs=2e-2)
+
+
+@needs_compiler
+def test_matrix_products_of_any_rank_and_in_scans():
+    masks = np.random.default_rng(0).random((3, 8, 8)) < 0.4
+    masks[1] = False
+    patterns = kernels.make_patterns({'w': masks}, stacked=lambda path, leaf: True)['w']
+    w = jnp.where(masks, jax.random.normal(jax.random.key(0), masks.shape), 0)
+    x = jax.random.normal(jax.random.key(1), (2, 5, 8))
+
+    def loss(w, implementation):
+        def layer(x, row):
+            return x + kernels.sparse_dot(x, *row, implementation=implementation), None
+
+        return (jax.lax.scan(layer, x, (w, patterns))[0] ** 2).sum()
+
+    dense = jax.grad(lambda w: (jax.lax.scan(lambda x, w: (x + x @ w, None), x, w)[0] ** 2).sum())(w)
+    for implementation in kernels.IMPLEMENTATIONS:
+        got = jax.jit(jax.grad(loss), static_argnums=1)(w, implementation)
+        np.testing.assert_allclose(got, np.where(masks, dense, 0), rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+def test_dense_gradients_differ_off_the_pattern_only():
+    mask = np.random.default_rng(0).random((12, 7)) < 0.3
+    w, x = jnp.where(mask, 0.5, 0.0), jax.random.normal(jax.random.key(0), (9, 12))
+    for implementation in kernels.IMPLEMENTATIONS:
+        pattern = kernels.make_pattern(mask, implementation=implementation)
+        loss = lambda w, p, **options: (kernels.sparse_dot(x, w, p, **options) ** 2).sum()
+        sparse, whole = (np.asarray(jax.grad(loss)(w, pattern, dense_gradient=dense)) for dense in (False, True))
+        by_pattern = jax.grad(loss)(w, kernels.with_dense_gradients(pattern))
+        assert not sparse[~mask].any() and whole[~mask].all()
+        np.testing.assert_allclose(whole, 2 * np.asarray(x).T @ np.asarray(x @ w), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(sparse[mask], whole[mask], rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(by_pattern, whole)
+
+
+@needs_compiler
+def test_products_follow_a_mask_update_without_compiling_anew():
+    params = {'w': jax.random.normal(jax.random.key(0), (40, 30))}
+    tx = sj.sparse_momentum(0.1, density=0.1, update_every=2, total_steps=100)
+    state = tx.init(params)
+    params = sj.apply_masks(params, sj.get_masks(state))
+    x, compiled, patterns = jax.random.normal(jax.random.key(1), (20, 40)), 0, None
+
+    @jax.jit
+    def grads(params, patterns):
+        nonlocal compiled
+        compiled += 1
+        return jax.grad(
+            lambda p: (kernels.sparse_dot(x, p['w'], patterns['w'], dense_gradient=True, implementation='cpu') ** 2).sum()
+        )(params)
+
+    for _ in range(6):
+        before = sj.get_masks(state)['w']
+        patterns = kernels.make_patterns(sj.get_masks(state), previous=patterns)
+        got = grads(params, patterns)
+        np.testing.assert_allclose(got['w'], 2 * x.T @ (x @ params['w']), rtol=1e-4, atol=1e-3)
+        updates, state = tx.update(got, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+    assert compiled == 1 and (before != sj.get_masks(tx.init(params))['w']).any()
+
+
+def test_a_pattern_stands_for_its_mask():
+    random = np.random.default_rng(0)
+    for shape, block in [((7, 5), None), ((3, 2, 6, 5), None), ((9, 10), (4, 3)), ((3, 3, 8, 6), (2, 2)), ((2, 2), None)]:
+        rows, columns = block or (1, 1)
+        units = random.random((*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // columns))) < 0.4
+        mask = np.repeat(np.repeat(units, rows, axis=-2), columns, axis=-1)[..., : shape[-2], : shape[-1]]
+        pattern = kernels.make_pattern(mask, block=block)
+        np.testing.assert_array_equal(reference.mask_of(pattern), mask)
+        assert pattern.pointers[-1] == pattern.transposed_pointers[-1] == units.sum()
+        again = kernels.make_pattern(mask, block=block, at_least=10_000)
+        assert again.capacity == 10_000
+        np.testing.assert_array_equal(reference.mask_of(again), mask)
+    assert kernels.make_patterns({'a': jnp.array(True), 'b': np.ones((2, 3, 4), bool)}) == {'a': None, 'b': None}
+    assert kernels.make_patterns({'a': mask}, implementations={'a': 'dense'}) == {'a': None}
+
+
+def test_wrong_operands():
+    mask = np.eye(4, dtype=bool)
+    pattern, x, w = kernels.make_pattern(mask, name='fc1'), jnp.ones((2, 4)), jnp.eye(4)
+    with pytest.raises(ValueError, match=r'w has shape \(4, 5\), its pattern is of shape \(4, 4\) \(layer fc1\)'):
+        kernels.sparse_dot(x, jnp.ones((4, 5)), pattern)
+    with pytest.raises(ValueError, match='x of shape .* has 3 features'):
+        kernels.sparse_dot(jnp.ones((2, 3)), w, pattern)
+    with pytest.raises(ValueError, match='one floating-point type, got bfloat16 and float32'):
+        kernels.sparse_dot(x.astype(jnp.bfloat16), w, pattern)
+    with pytest.raises(ValueError, match="implementation='gpuu' does not exist"):
+        kernels.sparse_dot(x, w, pattern, implementation='gpuu')
+    with pytest.raises(NotImplementedError, match="implementation='cpu' does not run here: it computes in float32"):
+        kernels.sparse_dot(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), pattern, implementation='cpu')
+    assert kernels.sparse_dot(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), pattern).dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match='must come from make_pattern'):
+        kernels.sparse_dot(x, w, mask)
+    image, kernel, convolution = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 2)), kernels.make_pattern(np.ones((3, 3, 2, 2), bool))
+    with pytest.raises(NotImplementedError, match='groups=2'):
+        kernels.sparse_conv(image, kernel, convolution, groups=2)
+    for options, message in (
+        (dict(strides=(0, 1)), 'strides=.* integers of at least 1'),
+        (dict(padding='SAMEE'), "padding='SAMEE' does not exist"),
+        (dict(padding=((-1, 0), (0, 0))), 'padding=.* at least 0'),
+        (dict(dilation=2), 'dilation=2 must be two integers'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernels.sparse_conv(image, kernel, convolution, **options)
+    with pytest.raises(ValueError, match=r'boolean array of 2 axes .* got float32\[4, 4\]'):
+        kernels.make_pattern(np.eye(4, dtype=np.float32))
+    with pytest.raises(ValueError, match='mask is traced'):
+        jax.jit(lambda m: kernels.make_pattern(m))(mask)
+    with pytest.raises(ValueError, match='of fc2 does not consist of whole blocks of 2x2: the block around'):
+        kernels.make_pattern(mask, block=(2, 2), name='fc2')
+    with pytest.raises(ValueError, match=r'block=\(8, 8\) does not fit'):
+        kernels.make_pattern(mask, block=(8, 8))
+
+
+def test_weights_off_the_pattern_are_told_in_debug_mode(monkeypatch):
+    monkeypatch.setenv('SPARSE_JAX_DEBUG', '1')
+    pattern = kernels.make_pattern(np.eye(3, dtype=bool), name='fc1')
+    kernels.sparse_dot(jnp.ones((1, 3)), jnp.eye(3), pattern)
+    with pytest.raises(Exception, match='fc1 of shape .* has 6 nonzeros off its pattern'):
+        jax.block_until_ready(jax.jit(lambda w: kernels.sparse_dot(jnp.ones((1, 3)), w, pattern))(jnp.ones((3, 3))))
+        jax.effects_barrier()
+
+
+@needs_compiler
+def test_many_products_at_once_neither_wait_for_each_other_nor_crash_on_nan():
+    """More products than threads, all independent: each does its work itself where no helper comes."""
+    masks = np.random.default_rng(0).random((24, 64, 64)) < 0.2
+    patterns = [kernels.make_pattern(m) for m in masks]
+    x = jnp.full((256, 64), jnp.nan).at[0].set(1.0)
+
+    @jax.jit
+    def run(x, ws, patterns):
+        return sum(kernels.sparse_dot(x, w, p, implementation='cpu') for w, p in zip(ws, patterns, strict=True))
+
+    ws = [jnp.asarray(m, jnp.float32) for m in masks]
+    for _ in range(20):
+        y = run(x, ws, patterns)
+    np.testing.assert_allclose(y[0], masks.sum(axis=(0, 1)), rtol=1e-6)
+    assert np.isnan(y[1:]).all()
+
+
+def _process(*arguments: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {'JAX_PLATFORMS': 'cpu'} | environment,
+    )  # fmt: skip
+
+
+@needs_compiler
+def test_two_processes_build_the_cache_at_once_and_threads_change_no_bit(tmp_path):
+    both = [_process('-m', 'tests.kernel_cases', SPARSE_JAX_CACHE=str(tmp_path), NPROC=n) for n in ('1', '5')]
+    outputs = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0] and len(outputs[0][0]) == 65
+    assert len(list(tmp_path.glob('*.so'))) == 1 and not list(tmp_path.glob('*.partial'))
+
+
+_ONE = """
+import numpy as np, jax.numpy as jnp, sys
+from sparse_jax import kernels
+from sparse_jax.kernels import cpu
+w = jnp.eye(4)
+print(kernels.sparse_dot(2 * w, w, kernels.make_pattern(np.eye(4, dtype=bool), implementation='cpu'))[3, 3], cpu.unavailable())
+try:
+    kernels.sparse_dot(w, w, kernels.make_pattern(np.eye(4, dtype=bool)), implementation='cpu')
+except NotImplementedError as error:
+    print(error)
+"""
+
+
+def _script(path: pathlib.Path, text: str) -> str:
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+@needs_compiler
+def test_a_damaged_library_is_built_again(tmp_path, monkeypatch):
+    monkeypatch.setenv('SPARSE_JAX_CACHE', str(tmp_path))
+    compiler.library.__wrapped__()
+    (path,) = tmp_path.glob('*.so')
+    whole = path.read_bytes()
+    os.truncate(path, len(whole) // 2)
+    output, problems = _process('-c', _ONE, SPARSE_JAX_CACHE=str(tmp_path)).communicate(timeout=300)
+    assert output.split() == ['2.0'], problems
+    assert len(path.read_bytes()) == len(whole)
+
+
+@pytest.mark.parametrize('what', ['none', 'fails', 'missing'])
+def test_without_a_working_compiler_the_reference_runs_and_one_line_says_why(tmp_path, what):
+    if what == 'none':
+        environment, reason = {'PATH': str(tmp_path)}, 'there is no C++ compiler'
+    elif what == 'fails':
+        text = '#!/bin/sh\n[ "$1" = --version ] && echo 1 && exit\necho "In file x"; echo "x.cc:1: error: bad flag" >&2; exit 1\n'
+        environment, reason = (
+            {'CXX': _script(tmp_path / 'cxx', text)},
+            'the compiler failed: x.cc:1: error: bad flag; the command was:',
+        )
+    else:
+        environment, reason = {'CXX': str(tmp_path / 'nowhere')}, 'the compiler does not start'
+    output, problems = _process('-c', _ONE, SPARSE_JAX_CACHE=str(tmp_path / 'cache'), **environment).communicate(timeout=300)
+    assert output.startswith('2.0') and reason in output, problems
+    assert "implementation='cpu' does not run here" in output
+    assert problems.count('no CPU kernels, the reference runs instead') == 1 and reason in problems
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written_costs_a_compilation_only(tmp_path):
+    """A folder that cannot be made; a read-only one would not stop the superuser, who runs tests too."""
+    (tmp_path / 'file').write_text('')
+    output, problems = _process('-c', _ONE, SPARSE_JAX_CACHE=str(tmp_path / 'file' / 'cache')).communicate(timeout=300)
+    assert output.split() == ['2.0'] and problems.count('they are compiled for this process alone') == 1
+
+
+@needs_compiler
+def test_measured_times_are_kept_by_shape_and_a_damaged_file_is_measured_again(tmp_path, monkeypatch):
+    monkeypatch.setenv('SPARSE_JAX_CACHE', str(tmp_path))
+    pattern = kernels.make_pattern(np.ones((3, 3, 4, 4), bool), name='conv')
+    with choice.recorded() as calls:
+        jax.eval_shape(lambda x, w: kernels.sparse_conv(x, w, pattern), jnp.ones((2, 6, 6, 4)), jnp.ones((3, 3, 4, 4)))
+    (call,) = calls
+    assert call.name == 'conv' and call.x == (2, 6, 6, 4) and call.geometry.padding == ((1, 1), (1, 1))
+    first = choice.measured(call, 0.0504)
+    assert set(first) == {'dense', 'cpu'} and min(first.values()) > 0
+    assert choice.measured(call, 0.0496) == first  # both are 5.0%
+    assert choice.measured(call._replace(name='other'), 0.05) == first
+    (tmp_path / 'measured.json').write_text('{"')
+    assert choice.measured(call, 0.05) != first
+
+
+def test_the_choice_takes_a_sparse_kernel_only_where_it_wins():
+    assert choice.fastest({'dense': 1.0, 'cpu': 0.99}) == 'dense'
+    assert choice.fastest({'dense': 1.0, 'cpu': 0.9}) == 'cpu'
+    assert choice.fastest({'dense': 1.0}) == 'dense'
+
+
+@needs_compiler
+def test_by_rule_a_sparse_pattern_takes_the_kernel_and_a_dense_one_does_not():
+    def calls(density):
+        mask = np.random.default_rng(0).permutation(10_000).reshape(100, 100) < round(density * 10_000)
+        text = str(
+            jax.make_jaxpr(lambda x, w: kernels.sparse_dot(x, w, kernels.make_pattern(mask)))(
+                jnp.ones((2, 100)), jnp.ones((100, 100))
+            )
+        )
+        return 'sparse_jax_forward' in text
+
+    assert calls(0.05) and calls(0.1) and not calls(0.5)
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(1, 7), st.integers(1, 40), st.none() | st.integers(0, 9), st.integers(0, 20), st.none() | st.integers(1, 40),
+)  # fmt: skip
+def test_a_window_holds_the_steps_before_each_update(update_every, total_steps, window, start_step, stop_step):
+    timing = dict(update_every=update_every, total_steps=total_steps, start_step=start_step, stop_step=stop_step)
+    updates = [t for t in range(1, total_steps + 1) if sj.schedules.is_update(t, **timing)]
+    for count in range(total_steps):
+        expected = window is None or any(count + 1 <= t < count + 1 + window for t in updates if t < total_steps or stop_step)
+        assert sj.needs_dense_gradient(count, **timing, window=window) == expected
+
+
+def test_a_window_below_zero_is_refused():
+    with pytest.raises(ValueError, match='window=-1 and count=0 must be at least 0'):
+        sj.needs_dense_gradient(0, update_every=2, total_steps=9, window=-1)
