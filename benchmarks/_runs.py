@@ -6,6 +6,9 @@ from typing import Any
 
 from sparse_jax.train import sweep
 
+# Dense gradients in every step, as the methods were published, and masked dense products: the same bits on every machine.
+AS_PUBLISHED = ['--config.sparsity.dense_gradient_window=None', '--config.sparsity.kernels=dense']
+
 
 def train_all(runs: dict[pathlib.Path, list[str]], jobs: int) -> None:
     """Trains what is not finished yet.

@@ -64,6 +64,7 @@ def main() -> None:
                 f'--config=configs/mnist_{model}.py:offline',
                 '--config.sparsity.method=dense' if density == 1 else f'--config.sparsity.density={density}',
                 f'--config.seed={seed}',
+                *_runs.AS_PUBLISHED,
                 *args.extra,
             ]
             for model in models

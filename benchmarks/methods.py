@@ -41,7 +41,7 @@ def _folder(root: pathlib.Path, row: str, density: float, seed: int) -> pathlib.
 
 
 def _runs_of(root: pathlib.Path, seeds: int, extra: list[str]) -> dict[pathlib.Path, list[str]]:
-    base = ['--config=configs/mnist_lenet300.py:offline', *extra]
+    base = ['--config=configs/mnist_lenet300.py:offline', *_runs.AS_PUBLISHED, *extra]
     runs = {}
     for seed in range(seeds):
         flags = [*base, f'--config.seed={seed}']
