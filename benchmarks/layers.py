@@ -128,6 +128,7 @@ def measure(shape, density: float, rounds: int, torch: Torch | None, block: int 
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 2):
         for name, run in runs.items():
+            time.sleep(0.02)  # OpenMP's threads of the rival before go on spinning for a while, on a core that is this one's turn
             value = run()
             if number >= 2:
                 seconds[name].append(value)
