@@ -17,6 +17,7 @@ import os
 import pathlib
 import subprocess
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ class Layer:
         self._w = jnp.asarray(np.where(self.mask, random.standard_normal(weight, np.float32), 0))
         pattern = jax.device_put(kernels.make_pattern(self.mask, block=None if block == 1 else (block, block)))
         # padding as PyTorch has it, (taps - 1) / 2 on both sides, at stride 2 too
-        options = dict(strides=(stride, stride), padding=((taps // 2, taps // 2),) * 2)
+        options: dict[str, Any] = dict(strides=(stride, stride), padding=((taps // 2, taps // 2),) * 2)
         dense = (lambda x, w: x @ w) if side == 0 else functools.partial(kernels.convolve, **options)
         if side == 0:
             sparse = lambda x, w, p: kernels.sparse_dot(x, w, p, implementation='cpu')

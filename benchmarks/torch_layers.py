@@ -10,6 +10,7 @@ torch; the column of SparseProp needs the package sparseprop.
 import json
 import sys
 import time
+from typing import Any
 
 import torch  # pyright: ignore[reportMissingImports]
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
@@ -17,7 +18,8 @@ import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 try:
     from sparseprop.modules import SparseConv2d, SparseLinear  # pyright: ignore[reportMissingImports]
 except ImportError:
-    SparseConv2d = SparseLinear = None
+    SparseConv2d: Any = None
+    SparseLinear: Any = None
 
 
 def prepare(shape, density):

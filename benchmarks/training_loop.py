@@ -64,6 +64,7 @@ def _ours(config, steps: int) -> float:
     """Seconds of launch.py's loop over the same steps, as its own metrics tell."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         config.train.steps, config.log.every = steps, WARM_UP
+        config.sparsity.dense_gradient_window, config.sparsity.kernels = None, 'dense'  # the bare loop's step
         train.train(config, pathlib.Path(folder) / 'run')
         speeds = [row['steps_per_second'] for row in metrics.read(pathlib.Path(folder) / 'run') if 'steps_per_second' in row]
     return sum(WARM_UP / speed for speed in speeds[1:])

@@ -7,6 +7,7 @@ there whole (a rename), whoever finds it damaged makes it again. So several proc
 import ctypes
 import functools
 import hashlib
+import importlib.metadata
 import logging
 import os
 import pathlib
@@ -17,7 +18,6 @@ import subprocess
 import tempfile
 
 import jax
-import jaxlib
 
 _SOURCES = pathlib.Path(__file__).parent / 'cpp'
 _FLAGS = ('-std=c++17', '-O3', '-march=native', '-fno-math-errno', '-fPIC', '-shared')
@@ -73,7 +73,7 @@ def _key(compiler: list[str], flags: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for path in sorted(_SOURCES.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
-    for part in (*flags, _run([*compiler, '--version']), processor(), jax.__version__, jaxlib.__version__):
+    for part in (*flags, _run([*compiler, '--version']), processor(), jax.__version__, importlib.metadata.version('jaxlib')):
         digest.update(part.encode() + b'\0')
     return digest.hexdigest()[:24]
 

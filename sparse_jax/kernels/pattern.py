@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from sparse_jax import masks as masks_lib
 
@@ -32,10 +33,10 @@ class Pattern:
       name: of the layer, for messages.
     """
 
-    indices: jax.Array
-    pointers: jax.Array
-    transposed_indices: jax.Array
-    transposed_pointers: jax.Array
+    indices: jax.Array | np.ndarray
+    pointers: jax.Array | np.ndarray
+    transposed_indices: jax.Array | np.ndarray
+    transposed_pointers: jax.Array | np.ndarray
     shape: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
     block: tuple[int, int] = dataclasses.field(default=(1, 1), metadata=dict(static=True))
     implementation: str | None = dataclasses.field(default=None, metadata=dict(static=True))
@@ -83,7 +84,7 @@ def make_pattern(
       name: of the layer, for messages.
 
     Returns:
-      The pattern, its arrays on the host.
+      The pattern, its arrays NumPy's: ``jax.device_put`` it once where many steps take it.
 
     Raises:
       ValueError: if the mask is traced, not boolean, of another number of axes, or does not consist of whole blocks.
@@ -94,7 +95,7 @@ def make_pattern(
       >>> pattern.pointers, pattern.indices[:3]
       (array([0, 2, 3], dtype=int32), array([0, 1, 1], dtype=int32))
     """
-    if isinstance(mask, jax.core.Tracer):
+    if isinstance(mask, Tracer):
         raise ValueError(
             'make_pattern: mask is traced. Patterns are made on the host from concrete masks, and passed to the jitted step.'
         )

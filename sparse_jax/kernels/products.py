@@ -118,7 +118,7 @@ def _apply(x, w, pattern, geometry, dense_gradient, implementation):
         x, w = x.reshape(-1, 1, 1, shape[-1]), w.reshape(1, 1, *w.shape[-2:])
     for observer in observers:
         observer(x, w, pattern, geometry)
-    y = _product(x, w, pattern, geometry, chosen, dense_gradient)
+    y: jax.Array = _product(x, w, pattern, geometry, chosen, dense_gradient)  # pyright: ignore[reportAssignmentType]
     return y if x.shape == shape else y.reshape(*shape[:-1], w.shape[-1])
 
 

@@ -79,7 +79,7 @@ class LayerKernels:
             chosen = dict.fromkeys(densities, self._mode)
         if all(name == 'dense' for name in chosen.values()):
             return None
-        options = dict(block=self._block, stacked=self._experiment.stacked, implementations=chosen)
+        options: dict[str, Any] = dict(block=self._block, stacked=self._experiment.stacked, implementations=chosen)
         self._patterns = sj.kernels.make_patterns(masks, **options, previous=self._patterns)
         return jax.device_put(self._patterns)
 
@@ -128,7 +128,7 @@ def print_table(folder: pathlib.Path) -> None:
 
 def _calls(experiment, state, masks, block, examples: int) -> dict[str, choice.Call]:
     """The products that a step makes with each sparse leaf, by tracing one."""
-    options = dict(block=block, stacked=experiment.stacked)
+    options: dict[str, Any] = dict(block=block, stacked=experiment.stacked)
     leaves = {path for path, mask in masks_lib.leaf_paths(masks) if np.ndim(mask)}
     patterns = sj.kernels.make_patterns(masks, **options, implementations=dict.fromkeys(leaves, 'reference'))
     x = jax.ShapeDtypeStruct((examples, *experiment.example.shape[1:]), experiment.example.dtype)
