@@ -32,6 +32,8 @@ _FEW_PIXELS = 4
 def convolve_dense(x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
     """2D convolution; x: [batch, height, width, in], w: [height, width, in, out]."""
     strides, padding, dilation = geometry
+    if w.shape[:2] == (1, 1) and padding == ((0, 0), (0, 0)):  # XLA's convolution of one tap takes four times as long on CPU
+        return x[:, :: strides[0], :: strides[1]] @ w[0, 0]
     if x.shape[1] * x.shape[2] > _FEW_PIXELS or jax.default_backend() != 'cpu':
         return lax.conv_general_dilated(x, w, strides, padding, rhs_dilation=dilation, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
     sides, taps = x.shape[1:3], w.shape[:2]
