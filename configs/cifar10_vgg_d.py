@@ -6,7 +6,7 @@
 Settings: configs/cifar10.py. Published, not reproduced here: error of sparse momentum at 5%: 6.67% (0.08 standard error; prune rate 0.2: 6.39%; results/sensitivity_prune_rate_vgg-d.csv of
 sparse_learning); of SNIP at 5%: 7.09%, its dense network: 6.76% (arXiv:1810.02340, table 2).
 
-Cost: 87,750 steps of 128 images, for an accelerator, not run here; `offline`: 2.5 minutes on two CPU cores, 96.7% of the test digits in one run, dense 72.1%.
+Cost: 87,750 steps of 128 images, for an accelerator, not run here; `offline`: 2.5 minutes on two CPU cores, 96.7% of the test digits in one run (flags: docs/experiments.md), dense 72.1%.
 """
 
 from configs import cifar10

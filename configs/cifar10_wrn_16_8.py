@@ -5,7 +5,7 @@
 
 Settings: configs/cifar10.py. Published, not reproduced here: error of SNIP at 5%: 6.63%, its dense network: 6.21% (arXiv:1810.02340, table 2).
 
-Cost: 87,750 steps of 128 images, for an accelerator, not run here; `offline`: three and a half minutes on two CPU cores, 87.3% of the test digits in one run, dense 92.9%.
+Cost: 87,750 steps of 128 images, for an accelerator, not run here; `offline`: three and a half minutes on two CPU cores, 87.3% of the test digits in one run (flags: docs/experiments.md), dense 92.9%.
 """
 
 from configs import cifar10
