@@ -171,7 +171,7 @@ def test_wrong_settings_make_no_file(tmp_path, settings, message):
     assert not (tmp_path / 'run').exists()
 
 
-@pytest.mark.parametrize('kernels', ['dense', 'reference', pytest.param('cpu', marks=needs_compiler)])
+@pytest.mark.parametrize('kernels', ['reference', pytest.param('cpu', marks=needs_compiler)])
 def test_every_kind_of_kernels_trains(tmp_path, kernels, finished):
     result = train.train(_config(sparsity__kernels=kernels), tmp_path / 'run')
     assert result['nonzeros'] == 13_310 and abs(result['test_accuracy'] - finished[1]['test_accuracy']) < 0.05
