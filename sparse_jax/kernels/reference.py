@@ -32,22 +32,25 @@ _FEW_PIXELS = 4
 def convolve_dense(x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
     """2D convolution; x: [batch, height, width, in], w: [height, width, in, out]."""
     strides, padding, dilation = geometry
-    if w.shape[:2] == (1, 1) and padding == ((0, 0), (0, 0)):  # XLA's convolution of one tap takes four times as long on CPU
-        return x[:, :: strides[0], :: strides[1]] @ w[0, 0]
-    if x.shape[1] * x.shape[2] > _FEW_PIXELS or jax.default_backend() != 'cpu':
+    if w.shape[:2] == (1, 1) and padding == ((0, 0), (0, 0)):  # XLA's convolution of one tap takes three times as long on CPU
+        x = x[:, :: strides[0], :: strides[1]]
+        return (x.reshape(-1, x.shape[-1]) @ w[0, 0]).reshape(*x.shape[:-1], w.shape[-1])  # [..., in] would be transposed for dw
+    outputs = geometry.output_shape(x.shape, w.shape)
+    few = x.shape[1] * x.shape[2] <= _FEW_PIXELS and outputs[1] * outputs[2] <= 4 * _FEW_PIXELS  # each is written out below
+    if not few or jax.default_backend() != 'cpu':
         return lax.conv_general_dilated(x, w, strides, padding, rhs_dilation=dilation, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
     sides, taps = x.shape[1:3], w.shape[:2]
-    _, height, width, outputs = geometry.output_shape(x.shape, w.shape)
+    _, height, width, channels = outputs
 
     def pixel(i: int, j: int) -> jax.Array:
         """One output pixel: a matrix product for each tap that lies inside the image."""
         top, left = i * strides[0] - padding[0][0], j * strides[1] - padding[1][0]
         places = [(a, b, top + a * dilation[0], left + b * dilation[1]) for a in range(taps[0]) for b in range(taps[1])]
         products = [x[:, r, c] @ w[a, b] for a, b, r, c in places if 0 <= r < sides[0] and 0 <= c < sides[1]]
-        return sum(products[1:], start=products[0]) if products else jnp.zeros((len(x), outputs), x.dtype)
+        return sum(products[1:], start=products[0]) if products else jnp.zeros((len(x), channels), x.dtype)
 
     if height == 0 or width == 0:
-        return jnp.zeros((len(x), height, width, outputs), x.dtype)
+        return jnp.zeros((len(x), height, width, channels), x.dtype)
     rows = [jnp.stack([pixel(i, j) for j in range(width)], axis=1) for i in range(height)]
     return jnp.stack(rows, axis=1)
 

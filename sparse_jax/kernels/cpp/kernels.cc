@@ -120,33 +120,53 @@ void dispatch(const Pass& pass, F f) {
   return with_stride(std::integral_constant<int, side>{}, std::integral_constant<int, kTile / side>{});
 }
 
-// Of each thread; the plan and the partial sums of the thread that was called.
-thread_local Scratch window_scratch, tile_scratch, pixel_scratch, place_scratch, plan_scratch, partial_scratch;
+// Of each thread.
+thread_local Scratch window_scratch, tile_scratch, pixel_scratch, place_scratch;
+
+// Work in pieces: tiles (or parts of them) times ranges of destination channels. Where there are fewer tiles than keep all threads busy,
+// channels are divided too, and each range packs the window again. No sum reaches over channels, so this changes no bit.
+struct Pieces {
+  int64_t tiles, ranges, width, rows;
+
+  Pieces(const ffi::ThreadPool& pool, int64_t tiles, int64_t rows) : tiles(tiles), rows(rows) {
+    const int64_t wanted = tiles >= 2 * pool.num_threads() ? 1 : (pool.num_threads() + tiles - 1) / tiles;
+    width = std::max<int64_t>(2 * kLanes, (rows + wanted * kLanes - 1) / (wanted * kLanes) * kLanes);
+    ranges = (rows + width - 1) / width;
+  }
+  int64_t count() const { return tiles * ranges; }
+  int64_t tile(int64_t i) const { return i / ranges; }
+  int64_t first(int64_t i) const { return i % ranges * width; }
+  int64_t last(int64_t i) const { return std::min(rows, first(i) + width); }
+};
 
 // Destination = kernel applied to source: the forward product, or a phase of the transposed one.
 void product(ffi::ThreadPool& pool, const List& list, const Pass& pass, const Geometry& g, const float* w, const float* source,
              const Image& from, float* destination, const Image& to) {
   if (pass.y.count <= 0 || pass.x.count <= 0 || from.count == 0) return;
+  Lease plan_scratch;
   const Plan plan = make_plan(pool, list, pass, g, w, plan_scratch);
   const int64_t positions = pass.positions();
-  parallel_for(pool, pass.tiles(from.count), [&](int64_t t) {
-    const Tile tile(pass, from.count, t);
+  const Pieces pieces(pool, pass.tiles(from.count), plan.rows);
+  parallel_for(pool, pieces.count(), [&](int64_t i) {
+    const Tile tile(pass, from.count, pieces.tile(i));
+    const int64_t first = pieces.first(i), last = pieces.last(i);
     int64_t* pixels = pixel_scratch.get<int64_t>(positions * kLanes);
     int64_t* places = place_scratch.get<int64_t>(kTile * kLanes);
     tile.sources(pass, from, pixels);
     tile.destinations(pass, to, places);
     Vector* window = window_scratch.get<Vector>(plan.block * positions);
-    Vector* sums = tile_scratch.get<Vector>(plan.rows * kTile);
+    Vector* sums = tile_scratch.get<Vector>((last - first) * kTile);
     dispatch(pass, [&](auto rows, auto columns, auto stride) {
       const int64_t row_stride = pass.y.stride * pass.window_columns * pass.groups;
       for (int64_t b = 0; b < plan.blocks; b++) {
         pack(source, pixels, positions, b * plan.block, std::min(from.channels, (b + 1) * plan.block), window);
-        for (int64_t r = 0; r < plan.rows; r++)
+        for (int64_t r = first; r < last; r++)
           if (b == 0 || plan.begin(b, r) != plan.end(b, r))
-            accumulate<rows, columns, stride>(window, row_stride, pass.x.stride, plan.begin(b, r), plan.end(b, r), b == 0, sums + r * kTile);
+            accumulate<rows, columns, stride>(window, row_stride, pass.x.stride, plan.begin(b, r), plan.end(b, r), b == 0,
+                                              sums + (r - first) * kTile);
       }
     });
-    unpack(sums, to, places, destination);
+    unpack(sums, places, first, last, destination);
   });
 }
 
@@ -168,73 +188,88 @@ using F32 = ffi::Buffer<ffi::F32>;
 using S32 = ffi::Buffer<ffi::S32>;
 using Numbers = ffi::Span<const int64_t>;
 
-ffi::Error Forward(ffi::ThreadPool pool, F32 x, F32 w, S32 index, S32 pointer, ffi::Result<F32> y, Numbers numbers) {
+void Forward(ffi::ThreadPool& pool, const F32& x, const F32& w, const S32& index, const S32& pointer, F32& y, Numbers numbers) {
   const Geometry g = geometry_of(w.dimensions(), numbers);
-  const Image from = image_of(x.dimensions()), to = image_of(y->dimensions());
+  const Image from = image_of(x.dimensions()), to = image_of(y.dimensions());
   const List list{index.typed_data(), pointer.typed_data(), from.channels, to.channels, numbers[6], numbers[7], false};
-  product(pool, list, forward_pass(g, from, to), g, w.typed_data(), x.typed_data(), from, y->typed_data(), to);
-  return ffi::Error::Success();
+  product(pool, list, forward_pass(g, from, to), g, w.typed_data(), x.typed_data(), from, y.typed_data(), to);
 }
 
-ffi::Error InputGradient(ffi::ThreadPool pool, F32 dy, F32 w, S32 index, S32 pointer, ffi::Result<F32> dx, Numbers numbers) {
+void InputGradient(ffi::ThreadPool& pool, const F32& dy, const F32& w, const S32& index, const S32& pointer, F32& dx, Numbers numbers) {
   const Geometry g = geometry_of(w.dimensions(), numbers);
-  const Image from = image_of(dy.dimensions()), to = image_of(dx->dimensions());
+  const Image from = image_of(dy.dimensions()), to = image_of(dx.dimensions());
   const List list{index.typed_data(), pointer.typed_data(), to.channels, from.channels, numbers[6], numbers[7], true};
   for (int64_t py = 0; py < g.stride_y; py++)
     for (int64_t px = 0; px < g.stride_x; px++) {
       Pass pass{backward_axis(to.height, py, g.taps_y, g.stride_y, g.pad_y, g.dilation_y),
                 backward_axis(to.width, px, g.taps_x, g.stride_x, g.pad_x, g.dilation_x)};
       choose_patch(pass, from.count);
-      product(pool, list, pass, g, w.typed_data(), dy.typed_data(), from, dx->typed_data(), to);
+      product(pool, list, pass, g, w.typed_data(), dy.typed_data(), from, dx.typed_data(), to);
     }
-  return ffi::Error::Success();
 }
 
-ffi::Error WeightGradient(ffi::ThreadPool pool, F32 x, F32 dy, S32 index, S32 pointer, ffi::Result<F32> dw, Numbers numbers) {
-  const Geometry g = geometry_of(dw->dimensions(), numbers);
+void WeightGradient(ffi::ThreadPool& pool, const F32& x, const F32& dy, const S32& index, const S32& pointer, F32& dw, Numbers numbers) {
+  const Geometry g = geometry_of(dw.dimensions(), numbers);
   const Image from = image_of(x.dimensions()), to = image_of(dy.dimensions());
   const List list{index.typed_data(), pointer.typed_data(), from.channels, to.channels, numbers[6], numbers[7], false};
   const Pass pass = forward_pass(g, from, to);
+  Lease plan_scratch, partial_scratch;
   const Plan plan = make_plan(pool, list, pass, g, nullptr, plan_scratch);
   const int64_t positions = pass.positions(), nonzeros = plan.start.back(), tiles = pass.tiles(from.count);
   // Sums of a fixed number of parts, whoever computes them: the same bits with any number of threads.
   const int64_t parts = std::min<int64_t>(tiles, 16);
   float* partial = partial_scratch.get<float>(parts * nonzeros);
-  parallel_for(pool, parts, [&](int64_t part) {
+  const Pieces pieces(pool, parts, plan.rows);
+  parallel_for(pool, pieces.count(), [&](int64_t i) {
+    const int64_t part = pieces.tile(i), first = pieces.first(i), last = pieces.last(i);
     float* mine = partial + part * nonzeros;
-    std::fill(mine, mine + nonzeros, 0.0f);
+    for (int64_t b = 0; b < plan.blocks; b++) std::fill(mine + plan.start[b * plan.rows + first], mine + plan.start[b * plan.rows + last], 0.0f);
     int64_t* pixels = pixel_scratch.get<int64_t>(positions * kLanes);
     int64_t* places = place_scratch.get<int64_t>(kTile * kLanes);
     Vector* window = window_scratch.get<Vector>(plan.block * positions);
-    Vector* gradients = tile_scratch.get<Vector>(plan.rows * kTile);
+    Vector* gradients = tile_scratch.get<Vector>((last - first) * kTile);
     for (int64_t t = tiles * part / parts; t < tiles * (part + 1) / parts; t++) {
       const Tile tile(pass, from.count, t);
       tile.sources(pass, from, pixels);
       tile.destinations(pass, to, places);
-      pack(dy.typed_data(), places, kTile, 0, to.channels, gradients);
+      pack(dy.typed_data(), places, kTile, first, last, gradients);
       dispatch(pass, [&](auto rows, auto columns, auto stride) {
         const int64_t row_stride = pass.y.stride * pass.window_columns * pass.groups;
         for (int64_t b = 0; b < plan.blocks; b++) {
           pack(x.typed_data(), pixels, positions, b * plan.block, std::min(from.channels, (b + 1) * plan.block), window);
-          LaneSums sums(mine + plan.start[b * plan.rows]);
-          for (int64_t r = 0; r < plan.rows; r++)
+          LaneSums sums(mine + plan.start[b * plan.rows + first]);
+          for (int64_t r = first; r < last; r++)
             if (plan.begin(b, r) != plan.end(b, r))
-              dot<rows, columns, stride>(window, row_stride, pass.x.stride, plan.begin(b, r), plan.end(b, r), gradients + r * kTile, sums);
+              dot<rows, columns, stride>(window, row_stride, pass.x.stride, plan.begin(b, r), plan.end(b, r),
+                                         gradients + (r - first) * kTile, sums);
           sums.flush();
         }
       });
     }
   });
-  float* out = dw->typed_data();
-  const int64_t size = dw->element_count(), pieces = 16;
-  parallel_for(pool, pieces, [&](int64_t i) { std::fill(out + size * i / pieces, out + size * (i + 1) / pieces, 0.0f); });
-  parallel_for(pool, pieces, [&](int64_t i) {
-    for (int64_t k = nonzeros * i / pieces; k < nonzeros * (i + 1) / pieces; k++) {
+  // Zeros first, then the sums to their places, both in pieces: the dense array is far larger than the sums.
+  float* out = dw.typed_data();
+  const int64_t size = dw.element_count(), shares = 16;
+  parallel_for(pool, shares, [&](int64_t i) { std::fill(out + size * i / shares, out + size * (i + 1) / shares, 0.0f); });
+  parallel_for(pool, shares, [&](int64_t i) {
+    for (int64_t k = nonzeros * i / shares; k < nonzeros * (i + 1) / shares; k++) {
       float sum = 0;
       for (int64_t part = 0; part < parts; part++) sum += partial[part * nonzeros + k];
       out[plan.entries[k].index] = sum;
     }
   });
+}
+
+using Body = void (*)(ffi::ThreadPool&, const F32&, const F32&, const S32&, const S32&, F32&, Numbers);
+
+// No exception may leave a handler.
+template <Body body>
+ffi::Error handle(ffi::ThreadPool pool, F32 a, F32 b, S32 index, S32 pointer, ffi::Result<F32> out, Numbers numbers) {
+  try {
+    body(pool, a, b, index, pointer, *out, numbers);
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "sparse_jax: no memory for the kernel's scratch");
+  }
   return ffi::Error::Success();
 }
 
@@ -251,8 +286,8 @@ ffi::Error WeightGradient(ffi::ThreadPool pool, F32 x, F32 dy, S32 index, S32 po
                                     .Ret<F32>()              \
                                     .Attr<Numbers>("geometry"))
 
-SPARSE_JAX_HANDLER(sparse_jax_forward, Forward);
-SPARSE_JAX_HANDLER(sparse_jax_input_gradient, InputGradient);
-SPARSE_JAX_HANDLER(sparse_jax_weight_gradient, WeightGradient);
+SPARSE_JAX_HANDLER(sparse_jax_forward, handle<Forward>);
+SPARSE_JAX_HANDLER(sparse_jax_input_gradient, handle<InputGradient>);
+SPARSE_JAX_HANDLER(sparse_jax_weight_gradient, handle<WeightGradient>);
 
 }  // namespace sparse_jax

@@ -67,7 +67,7 @@ inline void for_nonzeros(const List& list, const std::vector<Operand>& operands,
 }
 
 // values: the dense kernel; null where entries shall hold places instead.
-inline Plan make_plan(ffi::ThreadPool& pool, const List& list, const Pass& pass, const Geometry& g, const float* values, Scratch& scratch) {
+inline Plan make_plan(ffi::ThreadPool& pool, const List& list, const Pass& pass, const Geometry& g, const float* values, Lease& scratch) {
   Plan plan;
   plan.rows = list.transposed ? list.inputs : list.outputs;
   const int64_t sources = list.transposed ? list.outputs : list.inputs, positions = pass.positions();

@@ -150,14 +150,14 @@ inline void pack(const float* image, const int64_t* pixels, int64_t positions, i
     }
 }
 
-// Writes a tile, [channel][position], to the pixels that it stands for: the same squares, back.
-inline void unpack(const Vector* tile, const Image& shape, const int64_t* pixels, float* image) {
+// Writes channels [first, last) of a tile, [channel - first][position], to the pixels that it stands for: the same squares, back.
+inline void unpack(const Vector* tile, const int64_t* pixels, int64_t first, int64_t last, float* image) {
   alignas(64) float edge[kLanes][kLanes];
   for (int64_t p = 0; p < kTile; p++, pixels += kLanes)
-    for (int64_t c = 0; c < shape.channels; c += kLanes) {
-      const int64_t width = std::min<int64_t>(kLanes, shape.channels - c);
+    for (int64_t c = first; c < last; c += kLanes) {
+      const int64_t width = std::min<int64_t>(kLanes, last - c);
       Vector rows[kLanes];
-      for (int i = 0; i < kLanes; i++) rows[i] = i < width ? tile[(c + i) * kTile + p] : Vector{};
+      for (int i = 0; i < kLanes; i++) rows[i] = i < width ? tile[(c - first + i) * kTile + p] : Vector{};
       transpose(rows);
       if (width == kLanes) {
         for (int l = 0; l < kLanes; l++)

@@ -6,11 +6,13 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
 #include <new>
 #include <utility>
+#include <vector>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -63,7 +65,7 @@ inline void transpose(Vector (&rows)[kLanes]) {
   }
 }
 
-// Memory of one thread for one purpose: kept between calls, since fresh pages cost more than a small layer's work.
+// Memory for one purpose, kept between calls, since fresh pages cost more than a small layer's work.
 class Scratch {
  public:
   ~Scratch() { std::free(data_); }
@@ -85,6 +87,40 @@ class Scratch {
   size_t size_ = 0;
 };
 
+// A Scratch for the time of one call: there are as many as calls were ever at work at once, whichever threads made them.
+class Lease {
+ public:
+  Lease() {
+    std::lock_guard<std::mutex> lock(mutex());
+    if (free().empty()) {
+      scratch_ = std::make_unique<Scratch>();
+    } else {
+      scratch_ = std::move(free().back());
+      free().pop_back();
+    }
+  }
+  ~Lease() {
+    std::lock_guard<std::mutex> lock(mutex());
+    free().push_back(std::move(scratch_));
+  }
+  template <typename T>
+  T* get(size_t count) {
+    return scratch_->get<T>(count);
+  }
+
+ private:
+  // Never destroyed: XLA's threads may outlive the program's statics.
+  static std::mutex& mutex() {
+    static auto* mutex = new std::mutex;
+    return *mutex;
+  }
+  static std::vector<std::unique_ptr<Scratch>>& free() {
+    static auto* free = new std::vector<std::unique_ptr<Scratch>>;
+    return *free;
+  }
+  std::unique_ptr<Scratch> scratch_;
+};
+
 // Calls work(i) for each i below count, on XLA's threads and this one. Which thread takes which i is left to chance, so what is
 // computed must not depend on it. It waits for the work, not for the helpers: where all threads are busy with calls like this one
 // none of them would ever start, and this thread does all by itself.
@@ -92,6 +128,7 @@ inline void parallel_for(ffi::ThreadPool& pool, int64_t count, const std::functi
   struct State {
     std::atomic<int64_t> next{0};
     int64_t done = 0;
+    std::exception_ptr error;
     std::mutex mutex;
     std::condition_variable all_done;
   };
@@ -104,9 +141,15 @@ inline void parallel_for(ffi::ThreadPool& pool, int64_t count, const std::functi
   const auto* f = &work;  // read only after an i was drawn, which keeps this call waiting
   auto run = [state, f, count] {
     int64_t mine = 0;
-    for (int64_t i; (i = state->next.fetch_add(1)) < count; mine++) (*f)(i);
+    std::exception_ptr error;
+    for (int64_t i; (i = state->next.fetch_add(1)) < count; mine++) try {
+        (*f)(i);
+      } catch (...) {
+        error = std::current_exception();
+      }
     if (mine == 0) return;
     std::lock_guard<std::mutex> lock(state->mutex);
+    if (error) state->error = error;
     state->done += mine;
     if (state->done == count) state->all_done.notify_all();
   };
@@ -114,6 +157,7 @@ inline void parallel_for(ffi::ThreadPool& pool, int64_t count, const std::functi
   run();
   std::unique_lock<std::mutex> lock(state->mutex);
   state->all_done.wait(lock, [&] { return state->done == count; });
+  if (state->error) std::rethrow_exception(state->error);
 }
 
 }  // namespace sparse_jax
