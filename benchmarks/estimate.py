@@ -12,7 +12,9 @@ density of the inputs is counted on a batch of random images at the start of tra
 import argparse
 import functools
 import json
+import math
 import pathlib
+import time
 
 import jax
 import jax.numpy as jnp
@@ -56,10 +58,11 @@ def traced(name: str, batch_size: int, density: float):
     return [(call, shares[call.name], seen[call.name]) for call in calls]
 
 
-def torch_shape(call: choice.Call) -> tuple[int, ...]:
+def torch_shape(call: choice.Call, batch_size: int) -> tuple[int, ...]:
     """The layer as benchmarks/torch_layers.py takes it."""
     if call.x[1:3] == call.w[:2] == (1, 1):
-        return call.x[0], 0, *call.w[2:], 1, 1
+        side = math.isqrt(call.x[0] // batch_size)  # a 1x1 convolution was flattened
+        return (batch_size, side if side > 1 else 0, *call.w[2:], 1, 1)
     return call.x[0], call.x[1], *call.w[2:], call.w[0], call.geometry.strides[0]
 
 
@@ -72,13 +75,18 @@ def _torch_seconds(torch, shape: tuple[int, ...]) -> float:
 def measure(name: str, batch_size: int, density: float, torch) -> list[dict]:
     """A row a layer; layers of one shape and density are measured once."""
     rows, known = [], {}
-    for call, weights, inputs in traced(name, batch_size, density):
+    calls = traced(name, batch_size, density)
+    if torch:  # at once, and a pause: OpenMP's threads go on spinning for a while
+        for call, _, _ in calls:
+            _torch_seconds(torch, torch_shape(call, batch_size))
+        time.sleep(1)
+    for call, weights, inputs in calls:
         key = (call._replace(name=''), choice.rounded(weights))
         if key not in known:
             known[key] = choice.measure(call, weights, at_least=1.0, rounds=5)
         seconds = dict(known[key])
         if torch:
-            seconds['torch'] = _torch_seconds(torch, torch_shape(call))
+            seconds['torch'] = _torch_seconds(torch, torch_shape(call, batch_size))
         seconds['estimate'] = seconds['torch' if torch else 'dense'] * weights * inputs
         rows.append({'layer': call.name, 'weights': weights, 'inputs': inputs, 'seconds': seconds})
     return rows

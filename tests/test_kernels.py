@@ -1,5 +1,6 @@
 """Sparse products against float64, their patterns, the compiler and its cache, and the measured choice."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -117,21 +118,23 @@ def test_products_follow_a_mask_update_without_compiling_anew():
     x, compiled, patterns = jax.random.normal(jax.random.key(1), (20, 40)), 0, None
 
     @jax.jit
-    def grads(params, patterns):
+    def grads(params, x, patterns):
         nonlocal compiled
         compiled += 1
-        return jax.grad(
-            lambda p: (kernels.sparse_dot(x, p['w'], patterns['w'], dense_gradient=True, implementation='cpu') ** 2).sum()
-        )(params)
+        return jax.grad(lambda p, x: (kernels.sparse_dot(x, p['w'], patterns['w'], implementation='cpu') ** 2).sum(), (0, 1))(
+            params, x
+        )
 
     for _ in range(6):
-        before = sj.get_masks(state)['w']
+        mask = np.asarray(sj.get_masks(state)['w'])
         patterns = kernels.make_patterns(sj.get_masks(state), previous=patterns)
-        got = grads(params, patterns)
-        np.testing.assert_allclose(got['w'], 2 * x.T @ (x @ params['w']), rtol=1e-4, atol=1e-3)
-        updates, state = tx.update(got, state, params)
+        got, dx = grads(params, x, patterns)
+        dense = 2 * x.T @ (x @ params['w'])
+        np.testing.assert_allclose(got['w'], np.where(mask, dense, 0), rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(dx, 2 * (x @ params['w']) @ params['w'].T, rtol=1e-4, atol=1e-3)
+        updates, state = tx.update({'w': dense}, state, params)
         params = jax.tree.map(jnp.add, params, updates)
-    assert compiled == 1 and (before != sj.get_masks(tx.init(params))['w']).any()
+    assert compiled == 1 and (mask != sj.get_masks(tx.init(params))['w']).any()
 
 
 def test_a_pattern_stands_for_its_mask():
@@ -174,11 +177,18 @@ def test_wrong_operands():
         (dict(padding='SAMEE'), "padding='SAMEE' does not exist"),
         (dict(padding=((-1, 0), (0, 0))), 'padding=.* at least 0'),
         (dict(dilation=2), 'dilation=2 must be two integers'),
+        (dict(strides=(1.9, 1)), r'strides=\(1.9, 1\) must be two integers'),
+        (dict(padding=1), 'padding=1 must be pixels'),
+        (dict(padding=((0.5, 1), (0, 0))), 'padding=.* must be pixels'),
     ):
         with pytest.raises(ValueError, match=message):
             kernels.sparse_conv(image, kernel, convolution, **options)
     with pytest.raises(ValueError, match=r'boolean array of 2 axes .* got float32\[4, 4\]'):
         kernels.make_pattern(np.eye(4, dtype=np.float32))
+    with pytest.raises(ValueError, match=r'of shape \(0, 4\) is empty'):
+        kernels.make_pattern(np.zeros((0, 4), bool))
+    with pytest.raises(ValueError, match="implementations='fc2/kernl' does not exist. Did you mean 'fc2/kernel'"):
+        kernels.make_patterns({'fc2': {'kernel': mask}}, implementations={'fc2/kernl': 'cpu'})
     with pytest.raises(ValueError, match='mask is traced'):
         jax.jit(lambda m: kernels.make_pattern(m))(mask)
     with pytest.raises(ValueError, match='of fc2 does not consist of whole blocks of 2x2: the block around'):
@@ -301,6 +311,12 @@ def test_measured_times_are_kept_by_shape_and_a_damaged_file_is_measured_again(t
     assert choice.measured(call._replace(name='other'), 0.05) == first
     (tmp_path / 'measured.json').write_text('{"')
     assert choice.measured(call, 0.05) != first
+    both = choice.measured(call, 0.05, dense_share=0.25)
+    sparse, dense = choice.measured(call, 0.05), choice.measured(call, 0.05, dense_share=1.0)
+    assert both['cpu'] == pytest.approx(0.75 * sparse['cpu'] + 0.25 * dense['cpu'])
+    assert len(json.loads((tmp_path / 'measured.json').read_text())) == 2
+    choice.measured(call._replace(input_gradient=False), 0.05)
+    assert len(json.loads((tmp_path / 'measured.json').read_text())) == 3
 
 
 def test_the_choice_takes_a_sparse_kernel_only_where_it_wins():
@@ -320,7 +336,13 @@ def test_by_rule_a_sparse_pattern_takes_the_kernel_and_a_dense_one_does_not():
         )
         return 'sparse_jax_forward' in text
 
-    assert calls(0.05) and calls(0.1) and not calls(0.5)
+    assert calls(0.05) and calls(0.2) and not calls(0.5)
+
+
+def test_the_rule_goes_by_the_density_now_not_by_the_capacity_that_is_kept():
+    full = kernels.make_patterns({'w': np.ones((100, 100), bool)})
+    sparse = kernels.make_patterns({'w': np.arange(10_000).reshape(100, 100) < 500}, previous=full)['w']
+    assert sparse.capacity == 10_000 and sparse.by_rule == 'cpu' and full['w'].by_rule == 'reference'
 
 
 @settings(max_examples=60)

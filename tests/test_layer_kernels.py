@@ -70,11 +70,25 @@ def test_kernels_train_as_masked_dense_products_do(make, monkeypatch):
             losses[name].append(float(metrics['loss']))
         ends[name] = state
     np.testing.assert_allclose(losses['cpu'], losses['dense'], rtol=2e-4)
-    a, b = (jax.tree.leaves(sj.get_masks(state.opt_state)) for state in ends.values())
     before = jax.tree.leaves(sj.get_masks(start.opt_state))
-    moved = sum(int((x != y).sum()) for x, y in zip(a, before, strict=True))
-    different = sum(int((x != y).sum()) for x, y in zip(a, b, strict=True))
-    assert moved > 100 and different <= 0.02 * moved
+    moved = sum(int((x != y).sum()) for x, y in zip(jax.tree.leaves(sj.get_masks(ends['cpu'].opt_state)), before, strict=True))
+    assert moved > 100
+    _differ_at_near_ties_only(before, ends['cpu'], ends['dense'])
+    _differ_at_near_ties_only(before, ends['dense'], ends['cpu'])
+
+
+def _differ_at_near_ties_only(before, one, other):
+    """A weight that only one of two updates kept or grew has a score at the other's threshold, the lowest that it kept or grew."""
+    leaves = lambda state: [
+        [np.abs(np.asarray(x)) for x in jax.tree.leaves(tree)]
+        for tree in (sj.get_masks(state.opt_state), state.params, state.opt_state.inner_state[1][0].trace)
+    ]
+    lowest = lambda values: values.min(initial=np.inf)
+    for old, mask, weight, momentum, mask_, weight_, momentum_ in zip(before, *leaves(one), *leaves(other), strict=True):
+        if mask.ndim and (own := mask & ~mask_).any():
+            old = np.asarray(old)
+            kept, grown = lowest(weight_[old & mask_]), lowest(momentum_[mask_ & ~old])
+            assert ((momentum[own] <= 1.02 * grown) | (old[own] & (weight[own] <= 1.02 * kept))).all()
 
 
 def _by(name, pattern):
@@ -100,12 +114,21 @@ def test_active_gradients_are_equal_in_both_kinds_of_steps(kernels):
     np.testing.assert_allclose(trace[False][mask], trace[True][mask], rtol=1e-4, atol=1e-6)
 
 
+def _first_layer_wins(call, density, *, dense_share):
+    """The kernel for fc1, on any machine: some restored choice must be another than dense."""
+    assert dense_share == 0.25
+    return {'dense': 1.0, 'cpu': 0.5 if call.name == 'fc1/kernel' else 2.0}
+
+
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp('run') / 'undisturbed'
-    return folder, train.train(_config(), folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice, 'measured', _first_layer_wins)
+        return folder, train.train(_config(), folder)
 
 
+@needs_compiler
 def test_a_run_resumed_within_a_window_keeps_its_bits_without_measuring_again(finished, tmp_path, monkeypatch):
     """The checkpoint of step 38 lies in the window of the update of step 40. No time may be measured anew: another would change bits."""
     reference, result = finished
@@ -123,6 +146,7 @@ def test_a_run_resumed_within_a_window_keeps_its_bits_without_measuring_again(fi
     assert (folder / 'kernels.json').read_text() == (reference / 'kernels.json').read_text()
 
 
+@needs_compiler
 def test_choices_are_written_and_shown(finished, capsys):
     history = json.loads((finished[0] / 'kernels.json').read_text())
     assert set(history['0']) == {'fc1/kernel', 'fc2/kernel', 'fc3/kernel'}
@@ -131,25 +155,27 @@ def test_choices_are_written_and_shown(finished, capsys):
             if row['seconds']:
                 assert row['implementation'] == choice.fastest(row['seconds'])
     assert history['0']['fc1/kernel']['density'] == pytest.approx(0.05, abs=1e-3)
-    layer_kernels.print_table(finished[0])
+    layer_kernels.print_table(_config(), finished[0])
     table = capsys.readouterr().out
     assert 'fc1/kernel' in table and 'ms' in table and 'takes' in table
 
 
+@needs_compiler
 def test_a_layer_is_measured_again_only_when_its_density_changed_much(tmp_path, monkeypatch):
     config = _config()
     experiment = train.create(config, num_examples=4000, input_shape=(28, 28, 1), num_outputs=10)
     state = experiment.init(jax.random.key(0))
     asked = []
 
-    def measured(call, density, *, dense_gradient):
-        asked.append((call.name, round(density, 3), dense_gradient, call.x))
+    def measured(call, density, *, dense_share):
+        asked.append((call.name, round(density, 3), dense_share, call.input_gradient, call.x))
         return {'dense': 2.0, 'cpu': 1.0}
 
     monkeypatch.setattr(choice, 'measured', measured)
     kernels = layer_kernels.LayerKernels(config, experiment, tmp_path, 0)
     patterns = kernels.patterns(0, state)
-    assert asked[0] == ('fc1/kernel', 0.05, False, (100, 1, 1, 784)) and len(asked) == 3
+    assert asked[0] == ('fc1/kernel', 0.05, 0.25, False, (100, 1, 1, 784)) and len(asked) == 3
+    assert asked[1][3]  # the second layer's input has a gradient
     assert patterns['fc1']['kernel'].implementation == 'cpu' and patterns['fc1']['bias'] is None
     for part, again in ((0.8, 0), (0.5, 1)):  # of fc1's weights that stay
         masks = sj.get_masks(state.opt_state)
@@ -163,6 +189,7 @@ def test_a_layer_is_measured_again_only_when_its_density_changed_much(tmp_path, 
 @pytest.mark.parametrize(('settings', 'message'), [
     (dict(sparsity__kernels='gpuu'), "sparsity.kernels='gpuu' does not exist"),
     (dict(sparsity__kernels='cpu', model__dtype='bfloat16'), "config.sparsity.kernels='cpu' does not run here: it computes in float32"),
+    (dict(sparsity__method='rigl'), 'dense_gradient_window=5 has no effect with sparsity.method=.rigl.'),
     (dict(sparsity__dense_gradient_window=-1), 'config.sparsity.dense_gradient_window=-1: must be at least 0, or None'),
 ])  # fmt: skip
 def test_wrong_settings_make_no_file(tmp_path, settings, message):
@@ -179,8 +206,10 @@ def test_every_kind_of_kernels_trains(tmp_path, kernels, finished):
 
 
 def test_kernels_may_change_on_resume_and_the_window_may_not(finished, tmp_path):
-    shutil.copytree(finished[0], tmp_path / 'run')
-    assert train.train(_config(sparsity__kernels='dense'), tmp_path / 'run')['test_loss'] == finished[1]['test_loss']
+    shutil.copytree(finished[0], tmp_path / 'run', ignore=shutil.ignore_patterns('60', 'result.json', 'run.json', '.lock'))
+    assert train.train(_config(sparsity__kernels='dense'), tmp_path / 'run')['test_loss'] == pytest.approx(
+        finished[1]['test_loss'], rel=0.1
+    )
     with pytest.raises(ValueError, match='sparsity.dense_gradient_window: 5 there, 6 given'):
         train.train(_config(sparsity__dense_gradient_window=6), tmp_path / 'run')
 

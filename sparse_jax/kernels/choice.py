@@ -30,6 +30,7 @@ class Call(NamedTuple):
     geometry: Geometry
     block: tuple[int, int]
     dtype: str
+    input_gradient: bool = True  # whether the gradient with respect to x is wanted: not of the network's own input
 
 
 @contextlib.contextmanager
@@ -72,7 +73,7 @@ def rounded(density: float) -> float:
 
 
 @functools.cache
-def _step(name: str, geometry: Geometry, linear: bool, dense_gradient: bool) -> Callable:
+def _step(name: str, geometry: Geometry, linear: bool, input_gradient: bool, dense_gradient: bool) -> Callable:
     """The compiled forward product and both gradients; kept, so that another density of the same shapes compiles nothing."""
     options: dict[str, Any] = dict(strides=geometry.strides, padding=geometry.padding, dilation=geometry.dilation)
 
@@ -85,7 +86,8 @@ def _step(name: str, geometry: Geometry, linear: bool, dense_gradient: bool) -> 
     @jax.jit
     def step(x, w, pattern, dy):
         y, pull = jax.vjp(lambda x, w: product(x, w, pattern), x, w)
-        return y, pull(dy)
+        dx, dw = pull(dy)
+        return (y, dx, dw) if input_gradient else (y, dw)
 
     return step
 
@@ -120,7 +122,7 @@ def measure(
     pattern = jax.device_put(make_pattern(mask, block=None if call.block == (1, 1) else call.block))
 
     def run(name: str) -> float:
-        step = _step(name, call.geometry, linear, dense_gradient)
+        step = _step(name, call.geometry, linear, call.input_gradient, dense_gradient and name != 'dense')
         begin = time.perf_counter()
         jax.block_until_ready(step(x, w, None if name == 'dense' else pattern, dy))
         return time.perf_counter() - begin
@@ -138,12 +140,39 @@ def measure(
     return {name: float(np.median(values)) for name, values in seconds.items()}
 
 
-def measured(call: Call, density: float, *, dense_gradient: bool = False) -> dict[str, float]:
-    """As :func:`measure`, or what was measured before on this machine for these shapes and this density (to two digits)."""
-    density = rounded(density)
-    machine = hashlib.sha256(f'{compiler.processor()} {os.cpu_count()} {jax.__version__}'.encode()).hexdigest()[:12]
-    what = [list(call.x), list(call.w), [list(map(_plain, part)) for part in call.geometry], list(call.block), call.dtype]
-    key = json.dumps([machine, *what, density, dense_gradient, list(candidates(call))])
+def measured(call: Call, density: float, *, dense_share: float = 0.0) -> dict[str, float]:
+    """Seconds of an average step, measured now or before on this machine for these shapes and this density (to two digits).
+
+    Args:
+      call: its shapes.
+      density: of the weight, in (0, 1].
+      dense_share: share of the steps whose weight gradient is wanted at all positions, in [0, 1].
+
+    Returns:
+      Seconds by name, as :func:`measure`.
+    """
+    kinds = [(share, dense) for share, dense in ((1 - dense_share, False), (dense_share, True)) if share > 0]
+    rows = [(share, _measured_once(call, density, dense)) for share, dense in kinds]
+    return {name: sum(share * row[name] for share, row in rows) for name in rows[0][1]}
+
+
+def _threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def _measured_once(call: Call, density: float, dense_gradient: bool) -> dict[str, float]:
+    density, names = rounded(density), candidates(call)
+    kernels = compiler.key() if 'cpu' in names else ''
+    machine = hashlib.sha256(f'{compiler.processor()} {_threads()} {jax.__version__} {kernels}'.encode()).hexdigest()[:12]
+    what = [
+        list(call.x),
+        list(call.w),
+        [list(map(_plain, part)) for part in call.geometry],
+        list(call.block),
+        call.dtype,
+        call.input_gradient,
+    ]
+    key = json.dumps([machine, *what, density, dense_gradient, list(names)])
     path = compiler.cache_folder() / 'measured.json'
     known = _read(path)
     if key not in known:
@@ -172,9 +201,12 @@ def _write(path: pathlib.Path, content: dict[str, dict[str, float]]) -> None:
     with contextlib.suppress(OSError):  # a cache that cannot be written costs a measurement next time
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(dir=path.parent, suffix='.json.partial')
-        with os.fdopen(handle, 'w') as file:
-            json.dump(content, file)
-        os.replace(partial, path)
+        try:
+            with os.fdopen(handle, 'w') as file:
+                json.dump(content, file)
+            os.replace(partial, path)
+        finally:
+            pathlib.Path(partial).unlink(missing_ok=True)
 
 
 def fastest(seconds: dict[str, float]) -> str:

@@ -33,7 +33,10 @@ def cache_folder() -> pathlib.Path:
     if own := os.environ.get('SPARSE_JAX_CACHE'):
         return pathlib.Path(own)
     base = os.environ.get('XDG_CACHE_HOME')
-    return (pathlib.Path(base) if base else pathlib.Path.home() / '.cache') / 'sparse_jax'
+    try:
+        return (pathlib.Path(base) if base else pathlib.Path.home() / '.cache') / 'sparse_jax'
+    except RuntimeError:  # a user without a home, as in containers
+        return pathlib.Path(tempfile.gettempdir()) / f'sparse_jax-{os.getuid()}'
 
 
 @functools.cache
@@ -59,7 +62,7 @@ def _compiler() -> list[str]:
 
 def _run(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {'LC_ALL': 'C'})
     except OSError as error:
         raise CompilerError(f'the compiler does not start: {error}; the command was: {shlex.join(command)}') from error
     if done.returncode:
@@ -69,11 +72,20 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-def _key(compiler: list[str], flags: tuple[str, ...]) -> str:
+def _flags() -> tuple[str, ...]:
+    return *_FLAGS, *shlex.split(os.environ.get('SPARSE_JAX_CXXFLAGS', ''))
+
+
+@functools.cache
+def key() -> str:
+    """Everything that a library depends on, as a digest; CompilerError where there is no compiler."""
     digest = hashlib.sha256()
-    for path in sorted(_SOURCES.iterdir()):
-        digest.update(path.name.encode() + path.read_bytes())
-    for part in (*flags, _run([*compiler, '--version']), processor(), jax.__version__, importlib.metadata.version('jaxlib')):
+    try:
+        for path in sorted(path for path in _SOURCES.iterdir() if path.suffix in ('.h', '.cc')):
+            digest.update(path.name.encode() + path.read_bytes())
+    except OSError as error:
+        raise CompilerError(f'the sources cannot be read: {error}') from error
+    for part in (*_flags(), _run([*_compiler(), '--version']), processor(), jax.__version__, importlib.metadata.version('jaxlib')):
         digest.update(part.encode() + b'\0')
     return digest.hexdigest()[:24]
 
@@ -87,15 +99,19 @@ def _intact(path: pathlib.Path) -> bool:
     return len(data) > 32 and hashlib.sha256(data[:-32]).digest() == data[-32:]
 
 
-def _compile(compiler: list[str], flags: tuple[str, ...], path: pathlib.Path) -> None:
-    """Compiles into a file beside its place, then renames it."""
+def _compile(path: pathlib.Path) -> None:
+    _run([*_compiler(), *_flags(), '-isystem', jax.ffi.include_dir(), str(_SOURCES / 'kernels.cc'), '-o', str(path)])
+    digest = hashlib.sha256(path.read_bytes()).digest()
+    with open(path, 'ab') as file:  # the loader ignores what follows the last section
+        file.write(digest)
+
+
+def _keep(library: pathlib.Path, path: pathlib.Path) -> None:
+    """Copies a library into the cache: beside its place, then renamed."""
     handle, partial = tempfile.mkstemp(dir=path.parent, suffix='.so.partial')
     os.close(handle)
     try:
-        _run([*compiler, *flags, '-isystem', jax.ffi.include_dir(), str(_SOURCES / 'kernels.cc'), '-o', partial])
-        data = pathlib.Path(partial).read_bytes()
-        with open(partial, 'ab') as file:  # the loader ignores what follows the last section
-            file.write(hashlib.sha256(data).digest())
+        shutil.copyfile(library, partial)
         os.replace(partial, path)
     finally:
         pathlib.Path(partial).unlink(missing_ok=True)
@@ -104,28 +120,21 @@ def _compile(compiler: list[str], flags: tuple[str, ...], path: pathlib.Path) ->
 @functools.cache
 def library() -> ctypes.CDLL:
     """The loaded library, compiled if need be. Raises: CompilerError with the reason where it cannot be had."""
-    compiler = _compiler()
-    flags = (*_FLAGS, *shlex.split(os.environ.get('SPARSE_JAX_CXXFLAGS', '')))
-    name = f'kernels-{_key(compiler, flags)}.so'
     folder = cache_folder()
+    path = folder / f'kernels-{key()}.so'
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / name
-        if not _intact(path):
-            _logger.info('sparse_jax: compiling the CPU kernels, once (some seconds).')
-            _compile(compiler, flags, path)
-    except OSError as error:  # read-only or full: a library for this process alone
-        _logger.warning(
-            'sparse_jax: %s cannot keep the compiled CPU kernels (%s); they are compiled for this process alone.', folder, error
-        )
-        try:
-            with tempfile.TemporaryDirectory() as temporary:
-                path = pathlib.Path(temporary) / name
-                _compile(compiler, flags, path)
-                return ctypes.CDLL(str(path))
-        except OSError as again:
-            raise CompilerError(f'neither {folder} nor {tempfile.gettempdir()} takes the compiled library: {again}') from again
-    try:
-        return ctypes.CDLL(str(path))
+        if _intact(path):
+            return ctypes.CDLL(str(path))
+        _logger.info('sparse_jax: compiling the CPU kernels, once (some seconds).')
+        with tempfile.TemporaryDirectory() as temporary:
+            fresh = pathlib.Path(temporary) / path.name
+            _compile(fresh)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                _keep(fresh, path)
+            except OSError as error:  # read-only or full
+                message = 'sparse_jax: %s cannot keep the compiled CPU kernels (%s); they are compiled for this process alone.'
+                _logger.warning(message, folder, error)
+            return ctypes.CDLL(str(fresh))
     except OSError as error:
-        raise CompilerError(f'the compiled library does not load: {error}') from error
+        raise CompilerError(f'the compiled library cannot be written or loaded: {error}') from error

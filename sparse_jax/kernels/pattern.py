@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from sparse_jax import _names
 from sparse_jax import masks as masks_lib
 
 
@@ -28,7 +29,8 @@ class Pattern:
       transposed_pointers: int32[inputs + 1].
       shape: of the weight: [in, out], or [height, width, in, out].
       block: inputs and outputs of a unit; (1, 1) where single weights are units.
-      implementation: which backend the layer takes; None: the rule of :func:`sparse_jax.kernels.sparse_conv`.
+      implementation: which backend the layer takes; None: the one below, where it runs.
+      by_rule: the backend that its density suggests: ``'cpu'`` at 20% or less, else ``'reference'``.
       dense_gradient: whether the weight's gradient is wanted at all positions.
       name: of the layer, for messages.
     """
@@ -40,6 +42,7 @@ class Pattern:
     shape: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
     block: tuple[int, int] = dataclasses.field(default=(1, 1), metadata=dict(static=True))
     implementation: str | None = dataclasses.field(default=None, metadata=dict(static=True))
+    by_rule: str = dataclasses.field(default='reference', metadata=dict(static=True))
     dense_gradient: bool = dataclasses.field(default=False, metadata=dict(static=True))
     name: str = dataclasses.field(default='', metadata=dict(static=True))
 
@@ -62,7 +65,11 @@ def capacity(count: int, most: int) -> int:
     >>> capacity(1000, 5000), capacity(1025, 2000), capacity(3, 9)
     (2048, 2000, 9)
     """
-    return min(most, max(16, 1 << (2 * count - 1).bit_length()))
+    return min(most, max(16, 1 << max(2 * count - 1, 0).bit_length()))
+
+
+# Up to this density the kernel was faster than XLA's dense product in every shape of benchmarks/layers.py.
+_BY_RULE = 0.2
 
 
 def make_pattern(
@@ -87,7 +94,7 @@ def make_pattern(
       The pattern, its arrays NumPy's: ``jax.device_put`` it once where many steps take it.
 
     Raises:
-      ValueError: if the mask is traced, not boolean, of another number of axes, or does not consist of whole blocks.
+      ValueError: if the mask is traced, empty, not boolean, of another number of axes, or does not consist of whole blocks.
 
     Example:
       >>> import numpy as np
@@ -108,10 +115,15 @@ def make_pattern(
     if mask.size >= 2**31:
         raise ValueError(f'make_pattern: mask{_called(name)} of shape {mask.shape} has 2^31 elements or more: indices are int32.')
     shape = mask.shape
+    if min(shape) == 0:
+        raise ValueError(f'make_pattern: mask{_called(name)} of shape {shape} is empty.')
     if block is not None:
+        block = int(block[0]), int(block[1])
         mask = _blocks(mask, block, name)
     units = mask.reshape(-1, *mask.shape[-2:])  # [taps, inputs, outputs]
-    room = max(at_least, capacity(int(np.count_nonzero(units)), units.size))
+    count = int(np.count_nonzero(units))
+    room = max(at_least, capacity(count, units.size))
+    by_rule = 'cpu' if count <= _BY_RULE * units.size else 'reference'
 
     def listed(axes):
         """Units in compressed rows, in the order of these axes."""
@@ -124,7 +136,7 @@ def make_pattern(
 
     indices, pointers = listed((2, 1, 0))
     transposed, transposed_pointers = listed((1, 2, 0))
-    return Pattern(indices, pointers, transposed, transposed_pointers, shape, block or (1, 1), implementation, name=name)
+    return Pattern(indices, pointers, transposed, transposed_pointers, shape, block or (1, 1), implementation, by_rule, name=name)
 
 
 def _called(name: str) -> str:
@@ -169,7 +181,7 @@ def make_patterns(
       convolution.
 
     Raises:
-      ValueError: as :func:`make_pattern`.
+      ValueError: as :func:`make_pattern`, and for a path in `implementations` that no leaf has.
 
     Example:
       >>> import jax.numpy as jnp
@@ -179,7 +191,10 @@ def make_patterns(
     """
     is_pattern = lambda x: x is None or isinstance(x, Pattern)
     before = {p.name: p for p in jax.tree.leaves(previous, is_leaf=is_pattern) if p is not None}
-    chosen = implementations or {}
+    chosen, leaves = implementations or {}, masks_lib.leaf_paths(masks)
+    for path in chosen:
+        if path not in dict(leaves):
+            raise _names.unknown('make_patterns: the leaf of implementations', path, dict(leaves))
 
     def make(path, mask):
         axes = np.ndim(mask)
@@ -192,12 +207,14 @@ def make_patterns(
             own['at_least'] = old.capacity
         if not rows:
             return make_pattern(mask, **own)
-        slices = [make_pattern(row, **own) for row in np.asarray(mask)]
-        own['at_least'] = max(p.capacity for p in slices)  # rows of one array have one length
-        slices = [make_pattern(row, **own) for row in np.asarray(mask)]
+        mask = np.asarray(mask)  # rows of one array have one length, and take one backend
+        fullest = max(mask, key=np.count_nonzero)
+        first = make_pattern(fullest, **own)
+        own['at_least'] = first.capacity
+        slices = [dataclasses.replace(make_pattern(row, **own), by_rule=first.by_rule) for row in mask]
         return jax.tree.map(lambda *arrays: np.stack(arrays), *slices)
 
-    return jax.tree.unflatten(jax.tree.structure(masks), [make(p, m) for p, m in masks_lib.leaf_paths(masks)])
+    return jax.tree.unflatten(jax.tree.structure(masks), [make(p, m) for p, m in leaves])
 
 
 def with_dense_gradients(patterns: Any) -> Any:

@@ -31,9 +31,6 @@ IMPLEMENTATIONS = tuple(_BACKENDS)
 # Functions (x, w, pattern, geometry) that are told of each product while it is traced: see choice.py.
 observers: list[Callable[..., None]] = []
 
-# By rule, without a measurement: a pattern at 10% or less takes `cpu`; its capacity is a power of two, two to four times that.
-_MOST_CAPACITY = 0.4
-
 
 def _choose(implementation: str | None, x: jax.Array, w: jax.Array, pattern: Pattern) -> str:
     """The backend that runs; NotImplementedError where a named one cannot, ValueError where there is none of that name."""
@@ -43,7 +40,7 @@ def _choose(implementation: str | None, x: jax.Array, w: jax.Array, pattern: Pat
     if named == 'reference':
         return named
     platform = jax.default_backend()
-    if not x.size or (named is None and (platform != 'cpu' or pattern.capacity > _MOST_CAPACITY * np.prod(pattern.units))):
+    if not x.size or (named is None and (platform != 'cpu' or pattern.by_rule == 'reference')):
         return 'reference'
     reason = f'it runs on CPU, not on {platform}' if platform != 'cpu' else cpu.unsupported(x.dtype, w.dtype) or cpu.unavailable()
     if not reason:
@@ -142,7 +139,7 @@ def sparse_dot(
       pattern: of w: see :func:`make_pattern`.
       dense_gradient: whether the gradient with respect to w is wanted at all positions; so too if the pattern says so.
       implementation: ``'reference'`` (plain XLA) or ``'cpu'`` (C++); None: the one that the pattern names, or else by rule: on CPU, in
-        float32, where there is a C++ compiler, ``'cpu'`` for patterns at 10% or less and some up to 20%, otherwise the reference.
+        float32, where there is a C++ compiler, ``'cpu'`` for patterns at 20% or less, otherwise the reference.
 
     Returns:
       [..., out], of x's type.
@@ -252,7 +249,7 @@ def convolve(
 def _geometry(name: str, x: tuple[int, ...], w: tuple[int, ...], strides, padding, dilation) -> Geometry:
     pairs = {'strides': strides, 'dilation': dilation}
     for key, value in pairs.items():
-        if not isinstance(value, Sequence) or len(value) != 2 or min(value) < 1:
+        if not isinstance(value, Sequence) or len(value) != 2 or not all(_is_integer(v) and v >= 1 for v in value):
             raise ValueError(f'{name}: {key}={value!r} must be two integers of at least 1, for rows and columns.')
     strides, dilation = tuple(map(int, strides)), tuple(map(int, dilation))
     if isinstance(padding, str):
@@ -260,7 +257,11 @@ def _geometry(name: str, x: tuple[int, ...], w: tuple[int, ...], strides, paddin
             raise _names.unknown('padding', padding, ['SAME', 'VALID'])
         reach = [(taps - 1) * d + 1 for taps, d in zip(w[:2], dilation, strict=True)]
         padding = lax.padtype_to_pads(x[1:3], reach, strides, padding.upper())
-    pads = tuple((int(low), int(high)) for low, high in padding)
-    if len(pads) != 2 or min(min(pads)) < 0:
+    pads = tuple(tuple(pair) if isinstance(pair, Sequence) else () for pair in padding) if isinstance(padding, Sequence) else ()
+    if len(pads) != 2 or not all(len(pair) == 2 and all(_is_integer(v) and v >= 0 for v in pair) for pair in pads):
         raise ValueError(f'{name}: padding={padding!r} must be pixels before and after in rows and columns, at least 0.')
-    return Geometry(strides, pads, dilation)  # type: ignore[arg-type]
+    return Geometry(strides, tuple((int(low), int(high)) for low, high in pads), dilation)  # type: ignore[arg-type]
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

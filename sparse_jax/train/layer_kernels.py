@@ -5,6 +5,8 @@ of steps done, and a resumed run reads it there instead of measuring again.
 """
 
 import json
+import logging
+import math
 import pathlib
 from typing import Any
 
@@ -21,19 +23,22 @@ from sparse_jax.train import state as state_lib
 from sparse_jax.train import workdir
 
 FILE = 'kernels.json'
+_LOG = logging.getLogger('sparse_jax')
 _MUCH = 1.5  # a density that has changed by this factor since a layer's choice is measured anew
-_SPARSE = 0.5  # above this density no sparse kernel is tried
+_SPARSE = 0.9  # above this density no sparse kernel is tried
 
 
 def check(config: config_lib.Config) -> None:
     """ValueError where sparsity.kernels asks for a backend that does not run here; compiles it if need be."""
-    if config.sparsity.kernels != 'cpu' or config.sparsity.method == 'dense':
-        return
-    reason = cpu.unsupported(config.model.dtype, config.model.dtype)
-    if not reason and jax.default_backend() != 'cpu':
-        reason = f'it runs on CPU, not on {jax.default_backend()}'
-    if reason := reason or cpu.unavailable():
+    if config.sparsity.kernels == 'cpu' and config.sparsity.method != 'dense' and (reason := _unavailable(config)):
         raise ValueError(f"config.sparsity.kernels='cpu' does not run here: {reason}. Take 'auto', 'reference' or 'dense'.")
+
+
+def _unavailable(config: config_lib.Config) -> str:
+    """Why the C++ kernels cannot run this; empty where they can."""
+    if jax.default_backend() != 'cpu':
+        return f'it runs on CPU, not on {jax.default_backend()}'
+    return cpu.unsupported(config.model.dtype, config.model.dtype) or cpu.unavailable()
 
 
 class LayerKernels:
@@ -60,6 +65,8 @@ class LayerKernels:
         self._chosen: dict[str, Any] = {}
         for step in before:
             self._chosen |= self._history[str(step)]
+        if any(row['implementation'] == 'cpu' for row in self._chosen.values()) and (reason := _unavailable(config)):
+            _LOG.warning("kernels: %s says 'cpu', which does not run here (%s): the reference does.", self._path, reason)
 
     def patterns(self, step: int, state: state_lib.TrainState) -> Any:
         """The patterns of a state's masks, as ``train_step`` takes them; None where all layers are dense.
@@ -103,21 +110,24 @@ class LayerKernels:
             self._calls = _calls(self._experiment, state, masks, self._block, self._examples)
         row: dict[str, Any] = {'density': density, 'implementation': 'dense', 'seconds': {}}
         if path in self._calls and density <= _SPARSE and len(choice.candidates(self._calls[path])) > 1:
-            always = self._experiment.dense_gradient_steps is None
-            row['seconds'] = choice.measured(self._calls[path], density, dense_gradient=always)
+            window, every = self._experiment.dense_gradient_steps, self._experiment.update_every
+            share = 1.0 if window is None else min(1.0, window / every)
+            row['seconds'] = choice.measured(self._calls[path], density, dense_share=share)
             row['implementation'] = choice.fastest(row['seconds'])
+            times = ', '.join(f'{name} {1e3 * seconds:.2f} ms' for name, seconds in row['seconds'].items())
+            _LOG.info('kernels: %s at %.2f%% takes %s (%s)', path, 100 * density, row['implementation'], times)
         return row
 
 
-def print_table(folder: pathlib.Path) -> None:
+def print_table(config: config_lib.Config, folder: pathlib.Path) -> None:
     """Prints the choices of a workdir's run, each layer's last one with both times; nothing where none was made."""
     path = folder / FILE
-    if not path.exists():
+    if config.sparsity.kernels != 'auto' or not path.exists():
         return
     history, rows = json.loads(path.read_text()), {}
     for step in sorted(history, key=int):
         rows |= history[step]
-    table = Table(title='kernels, chosen by measurement: forward and both gradients of one step')
+    table = Table(title='kernels, chosen by measurement: a layer in an average step')
     for column in ('layer', 'density', 'dense', 'sparse', 'takes'):
         table.add_column(column, justify='left' if column in ('layer', 'takes') else 'right')
     for name, row in rows.items():
@@ -134,4 +144,6 @@ def _calls(experiment, state, masks, block, examples: int) -> dict[str, choice.C
     x = jax.ShapeDtypeStruct((examples, *experiment.example.shape[1:]), experiment.example.dtype)
     with choice.recorded() as calls:
         jax.eval_shape(lambda p, s, x: experiment.apply(p, s, x, patterns), state.params, state.model_state, x)
-    return {call.name: call for call in calls}
+    # the first layer's input is the network's, whose gradient nobody wants
+    first = [call._replace(input_gradient=False) if math.prod(call.x) == math.prod(x.shape) else call for call in calls[:1]]
+    return {call.name: call for call in (*first, *calls[1:])}

@@ -125,7 +125,7 @@ def train(config: config_lib.Config, folder: pathlib.Path) -> dict[str, Any]:
     workdir.check(config, folder)
     if (folder / 'result.json').exists():
         result = json.loads((folder / 'result.json').read_text())
-        layer_kernels.print_table(folder)
+        layer_kernels.print_table(config, folder)
         report.print_table(result)
         return result
     data, experiment = _prepare(config, folder)
@@ -267,7 +267,7 @@ def _finish(config, folder, data, experiment, state, seconds, start) -> dict[str
         },
     )
     workdir.write_json(folder / 'result.json', result)  # last: its presence says that the run is finished
-    layer_kernels.print_table(folder)
+    layer_kernels.print_table(config, folder)
     report.print_table(result)
     return result
 

@@ -156,6 +156,11 @@ def create(config: config_lib.Config, *, num_examples: int, input_shape: tuple[i
         if sparsity.dense_gradient_window is not None:
             needed = sj.criteria.dense_gradient_steps(grow)
             dense_steps = sparsity.dense_gradient_window if needed is None else needed
+            if needed is not None and sparsity.dense_gradient_window != config_lib.Sparsity().dense_gradient_window:
+                raise ValueError(
+                    f'config.sparsity.dense_gradient_window={sparsity.dense_gradient_window} has no effect with '
+                    f'sparsity.method={sparsity.method!r}, whose growth needs {needed} dense steps: leave it, or set None for all steps.'
+                )
         if grow is not None or callable(parts['density']):
             timing = {name: parts[name] for name in ('update_every', 'total_steps', 'start_step')}
             is_mask_update = functools.partial(sj.schedules.is_update, **timing, stop_step=parts.get('stop_step'))

@@ -33,6 +33,8 @@ def differences(config: config_lib.Config, workdir: pathlib.Path) -> list[str]:
         raise ValueError(f'{path} is not JSON ({error}): give another --workdir, or delete this one.') from error
     new = config_lib.identity(config)
     old = config_lib.identity(config_lib.Config()) | _BEFORE | old
+    if config.sparsity.method == 'dense':  # has no effect there
+        old['sparsity.dense_gradient_window'] = new['sparsity.dense_gradient_window']
     return [f'{k}: {old.get(k)!r} there, {new.get(k)!r} given' for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
 
 
