@@ -84,6 +84,110 @@ def errors(case, implementation: str, seed: int = 0):
     return got, [float(np.abs(np.asarray(a) - b).max(initial=0) / largest(b)) for a, b in zip(got, expected, strict=True)]
 
 
+# batch, height, width, in, out, taps, stride, padding, density
+BY_LANES = [
+    (64, 8, 8, 20, 33, 3, 1, 1, 0.1),
+    (16, 5, 7, 3, 6, 3, 1, 1, 0.5),
+    (32, 9, 9, 17, 12, 3, 2, 1, 0.2),
+    (64, 2, 2, 16, 70, 3, 1, 1, 0.1),
+    (48, 6, 6, 9, 10, 1, 2, 0, 0.3),
+    (16, 4, 4, 5, 5, 1, 1, 0, 0.0),
+    (16, 7, 7, 4, 40, 5, 1, 2, 1.0),
+    (16, 12, 12, 2, 3, 3, 1, 0, 0.3),
+]
+
+
+def by_lanes(case, mode: str, seed: int = 0):
+    """A normalised convolution by lanes with residual and moments, and all its gradients: results, and those of float64.
+
+    Args:
+      case: a row of BY_LANES.
+      mode: 'sparse', 'dense' (without a pattern), or 'dense gradient'.
+      seed: of all arrays. Values are such that ReLU's argument is never zero nor rounded.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from sparse_jax import kernels
+
+    n, height, width, inputs, outputs, taps, stride, pad, density = case
+    padding = ((pad, pad), (pad, pad))
+    _, mask, w, dy = make((n, height, width, inputs, outputs, (taps, taps), (stride,) * 2, padding, (1, 1), density, None), seed)
+    random = np.random.default_rng(seed)
+    if mode == 'dense':
+        w = random.standard_normal(w.shape).astype(np.float32)
+    x = random.integers(-8, 9, (n, height, width, inputs)).astype(np.float32) / 4
+    mean, scale = random.integers(-4, 5, inputs) / 4, random.choice([-1, 0.5, 1, 2], inputs)
+    activation = np.stack([mean, scale, (2 * random.integers(-4, 4, inputs) + 1) / 16]).astype(np.float32)
+    residual, d_moments = (
+        random.standard_normal(dy.shape).astype(np.float32),
+        random.standard_normal((2, outputs)).astype(np.float32),
+    )
+
+    pattern = None if mode == 'dense' else kernels.make_pattern(mask)
+    if mode == 'dense gradient':
+        pattern = kernels.with_dense_gradients(pattern)
+
+    def function(x, activation, w, residual):
+        x, residual = kernels.to_lanes(x), kernels.to_lanes(residual)
+        own = dict(strides=(stride, stride), padding=padding, statistics=True)
+        y, moments = kernels.convolve_by_lanes(x, activation, w, residual, pattern, **own)
+        return kernels.from_lanes(y), moments
+
+    (y, moments), pull = jax.vjp(function, *map(jnp.asarray, (x, activation, w, residual)))
+    got = y, moments, *pull((jnp.asarray(dy), jnp.asarray(d_moments)))
+
+    centred = np.asarray(x, np.float64) - activation[0]
+    before = centred * activation[1] + activation[2]
+    hidden = np.maximum(before, 0)
+    strides = stride, stride
+    product, _, _ = convolution(hidden, w, dy, strides, padding, (1, 1))
+    out = product + residual
+    average, variance = out.mean((0, 1, 2)), out.var((0, 1, 2))
+    total = dy + (d_moments[0] + 2 * d_moments[1] * (out - average)) / (out.size / outputs)
+    _, d_hidden, dw = convolution(hidden, w, total, strides, padding, (1, 1))
+    passed = d_hidden * (before > 0)
+    d_activation = np.stack([-(passed * activation[1]).sum((0, 1, 2)), (passed * centred).sum((0, 1, 2)), passed.sum((0, 1, 2))])
+    dw = np.where(mask, dw, 0) if mode == 'sparse' else dw
+    return got, (out, np.stack([average, variance]), passed * activation[1], d_activation, dw, total)
+
+
+def pooled(case, window: tuple[int, int], seed: int = 0):
+    """Maxima by lanes after normalisation, and their gradients; asserts that they are those of jnp.maximum, at ties too."""
+    import functools
+
+    import jax
+    import jax.numpy as jnp
+
+    from sparse_jax import kernels
+
+    n, height, width, channels = case[:4]
+    random = np.random.default_rng(seed)
+    x = jnp.asarray(random.integers(-3, 4, (n, height, width, channels)), jnp.float32)
+    activation = jnp.asarray(random.integers(-2, 3, (3, channels)), jnp.float32)
+
+    def plain(x, activation):
+        hidden = jax.nn.relu((x - activation[0]) * activation[1] + activation[2])
+        h, w = (side // step * step for side, step in zip(x.shape[1:3], window, strict=True))
+        slices = [hidden[:, i : h : window[0], j : w : window[1]] for i in range(window[0]) for j in range(window[1])]
+        return functools.reduce(jnp.maximum, slices)
+
+    y, pull = jax.vjp(lambda x, a: kernels.from_lanes(kernels.max_pool_by_lanes(kernels.to_lanes(x), a, window)), x, activation)
+    expected, expected_pull = jax.vjp(plain, x, activation)
+    dy = jnp.asarray(random.integers(-4, 5, y.shape), jnp.float32)
+    got = y, *pull(dy)
+    for a, b in zip(got, (expected, *expected_pull(dy)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    return got
+
+
+def by_lanes_errors(case, mode: str, seed: int = 0):
+    """Results by lanes, and the largest error of each, relative to the largest value (of sums: to what is summed)."""
+    got, expected = by_lanes(case, mode, seed)
+    largest = lambda a: max(np.abs(a).max(initial=0), 1.0)
+    return got, [float(np.abs(np.asarray(a) - b).max(initial=0) / largest(b)) for a, b in zip(got, expected, strict=True)]
+
+
 def main() -> None:
     from sparse_jax.kernels import cpu
 
@@ -96,6 +200,17 @@ def main() -> None:
             assert max(wrong) < 2e-6, (case, wrong)
             for array in got:
                 digest.update(np.asarray(array).tobytes())
+    for case in BY_LANES:
+        for mode in ('sparse', 'dense', 'dense gradient'):
+            got, wrong = by_lanes_errors(case, mode)
+            assert max(wrong) < 1e-5, (case, mode, wrong)
+            for array in got:
+                digest.update(np.asarray(array).tobytes())
+    for case in BY_LANES:
+        for window in ((2, 2), (1, 3)):
+            if case[1] >= window[0] and case[2] >= window[1]:
+                for array in pooled(case, window):
+                    digest.update(np.asarray(array).tobytes())
     print(digest.hexdigest())
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_jax.kernels import compiler, cpu, products
-from sparse_jax.kernels.pattern import make_pattern
+from sparse_jax.kernels.pattern import make_pattern, with_dense_gradients
 from sparse_jax.kernels.reference import Geometry
 
 
@@ -25,7 +25,7 @@ class Call(NamedTuple):
     """What decides a product's time, but for its density. A matrix product is a convolution of images of one pixel."""
 
     name: str  # of the layer
-    x: tuple[int, ...]  # [batch, height, width, in]
+    x: tuple[int, ...]  # [batch, height, width, in], or by lanes [batch / 16, height, width, in, 16]
     w: tuple[int, ...]  # [height, width, in, out]
     geometry: Geometry
     block: tuple[int, int]
@@ -58,7 +58,7 @@ def recorded() -> Iterator[list[Call]]:
 
 
 def candidates(call: Call) -> tuple[str, ...]:
-    """What can run a call here: always 'dense', which is XLA's product with the masked weight."""
+    """What can run a call here: always 'dense', the product with the masked weight: by lanes on the C++ kernels, else XLA's."""
     sparse = jax.default_backend() == 'cpu' and not cpu.unsupported(call.dtype, call.dtype) and not cpu.unavailable()
     return ('dense', 'cpu') if sparse else ('dense',)
 
@@ -78,6 +78,10 @@ def _step(name: str, geometry: Geometry, linear: bool, input_gradient: bool, den
     options: dict[str, Any] = dict(strides=geometry.strides, padding=geometry.padding, dilation=geometry.dilation)
 
     def product(x, w, pattern):
+        if x.ndim == 5:
+            pattern = with_dense_gradients(pattern) if dense_gradient else pattern
+            own = dict(strides=geometry.strides, padding=geometry.padding)
+            return products.convolve_by_lanes(x, None, w, None, None if name == 'dense' else pattern, **own)[0]
         if name == 'dense':
             return x @ w if linear else products.convolve(x, w, **options)
         own: dict[str, Any] = dict(dense_gradient=dense_gradient, implementation=name)
@@ -116,7 +120,8 @@ def measure(
     units = (*call.w[:-2], -(-call.w[-2] // rows), -(-call.w[-1] // columns))
     mask = np.repeat(np.repeat(random.random(units) < density, rows, axis=-2), columns, axis=-1)[..., : call.w[-2], : call.w[-1]]
     w = jnp.asarray(np.where(mask, random.standard_normal(call.w, np.float32), 0), call.dtype)
-    dy = jnp.asarray(random.standard_normal(call.geometry.output_shape(call.x, call.w), np.float32), call.dtype)
+    dy_shape = *call.geometry.output_shape(call.x[:4], call.w), *call.x[4:]
+    dy = jnp.asarray(random.standard_normal(dy_shape, np.float32), call.dtype)
     if linear:
         x, w, dy, mask = x.reshape(-1, call.x[-1]), w[0, 0], dy.reshape(-1, call.w[-1]), mask[0, 0]
     pattern = jax.device_put(make_pattern(mask, block=None if call.block == (1, 1) else call.block))

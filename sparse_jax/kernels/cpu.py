@@ -1,7 +1,9 @@
 """The C++ kernels behind XLA's foreign function interface: float32, unstructured and block patterns, any geometry."""
 
 import functools
+import itertools
 import logging
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,8 @@ from sparse_jax.kernels.pattern import Pattern
 from sparse_jax.kernels.reference import Geometry
 
 _logger = logging.getLogger('sparse_jax')
-_HANDLERS = ('forward', 'input_gradient', 'weight_gradient')
+_HANDLERS = ('forward', 'input_gradient', 'weight_gradient', 'pool', 'pool_gradient')
+LISTS = object()  # where a pattern's lists stand among the operands
 
 
 @functools.cache
@@ -36,25 +39,37 @@ def unsupported(x_dtype, w_dtype) -> str:
     return ''
 
 
-def _call(name: str, shape: tuple[int, ...], a, b, indices, pointers, pattern: Pattern, geometry: Geometry) -> jax.Array:
+def call(name: str, shapes: Sequence[tuple[int, ...]], *operands, pattern: Pattern | None, geometry: Geometry):
+    """Results of these shapes from a kernel; a pattern of None: the weight is dense, and the images must lie by lanes."""
     # one row a call under vmap: patterns differ from row to row
-    call = jax.ffi.ffi_call(f'sparse_jax_{name}', jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method='sequential')
-    numbers = (*geometry.strides, *(low for low, _ in geometry.padding), *geometry.dilation, *pattern.block)
-    return call(a, b, indices, pointers, geometry=np.array(numbers, np.int64))
+    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    function = jax.ffi.ffi_call(f'sparse_jax_{name}', results, vmap_method='sequential')
+    empty = jnp.zeros(0, jnp.int32)
+    # by input, also for the product by output: the order in which the weight lies in memory
+    lists = (empty, empty) if pattern is None else (pattern.transposed_indices, pattern.transposed_pointers)
+    block = (1, 1) if pattern is None else pattern.block
+    numbers = (*geometry.strides, *(low for low, _ in geometry.padding), *geometry.dilation, *block)
+    arguments = [lists if operand is LISTS else [operand] for operand in operands]
+    return function(*itertools.chain(*arguments), geometry=np.array(numbers, np.int64))
+
+
+def nothing() -> jax.Array:
+    """In the place of an operand that is left out."""
+    return jnp.zeros(0, jnp.float32)
 
 
 def forward(x: jax.Array, w: jax.Array, pattern: Pattern, geometry: Geometry) -> jax.Array:
     """As in reference.py."""
-    shape = geometry.output_shape(x.shape, w.shape)
-    return _call('forward', shape, x, w, pattern.indices, pattern.pointers, pattern, geometry)
+    shapes = geometry.output_shape(x.shape, w.shape), (0,)
+    return call('forward', shapes, x, nothing(), w, LISTS, nothing(), pattern=pattern, geometry=geometry)[0]
 
 
 def input_gradient(dy: jax.Array, w: jax.Array, pattern: Pattern, geometry: Geometry, x_shape: tuple[int, ...]) -> jax.Array:
     """As in reference.py."""
-    lists = pattern.transposed_indices, pattern.transposed_pointers
-    return _call('input_gradient', x_shape, dy, w, *lists, pattern, geometry)
+    operands = dy, nothing(), nothing(), w, LISTS
+    return call('input_gradient', (x_shape, (0,)), *operands, pattern=pattern, geometry=geometry)[0]
 
 
 def weight_gradient(x: jax.Array, dy: jax.Array, pattern: Pattern, geometry: Geometry, w_shape: tuple[int, ...]) -> jax.Array:
     """As in reference.py."""
-    return _call('weight_gradient', w_shape, x, dy, pattern.indices, pattern.pointers, pattern, geometry)
+    return call('weight_gradient', (w_shape,), x, nothing(), dy, LISTS, pattern=pattern, geometry=geometry)[0]

@@ -1,6 +1,7 @@
 """Sparse matrix product and convolution with their gradients, over any backend."""
 
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from sparse_jax import _names
-from sparse_jax.kernels import cpu, reference
+from sparse_jax.kernels import cpu, lanes, reference
 from sparse_jax.kernels.pattern import Pattern
 from sparse_jax.kernels.reference import Geometry
 
@@ -74,7 +75,7 @@ def _product_backward(geometry, implementation, dense_gradient, residuals, dy):
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _check(name: str, x: jax.Array, w: jax.Array, pattern: Pattern, axes: int) -> None:
+def _check(name: str, x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array, pattern: Pattern, axes: int) -> None:
     where = f' (layer {pattern.name})' if isinstance(pattern, Pattern) and pattern.name else ''
     if not isinstance(pattern, Pattern):
         raise ValueError(f'{name}: pattern must come from make_pattern, got {type(pattern).__name__}.')
@@ -244,6 +245,69 @@ def convolve(
       (1, 2, 2, 8)
     """
     return reference.convolve_dense(x, w, _geometry('convolve', x.shape, w.shape, strides, padding, dilation))
+
+
+def convolve_by_lanes(
+    x: jax.Array,
+    activation: jax.Array | None,
+    w: jax.Array,
+    residual: jax.Array | None,
+    pattern: Pattern | None,
+    *,
+    strides: tuple[int, int] = (1, 1),
+    padding: str | Sequence[tuple[int, int]] = 'SAME',
+    statistics: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    r"""2D convolution of :math:`\max((x - \mu) s + b, 0)`, plus a residual, between images by lanes, on the C++ kernels.
+
+    Args:
+      x: float32[batch / 16, height, width, in, 16]: see :func:`to_lanes`, and :func:`lanes_unavailable` for where it runs.
+      activation: float32[3, in]: :math:`\mu`, s and b of each channel; None: x as it is.
+      w: float32[height, width, in, out], zero off the pattern.
+      residual: float32 of the result's shape, added to it; None: nothing.
+      pattern: of w, by which its gradient is dense or not; None: w is dense.
+      strides: as in :func:`sparse_conv`.
+      padding: as in :func:`sparse_conv`; it surrounds what the activation made of x with zeros.
+      statistics: whether the second result is wanted.
+
+    Returns:
+      [batch / 16, height', width', out, 16]; and mean and (biased) variance of its channels, float32[2, out], or of no size.
+
+    Raises:
+      ValueError: as :func:`sparse_conv`.
+    """
+    shape = x.shape[0] * lanes.BATCH, *x.shape[1:4]
+    if pattern is not None:
+        _check('convolve_by_lanes', jax.ShapeDtypeStruct(shape, x.dtype), w, pattern, 4)
+        if os.environ.get('SPARSE_JAX_DEBUG') == '1':
+            _check_zeros(w, pattern)
+    geometry = _geometry('convolve_by_lanes', shape, w.shape, strides, padding, (1, 1))
+    if pattern is not None:
+        for observer in observers:
+            observer(x, w, pattern, geometry)
+    statics = lanes.Statics(geometry, statistics, pattern is None or pattern.dense_gradient)
+    return lanes.convolve(x, activation, w, residual, pattern, statics)
+
+
+def max_pool_by_lanes(x: jax.Array, activation: jax.Array | None, window: tuple[int, int]) -> jax.Array:
+    r"""Maxima over windows that do not overlap of :math:`\max((x - \mu) s + b, 0)`, between images by lanes, on the C++ kernels.
+
+    Args:
+      x: float32[batch / 16, height, width, channels, 16]; what fills no window is left out.
+      activation: as in :func:`convolve_by_lanes`.
+      window: rows and columns.
+
+    Returns:
+      [batch / 16, height / rows, width / columns, channels, 16].
+    """
+    if math.prod(window) <= lanes.MOST_POOLED:
+        return lanes.max_pool(x, activation, tuple(window))
+    if activation is not None:
+        mean, scale, bias = activation[..., None]
+        x = jax.nn.relu((x - mean) * scale + bias)
+    height, width = (side // step * step for side, step in zip(x.shape[1:3], window, strict=True))
+    slices = [x[:, i : height : window[0], j : width : window[1]] for i in range(window[0]) for j in range(window[1])]
+    return functools.reduce(jnp.maximum, slices)
 
 
 def _geometry(name: str, x: tuple[int, ...], w: tuple[int, ...], strides, padding, dilation) -> Geometry:

@@ -1,248 +1,234 @@
-// Convolution (and, as the case of one tap on one pixel, matrix product) with a sparse kernel, in float32.
+// Convolution (and, as the case of one tap on one pixel, matrix product) with a sparse kernel, in float32; and with a dense one.
 //
-// The work. A lane is a patch: a small rectangle of output pixels of one image. kLanes patches, G times, make a tile, and the window
-// of inputs that they need is packed as [channel][row][column][G] vectors of lanes. A tap (dy, dx) is then a constant offset into
-// the window, at every stride and dilation, and always aligned: one nonzero costs one broadcast and kTile multiply-adds whose operands
-// are read in order. Images enter and leave as they are, NHWC; packing is a transposition of squares of lanes x channels.
+// The work. Where images lie by channels (NHWC) a lane is a patch: a small rectangle of output pixels of one image; where they lie by
+// lanes it is the same patch of another image. A vector of patches, G times, makes a tile, and the window of inputs that it needs is
+// packed as [channel][row][column][G] vectors. A tap (dy, dx) is then a constant offset into the window, at every stride and dilation,
+// and always aligned: one nonzero costs one broadcast and kTile multiply-adds whose operands are read in order. Packing images by channels
+// is a transposition of squares of lanes x channels; by lanes it is a copy, in which they are normalised and rectified too.
 //
-// The input gradient is the same loop over the transposed list: with stride s the input pixels fall into s x s phases, each with the
+// The input gradient is the same loop over the transposed kernel: with stride s the input pixels fall into s x s phases, each with the
 // taps that reach it. The weight gradient is a dot product of two packed tiles for each nonzero.
 //
 // The limits. Operations: kTile multiply-adds a nonzero and tile. Bytes: as many operands of the first or the second cache (plan.h says
 // which); from memory, each image once for each block of channels, and the halo of its patches.
 #include "plan.h"
-#include "tiles.h"
-#include "vectors.h"
+#include "pool.h"
+#include "product.h"
 
 namespace sparse_jax {
 namespace {
 
-// The next row of a window. Hiding the sum from the compiler keeps one addition a row: otherwise it works out each operand's address anew.
-inline const Vector* next(const Vector* x, int64_t row_stride) {
-  x += row_stride;
-  asm("" : "+r"(x));
-  return x;
+// Parts of the tiles: a fixed number, whoever computes them, so that sums over parts have the same bits with any number of threads.
+constexpr int64_t kParts = 32, kGradientParts = 16;
+
+Sums zero_sums(Lease& lease, int64_t channels) {
+  Vector* memory = lease.get<Vector>(2 * kParts * channels + 1);
+  std::fill(memory, memory + 2 * kParts * channels, Vector{});
+  return {memory, memory + kParts * channels, channels};
 }
 
-// All nonzeros of one destination channel and one block. The kTile sums stay in registers, so that a nonzero reads its operands and
-// writes nothing. S: stride in columns, 0 where it is known at run time only.
-template <int ROWS, int COLUMNS, int S>
-inline void accumulate(const Vector* window, int64_t row_stride, int64_t stride, const Entry* e, const Entry* end, bool first, Vector* out) {
-  constexpr int G = kTile / (ROWS * COLUMNS);
-  const int64_t s = S ? S : stride;
-  Vector sum[kTile];
-#pragma GCC unroll 16
-  for (int i = 0; i < kTile; i++) sum[i] = first ? Vector{} : out[i];
-  for (; e != end; e++) {
-    const Vector* x = window + e->offset;
-    const Vector w = broadcast(e->value);
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; r++, x = next(x, row_stride))
-#pragma GCC unroll 16
-      for (int c = 0; c < COLUMNS; c++)
-#pragma GCC unroll 16
-        for (int g = 0; g < G; g++) sum[(r * COLUMNS + c) * G + g] += w * x[c * s * G + g];
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kTile; i++) out[i] = sum[i];
-}
-
-// Sums over lanes: vectors wait until there are kLanes of them, then one transposition reduces them all, at three instructions each
-// where one by one they would cost a dozen.
-class LaneSums {
- public:
-  explicit LaneSums(float* to) : to_(to) {}
-
-  void add(Vector v) {
-    waiting_[have_++] = v;
-    if (have_ == kLanes) flush();
-  }
-
-  void flush() {
-    Vector rows[kLanes];
-#pragma GCC unroll 16
-    for (int k = 0; k < kLanes; k++) rows[k] = k < have_ ? waiting_[k] : Vector{};
-    transpose(rows);
-#pragma GCC unroll 4
-    for (int h = kLanes / 2; h; h /= 2)
-#pragma GCC unroll 16
-      for (int k = 0; k < h; k++) rows[k] += rows[k + h];
-    if (have_ == kLanes)
-      store(to_, load(to_) + rows[0]);
-    else
-      for (int k = 0; k < have_; k++) to_[k] += rows[0][k];
-    to_ += have_;
-    have_ = 0;
-  }
-
- private:
-  Vector waiting_[kLanes];
-  int have_ = 0;
-  float* to_;
-};
-
-// Dot products of a tile's output gradients (in registers) with its window, one for each nonzero of an output. Four partial sums: one
-// alone would wait for the latency of each addition.
-template <int ROWS, int COLUMNS, int S>
-inline void dot(const Vector* window, int64_t row_stride, int64_t stride, const Entry* e, const Entry* end, const Vector* dy, LaneSums& sums) {
-  constexpr int G = kTile / (ROWS * COLUMNS);
-  const int64_t s = S ? S : stride;
-  Vector y[kTile];
-#pragma GCC unroll 16
-  for (int i = 0; i < kTile; i++) y[i] = dy[i];
-  for (; e != end; e++) {
-    const Vector* x = window + e->offset;
-    Vector part[4] = {};
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; r++, x = next(x, row_stride))
-#pragma GCC unroll 16
-      for (int c = 0; c < COLUMNS; c++)
-#pragma GCC unroll 16
-        for (int g = 0; g < G; g++) {
-          const int i = (r * COLUMNS + c) * G + g;
-          part[i % 4] += y[i] * x[c * s * G + g];
-        }
-    sums.add((part[0] + part[1]) + (part[2] + part[3]));
-  }
-}
-
-// Calls f with the patch's sides and the stride as compile-time numbers, so that the loops above unroll into registers.
-template <typename F>
-void dispatch(const Pass& pass, F f) {
-  auto with_stride = [&](auto rows, auto columns) {
-    if (pass.x.stride == 1) return f(rows, columns, std::integral_constant<int, 1>{});
-    if (pass.x.stride == 2) return f(rows, columns, std::integral_constant<int, 2>{});
-    return f(rows, columns, std::integral_constant<int, 0>{});
-  };
-  constexpr int side = kTile == 16 ? 4 : 2;
-  if (pass.patch_rows == 1) return with_stride(std::integral_constant<int, 1>{}, std::integral_constant<int, 1>{});
-  if (pass.patch_columns == 2) return with_stride(std::integral_constant<int, 2>{}, std::integral_constant<int, 2>{});
-  return with_stride(std::integral_constant<int, side>{}, std::integral_constant<int, kTile / side>{});
-}
-
-// Of each thread.
-thread_local Scratch window_scratch, tile_scratch, pixel_scratch, place_scratch;
-
-// Work in pieces: tiles (or parts of them) times ranges of destination channels. Where there are fewer tiles than keep all threads busy,
-// channels are divided too, and each range packs the window again. No sum reaches over channels, so this changes no bit.
-struct Pieces {
-  int64_t tiles, ranges, width, rows;
-
-  Pieces(const ffi::ThreadPool& pool, int64_t tiles, int64_t rows) : tiles(tiles), rows(rows) {
-    const int64_t wanted = tiles >= 2 * pool.num_threads() ? 1 : (pool.num_threads() + tiles - 1) / tiles;
-    width = std::max<int64_t>(2 * kLanes, (rows + wanted * kLanes - 1) / (wanted * kLanes) * kLanes);
-    ranges = (rows + width - 1) / width;
-  }
-  int64_t count() const { return tiles * ranges; }
-  int64_t tile(int64_t i) const { return i / ranges; }
-  int64_t first(int64_t i) const { return i % ranges * width; }
-  int64_t last(int64_t i) const { return std::min(rows, first(i) + width); }
-};
-
-// Destination = kernel applied to source: the forward product, or a phase of the transposed one.
-void product(ffi::ThreadPool& pool, const List& list, const Pass& pass, const Geometry& g, const float* w, const float* source,
-             const Image& from, float* destination, const Image& to) {
-  if (pass.y.count <= 0 || pass.x.count <= 0 || from.count == 0) return;
-  Lease plan_scratch;
-  const Plan plan = make_plan(pool, list, pass, g, w, plan_scratch);
-  const int64_t positions = pass.positions();
-  const Pieces pieces(pool, pass.tiles(from.count), plan.rows);
-  parallel_for(pool, pieces.count(), [&](int64_t i) {
-    const Tile tile(pass, from.count, pieces.tile(i));
-    const int64_t first = pieces.first(i), last = pieces.last(i);
-    int64_t* pixels = pixel_scratch.get<int64_t>(positions * kLanes);
-    int64_t* places = place_scratch.get<int64_t>(kTile * kLanes);
-    tile.sources(pass, from, pixels);
-    tile.destinations(pass, to, places);
-    Vector* window = window_scratch.get<Vector>(plan.block * positions);
-    Vector* sums = tile_scratch.get<Vector>((last - first) * kTile);
-    dispatch(pass, [&](auto rows, auto columns, auto stride) {
-      const int64_t row_stride = pass.y.stride * pass.window_columns * pass.groups;
-      for (int64_t b = 0; b < plan.blocks; b++) {
-        pack(source, pixels, positions, b * plan.block, std::min(from.channels, (b + 1) * plan.block), window);
-        for (int64_t r = first; r < last; r++)
-          if (b == 0 || plan.begin(b, r) != plan.end(b, r))
-            accumulate<rows, columns, stride>(window, row_stride, pass.x.stride, plan.begin(b, r), plan.end(b, r), b == 0,
-                                              sums + (r - first) * kTile);
+// Both sums of each channel, over parts and lanes in their order: [2][channels].
+void write_sums(ffi::ThreadPool& pool, const Sums& sums, float* out) {
+  parallel_for(pool, sums.channels, [&](int64_t c) {
+    double total = 0, weighted = 0;
+    for (int64_t part = 0; part < kParts; part++)
+      for (int l = 0; l < kLanes; l++) {
+        total += sums.first[part * sums.channels + c][l];
+        weighted += sums.second[part * sums.channels + c][l];
       }
-    });
-    unpack(sums, places, first, last, destination);
+    out[c] = float(total);
+    out[sums.channels + c] = float(weighted);
   });
 }
 
-Image image_of(ffi::Span<const int64_t> sides) { return {sides[0], sides[1], sides[2], sides[3]}; }
+Image image_of(ffi::Span<const int64_t> sides) {
+  if (sides.size() == 4) return {sides[0], sides[1], sides[2], sides[3], false};
+  return {sides[0] * kBatch, sides[1], sides[2], sides[3], true};
+}
 
 // The attribute is strides, padding before, dilation and block, each in rows (inputs) and columns (outputs).
 Geometry geometry_of(ffi::Span<const int64_t> kernel, ffi::Span<const int64_t> a) {
   return {kernel[0], kernel[1], a[0], a[1], a[2], a[3], a[4], a[5]};
 }
 
-Pass forward_pass(const Geometry& g, const Image& from, const Image& to) {
-  Pass pass{forward_axis(to.height, g.taps_y, g.stride_y, g.pad_y, g.dilation_y),
-            forward_axis(to.width, g.taps_x, g.stride_x, g.pad_x, g.dilation_x)};
-  choose_patch(pass, from.count);
-  return pass;
-}
-
 using F32 = ffi::Buffer<ffi::F32>;
 using S32 = ffi::Buffer<ffi::S32>;
 using Numbers = ffi::Span<const int64_t>;
 
-void Forward(ffi::ThreadPool& pool, const F32& x, const F32& w, const S32& index, const S32& pointer, F32& y, Numbers numbers) {
-  const Geometry g = geometry_of(w.dimensions(), numbers);
-  const Image from = image_of(x.dimensions()), to = image_of(y.dimensions());
-  const List list{index.typed_data(), pointer.typed_data(), from.channels, to.channels, numbers[6], numbers[7], false};
-  product(pool, list, forward_pass(g, from, to), g, w.typed_data(), x.typed_data(), from, y.typed_data(), to);
+// A kernel's list; none where the kernel is dense and all of it is used.
+List list_of(const S32& index, const S32& pointer, const Image& inputs, const Image& outputs, Numbers numbers, bool transposed) {
+  const int32_t* indices = index.element_count() ? index.typed_data() : nullptr;
+  return {indices, pointer.typed_data(), inputs.channels, outputs.channels, numbers[6], numbers[7], transposed};
 }
 
-void InputGradient(ffi::ThreadPool& pool, const F32& dy, const F32& w, const S32& index, const S32& pointer, F32& dx, Numbers numbers) {
+// [mean, scale, bias][channels], or nothing.
+Activation activation_of(const F32& numbers, int64_t channels) {
+  if (numbers.element_count() == 0) return {};
+  const float* p = numbers.typed_data();
+  return {p, p + channels, p + 2 * channels};
+}
+
+Pass forward_pass(const Geometry& g, const Image& from, const Image& to) {
+  Pass pass{forward_axis(to.height, g.taps_y, g.stride_y, g.pad_y, g.dilation_y),
+            forward_axis(to.width, g.taps_x, g.stride_x, g.pad_x, g.dilation_x)};
+  choose_patch(pass, from);
+  return pass;
+}
+
+void forward(ffi::ThreadPool& pool, const F32& x, const F32& activation, const F32& w, const S32& index, const S32& pointer,
+             const F32& residual, F32& y, F32& statistics, Numbers numbers) {
+  const Geometry g = geometry_of(w.dimensions(), numbers);
+  const Image from = image_of(x.dimensions()), to = image_of(y.dimensions());
+  const List list = list_of(index, pointer, from, to, numbers, false);
+  const Pass pass = forward_pass(g, from, to);
+  const int64_t tiles = pass.tiles(from.units());
+  const Source source{x.typed_data(), from, activation_of(activation, from.channels)};
+  if (!from.by_lanes) {
+    const Pieces pieces(pool, tiles, tiles, to.channels);
+    return product(pool, list, pass, g, w.typed_data(), source, to, pieces, false, Plainly{y.typed_data()});
+  }
+  const Pieces pieces(pool, tiles, std::min(tiles, kParts), to.channels);
+  const bool wanted = statistics.element_count() > 0;
+  Lease lease;
+  Vector* memory = lease.get<Vector>(wanted ? 2 * pieces.parts * to.channels : 1);
+  const Sums sums{memory, memory + pieces.parts * to.channels, to.channels};
+  const float* added = residual.element_count() ? residual.typed_data() : nullptr;
+  product(pool, list, pass, g, w.typed_data(), source, to, pieces, false,
+          EachChannel<Forward>{{added, y.typed_data(), larger_than_caches(y.typed_data(), y.element_count()), wanted ? &sums : nullptr}});
+  if (!wanted) return;
+  // How many pixels each part had, the same in every lane.
+  std::vector<double> counts(pieces.parts, 0);
+  for (int64_t part = 0; part < pieces.parts; part++)
+    for (int64_t t = tiles * part / pieces.parts; t < tiles * (part + 1) / pieces.parts; t++)
+      counts[part] += double(Places(pass, from, to, t).valid);
+  parallel_for(pool, to.channels, [&](int64_t c) {
+    double mean = 0, squares = 0, n = 0;
+    for (int l = 0; l < kLanes; l++)
+      for (int64_t part = 0; part < pieces.parts; part++) {
+        const int64_t at = part * to.channels + c;
+        if (counts[part] == 0) continue;
+        combine<double>(mean, squares, n, sums.first[at][l], sums.second[at][l], counts[part]);
+        n += counts[part];
+      }
+    statistics.typed_data()[c] = float(mean);
+    statistics.typed_data()[to.channels + c] = float(n ? squares / n : 0);
+  });
+}
+
+void input_gradient(ffi::ThreadPool& pool, const F32& dy, const F32& x, const F32& activation, const F32& w, const S32& index,
+                    const S32& pointer, F32& dx, F32& gradients, Numbers numbers) {
   const Geometry g = geometry_of(w.dimensions(), numbers);
   const Image from = image_of(dy.dimensions()), to = image_of(dx.dimensions());
-  const List list{index.typed_data(), pointer.typed_data(), to.channels, from.channels, numbers[6], numbers[7], true};
+  const List list = list_of(index, pointer, to, from, numbers, true);
+  const Activation f = activation_of(activation, to.channels);
+  const Source source{dy.typed_data(), from, {}};
+  Lease lease;
+  const Sums sums = zero_sums(lease, f.mean ? to.channels : 0);
   for (int64_t py = 0; py < g.stride_y; py++)
     for (int64_t px = 0; px < g.stride_x; px++) {
       Pass pass{backward_axis(to.height, py, g.taps_y, g.stride_y, g.pad_y, g.dilation_y),
                 backward_axis(to.width, px, g.taps_x, g.stride_x, g.pad_x, g.dilation_x)};
-      choose_patch(pass, from.count);
-      product(pool, list, pass, g, w.typed_data(), dy.typed_data(), from, dx.typed_data(), to);
+      choose_patch(pass, from);
+      const int64_t tiles = pass.tiles(from.units());
+      const Pieces pieces(pool, tiles, from.by_lanes ? std::min(tiles, kParts) : tiles, to.channels);
+      if (from.by_lanes)
+        product(pool, list, pass, g, w.typed_data(), source, to, pieces, true,
+                EachChannel<Backward>{{x.typed_data(), f, dx.typed_data(), larger_than_caches(dx.typed_data(), dx.element_count()), &sums}});
+      else
+        product(pool, list, pass, g, w.typed_data(), source, to, pieces, true, Plainly{dx.typed_data()});
     }
+  if (f.mean) write_sums(pool, sums, gradients.typed_data());
 }
 
-void WeightGradient(ffi::ThreadPool& pool, const F32& x, const F32& dy, const S32& index, const S32& pointer, F32& dw, Numbers numbers) {
+void pool_maxima(ffi::ThreadPool& pool, const F32& x, const F32& activation, F32& y, Numbers window) {
+  const Pool shape{image_of(x.dimensions()), image_of(y.dimensions()), window[0], window[1]};
+  pool_forward(pool, shape, activation_of(activation, shape.from.channels), x.typed_data(), y.typed_data());
+}
+
+void pool_gradient(ffi::ThreadPool& pool, const F32& x, const F32& activation, const F32& dy, F32& dx, F32& gradients, Numbers window) {
+  const Pool shape{image_of(x.dimensions()), image_of(dy.dimensions()), window[0], window[1]};
+  const Activation f = activation_of(activation, shape.from.channels);
+  Lease lease;
+  const Sums sums = zero_sums(lease, f.mean ? shape.from.channels : 0);
+  pool_backward(pool, shape, f, x.typed_data(), dy.typed_data(), dx.typed_data(), &sums, kParts);
+  if (f.mean) write_sums(pool, sums, gradients.typed_data());
+}
+
+// All of the kernel: each piece has some input channels and some outputs to itself, and goes through all tiles, so that nothing is summed
+// over pieces.
+void dense_weight_gradient(ffi::ThreadPool& pool, const Geometry& g, const Pass& pass, const Source& x, const Source& dy, float* dw) {
+  const int64_t positions = pass.positions(), tiles = pass.tiles(x.image.units()), taps = g.taps_y * g.taps_x;
+  const int64_t inputs = x.image.channels, outputs = dy.image.channels;
+  const int64_t block = dense_block(pass, inputs), blocks = (inputs + block - 1) / block;
+  const int64_t width = 2 * kPanel, ranges = (outputs + width - 1) / width;
+  std::vector<int32_t> offset;
+  for (int64_t c = 0; c < block; c++)
+    for (int64_t t = 0; t < taps; t++)
+      offset.push_back(int32_t(c * positions + (pass.y.tap[t / g.taps_x] * pass.window_columns + pass.x.tap[t % g.taps_x]) * pass.groups));
+  parallel_for(pool, blocks * ranges, [&](int64_t i) {
+    const int64_t first = i / ranges * block, length = std::min(block, inputs - first), pairs = length * taps;
+    const int64_t low = i % ranges * width, high = std::min(outputs, low + width), panels = (high - low + kPanel - 1) / kPanel;
+    Vector* window = window_scratch.get<Vector>(block * positions);
+    Vector* gradients = tile_scratch.get<Vector>((high - low) * kTile);
+    float* memory = sum_scratch.get<float>(panels * kPanel * (kTile * kLanes + pairs));
+    float* sums = memory + panels * kPanel * kTile * kLanes;  // [panel][pair][kPanel]
+    if (tiles == 0) std::fill(sums, sums + panels * kPanel * pairs, 0.0f);
+    for (int64_t t = 0; t < tiles; t++) {
+      const Places places(pass, x.image, dy.image, t);
+      pack(dy.data, dy.image, dy.activation, places.destination, kTile, low, high, gradients);
+      transpose_outputs(gradients, high - low, memory);
+      pack(x.data, x.image, x.activation, places.source, positions, first, first + length, window);
+      dispatch(pass, [&](auto rows, auto columns, auto s) {
+        for (int64_t panel = 0; panel < panels; panel++)
+          for (int64_t k = 0; k < pairs; k += kPairs)
+            dense_dot<rows, columns, s>(window, row_stride(pass), pass.x.stride, &offset[k], int(std::min<int64_t>(kPairs, pairs - k)),
+                                        memory + panel * kTile * kLanes * kPanel, t == 0, sums + (panel * pairs + k) * kPanel);
+      });
+    }
+    for (int64_t k = 0; k < pairs; k++)
+      for (int64_t o = low; o < high; o++)
+        dw[(k % taps * inputs + first + k / taps) * outputs + o] = sums[((o - low) / kPanel * pairs + k) * kPanel + (o - low) % kPanel];
+  });
+}
+
+void weight_gradient(ffi::ThreadPool& pool, const F32& x, const F32& activation, const F32& dy, const S32& index, const S32& pointer,
+                     F32& dw, Numbers numbers) {
   const Geometry g = geometry_of(dw.dimensions(), numbers);
-  const Image from = image_of(x.dimensions()), to = image_of(dy.dimensions());
-  const List list{index.typed_data(), pointer.typed_data(), from.channels, to.channels, numbers[6], numbers[7], false};
+  const Source source{x.typed_data(), image_of(x.dimensions()), activation_of(activation, image_of(x.dimensions()).channels)};
+  const Source gradient{dy.typed_data(), image_of(dy.dimensions()), {}};
+  const Image &from = source.image, &to = gradient.image;
+  const List list = list_of(index, pointer, from, to, numbers, false);
   const Pass pass = forward_pass(g, from, to);
+  if (!list.index) return dense_weight_gradient(pool, g, pass, source, gradient, dw.typed_data());
+  const int64_t positions = pass.positions(), tiles = pass.tiles(from.units()), parts = std::min(tiles, kGradientParts);
+  const Pieces pieces(pool, tiles, parts, to.channels);
   Lease plan_scratch, partial_scratch;
   const Plan plan = make_plan(pool, list, pass, g, nullptr, plan_scratch);
-  const int64_t positions = pass.positions(), nonzeros = plan.start.back(), tiles = pass.tiles(from.count);
-  // Sums of a fixed number of parts, whoever computes them: the same bits with any number of threads.
-  const int64_t parts = std::min<int64_t>(tiles, 16);
+  const int64_t nonzeros = plan.start.back();
   float* partial = partial_scratch.get<float>(parts * nonzeros);
-  const Pieces pieces(pool, parts, plan.rows);
   parallel_for(pool, pieces.count(), [&](int64_t i) {
-    const int64_t part = pieces.tile(i), first = pieces.first(i), last = pieces.last(i);
-    float* mine = partial + part * nonzeros;
+    const int64_t first = pieces.first(i), last = pieces.last(i);
+    float* mine = partial + pieces.part(i) * nonzeros;
     for (int64_t b = 0; b < plan.blocks; b++) std::fill(mine + plan.start[b * plan.rows + first], mine + plan.start[b * plan.rows + last], 0.0f);
-    int64_t* pixels = pixel_scratch.get<int64_t>(positions * kLanes);
-    int64_t* places = place_scratch.get<int64_t>(kTile * kLanes);
     Vector* window = window_scratch.get<Vector>(plan.block * positions);
     Vector* gradients = tile_scratch.get<Vector>((last - first) * kTile);
-    for (int64_t t = tiles * part / parts; t < tiles * (part + 1) / parts; t++) {
-      const Tile tile(pass, from.count, t);
-      tile.sources(pass, from, pixels);
-      tile.destinations(pass, to, places);
-      pack(dy.typed_data(), places, kTile, first, last, gradients);
-      dispatch(pass, [&](auto rows, auto columns, auto stride) {
-        const int64_t row_stride = pass.y.stride * pass.window_columns * pass.groups;
+    Vector* waiting = waiting_scratch.get<Vector>(plan.block * g.taps_y * g.taps_x + kLanes);
+    for (int64_t t = pieces.first_tile(i); t < pieces.last_tile(i); t++) {
+      const Places places(pass, from, to, t);
+      pack(gradient.data, to, {}, places.destination, kTile, first, last, gradients);
+      dispatch(pass, [&](auto rows, auto columns, auto s) {
         for (int64_t b = 0; b < plan.blocks; b++) {
-          pack(x.typed_data(), pixels, positions, b * plan.block, std::min(from.channels, (b + 1) * plan.block), window);
-          LaneSums sums(mine + plan.start[b * plan.rows + first]);
-          for (int64_t r = first; r < last; r++)
-            if (plan.begin(b, r) != plan.end(b, r))
-              dot<rows, columns, stride>(window, row_stride, pass.x.stride, plan.begin(b, r), plan.end(b, r),
-                                         gradients + (r - first) * kTile, sums);
-          sums.flush();
+          pack(source.data, from, source.activation, places.source, positions, b * plan.block,
+               std::min(from.channels, (b + 1) * plan.block), window);
+          Ahead ahead(source, pass, places.source, (b + 1) * plan.block, std::min(from.channels, (b + 2) * plan.block), last - first);
+          float* to = mine + plan.start[b * plan.rows + first];
+          int64_t count = 0;
+          for (int64_t r = first; r < last; r++, ahead.some()) {
+            const Vector* gradient = gradients + (r - first) * kTile;
+            Vector* behind = dot<rows, columns, s>(window, row_stride(pass), pass.x.stride, plan.begin(b, r), plan.end(b, r), gradient,
+                                                   waiting + count);
+            count = reduce(waiting, behind - waiting, r + 1 == last, to);
+          }
         }
       });
     }
@@ -260,34 +246,57 @@ void WeightGradient(ffi::ThreadPool& pool, const F32& x, const F32& dy, const S3
   });
 }
 
-using Body = void (*)(ffi::ThreadPool&, const F32&, const F32&, const S32&, const S32&, F32&, Numbers);
-
 // No exception may leave a handler.
-template <Body body>
-ffi::Error handle(ffi::ThreadPool pool, F32 a, F32 b, S32 index, S32 pointer, ffi::Result<F32> out, Numbers numbers) {
+template <typename F>
+ffi::Error guarded(F body) {
   try {
-    body(pool, a, b, index, pointer, *out, numbers);
+    body();
   } catch (const std::bad_alloc&) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "sparse_jax: no memory for the kernel's scratch");
   }
   return ffi::Error::Success();
 }
 
+ffi::Error ForwardHandler(ffi::ThreadPool pool, F32 x, F32 activation, F32 w, S32 index, S32 pointer, F32 residual, ffi::Result<F32> y,
+                          ffi::Result<F32> statistics, Numbers numbers) {
+  return guarded([&] { forward(pool, x, activation, w, index, pointer, residual, *y, *statistics, numbers); });
+}
+
+ffi::Error InputGradientHandler(ffi::ThreadPool pool, F32 dy, F32 x, F32 activation, F32 w, S32 index, S32 pointer, ffi::Result<F32> dx,
+                                ffi::Result<F32> gradients, Numbers numbers) {
+  return guarded([&] { input_gradient(pool, dy, x, activation, w, index, pointer, *dx, *gradients, numbers); });
+}
+
+ffi::Error WeightGradientHandler(ffi::ThreadPool pool, F32 x, F32 activation, F32 dy, S32 index, S32 pointer, ffi::Result<F32> dw,
+                                 Numbers numbers) {
+  return guarded([&] { weight_gradient(pool, x, activation, dy, index, pointer, *dw, numbers); });
+}
+
+ffi::Error PoolHandler(ffi::ThreadPool pool, F32 x, F32 activation, ffi::Result<F32> y, Numbers window) {
+  return guarded([&] { pool_maxima(pool, x, activation, *y, window); });
+}
+
+ffi::Error PoolGradientHandler(ffi::ThreadPool pool, F32 x, F32 activation, F32 dy, ffi::Result<F32> dx, ffi::Result<F32> gradients,
+                               Numbers window) {
+  return guarded([&] { pool_gradient(pool, x, activation, dy, *dx, *gradients, window); });
+}
+
 }  // namespace
 
-#define SPARSE_JAX_HANDLER(name, function)                   \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, function,              \
-                                ffi::Ffi::Bind()             \
-                                    .Ctx<ffi::ThreadPool>()  \
-                                    .Arg<F32>()              \
-                                    .Arg<F32>()              \
-                                    .Arg<S32>()              \
-                                    .Arg<S32>()              \
-                                    .Ret<F32>()              \
-                                    .Attr<Numbers>("geometry"))
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparse_jax_forward, ForwardHandler,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<S32>().Arg<S32>().Arg<F32>()
+                                  .Ret<F32>().Ret<F32>().Attr<Numbers>("geometry"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparse_jax_input_gradient, InputGradientHandler,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<S32>().Arg<S32>()
+                                  .Ret<F32>().Ret<F32>().Attr<Numbers>("geometry"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparse_jax_weight_gradient, WeightGradientHandler,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<S32>().Arg<S32>()
+                                  .Ret<F32>().Attr<Numbers>("geometry"));
 
-SPARSE_JAX_HANDLER(sparse_jax_forward, handle<Forward>);
-SPARSE_JAX_HANDLER(sparse_jax_input_gradient, handle<InputGradient>);
-SPARSE_JAX_HANDLER(sparse_jax_weight_gradient, handle<WeightGradient>);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparse_jax_pool, PoolHandler,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<F32>().Ret<F32>().Attr<Numbers>("window"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparse_jax_pool_gradient, PoolGradientHandler,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<F32>().Arg<F32>().Ret<F32>().Ret<F32>()
+                                  .Attr<Numbers>("window"));
 
 }  // namespace sparse_jax

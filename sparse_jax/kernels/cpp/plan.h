@@ -5,12 +5,12 @@
 
 namespace sparse_jax {
 
-// A pattern's list of units of block_rows inputs by block_columns outputs at each tap: of each of the units' outputs (transposed: inputs)
-// the units as input (transposed: output) * taps + tap, in ascending order.
+// A pattern's list of units of block_rows inputs by block_columns outputs at each tap: of each of the units' inputs the units as
+// output * taps + tap, in ascending order. That is nearly the order in which the dense kernel lies in memory, from which values are read.
 struct List {
   const int32_t *index, *pointer;
   int64_t inputs, outputs, block_rows, block_columns;
-  bool transposed;
+  bool transposed;  // whether inputs are the destination
 };
 
 // One nonzero: where its operands start in the packed window, in vectors, and its value or its place in the dense kernel.
@@ -32,6 +32,24 @@ struct Plan {
   const Entry* end(int64_t b, int64_t r) const { return entries + start[b * rows + r + 1]; }
 };
 
+// Work in pieces: parts of the tiles times ranges of destination channels. Where there are fewer tiles than keep all threads busy,
+// channels are divided too, and each range packs the window again. No sum reaches over channels, so this changes no bit.
+struct Pieces {
+  int64_t tiles, parts, ranges, width, rows;
+
+  Pieces(const ffi::ThreadPool& pool, int64_t tiles, int64_t parts, int64_t rows) : tiles(tiles), parts(parts), rows(rows) {
+    const int64_t wanted = parts >= 2 * pool.num_threads() ? 1 : (pool.num_threads() + parts - 1) / parts;
+    width = std::max<int64_t>(2 * kLanes, (rows + wanted * kLanes - 1) / (wanted * kLanes) * kLanes);
+    ranges = (rows + width - 1) / width;
+  }
+  int64_t count() const { return parts * ranges; }
+  int64_t part(int64_t i) const { return i / ranges; }
+  int64_t first_tile(int64_t i) const { return tiles * part(i) / parts; }
+  int64_t last_tile(int64_t i) const { return tiles * (part(i) + 1) / parts; }
+  int64_t first(int64_t i) const { return i % ranges * width; }
+  int64_t last(int64_t i) const { return std::min(rows, first(i) + width); }
+};
+
 // Source channels a block. A small one keeps its packed window in the first cache, where an operand costs half of what it costs in
 // the second (measured: 195 against 104 GFLOP/s a core); but in each block an output's kTile sums are read and written again, which
 // costs as much as four nonzeros. So: small where outputs have more than a few nonzeros in a block, else half of the second cache.
@@ -43,26 +61,28 @@ inline int64_t block_channels(const Pass& pass, int64_t channels, double nonzero
   return std::min(channels, cost_small < cost_large ? small : large);
 }
 
-// What a (source channel, tap) means in one pass, looked up instead of divided for.
+// What an (output channel, tap) means in one pass, looked up instead of divided for.
 struct Operand {
-  int32_t block, offset;  // offset -1: the tap is not in this pass
-  int64_t place;          // in the dense kernel, without the destination channel's part
+  int32_t target;  // its row; where inputs are rows: its block
+  int32_t offset;  // in the packed window, but for the input channel's part; kNoTap: the tap is not in this pass
+  int64_t place;   // in the dense kernel, but for the input channel's part
 };
+inline constexpr int32_t kNoTap = INT32_MIN;
 
-// Calls visit(operand) for each nonzero of destination channel r.
+// Calls visit(operand) for each nonzero of an input channel.
 template <typename F>
-inline void for_nonzeros(const List& list, const std::vector<Operand>& operands, int64_t taps, int64_t r, F visit) {
-  const int64_t size = list.transposed ? list.block_columns : list.block_rows;
-  const int64_t unit = r / (list.transposed ? list.block_rows : list.block_columns);
+inline void for_nonzeros(const List& list, const Operand* operands, int64_t taps, int64_t input, F visit) {
+  const int64_t unit = input / list.block_rows, size = list.block_columns;
   const int32_t *k = list.index + list.pointer[unit], *end = list.index + list.pointer[unit + 1];
   if (size == 1) {
-    for (; k != end; k++) visit(operands[*k]);
+    for (; k != end; k++)
+      if (operands[*k].offset != kNoTap) visit(operands[*k]);
     return;
   }
-  const int64_t sources = int64_t(operands.size()) / taps;
   for (; k != end; k++) {
     const int64_t first = *k / taps * size, tap = *k % taps;
-    for (int64_t s = first; s < std::min(first + size, sources); s++) visit(operands[s * taps + tap]);
+    for (int64_t o = first; o < std::min(first + size, list.outputs); o++)
+      if (operands[o * taps + tap].offset != kNoTap) visit(operands[o * taps + tap]);
   }
 }
 
@@ -71,52 +91,54 @@ inline Plan make_plan(ffi::ThreadPool& pool, const List& list, const Pass& pass,
   Plan plan;
   plan.rows = list.transposed ? list.inputs : list.outputs;
   const int64_t sources = list.transposed ? list.outputs : list.inputs, positions = pass.positions();
-  const int64_t unit = list.transposed ? list.block_rows : list.block_columns;
-  const double nonzeros = double(list.pointer[(plan.rows + unit - 1) / unit]) * double(list.block_rows * list.block_columns);
+  const double nonzeros = double(list.pointer[(list.inputs + list.block_rows - 1) / list.block_rows]) * double(list.block_rows * list.block_columns);
   plan.block = block_channels(pass, sources, nonzeros / (double(plan.rows) * double(sources)));
   plan.blocks = (sources + plan.block - 1) / plan.block;
   plan.start.assign(plan.blocks * plan.rows + 1, 0);
 
+  static thread_local Scratch operand_scratch, cursor_scratch;
   const int64_t taps = g.taps_y * g.taps_x;
-  std::vector<Operand> operands(sources * taps);
+  Operand* operands = operand_scratch.get<Operand>(list.outputs * taps);
   for (int64_t t = 0; t < taps; t++) {
     const int64_t y = pass.y.tap[t / g.taps_x], x = pass.x.tap[t % g.taps_x];
-    const int64_t offset = (y * pass.window_columns + x) * pass.groups;
-    for (int64_t source = 0; source < sources; source++) {
-      Operand& operand = operands[source * taps + t];
-      operand.block = int32_t(source / plan.block);
-      operand.offset = y < 0 || x < 0 ? -1 : int32_t(source % plan.block * positions + offset);
-      operand.place = list.transposed ? t * list.inputs * list.outputs + source : (t * list.inputs + source) * list.outputs;
+    const int32_t offset = int32_t((y * pass.window_columns + x) * pass.groups);
+    for (int64_t o = 0, b = 0, c = 0; o < list.outputs; o++, c++) {
+      if (c == plan.block) c = 0, b++;
+      Operand& operand = operands[o * taps + t];
+      operand.target = int32_t(list.transposed ? b : o);
+      operand.offset = y < 0 || x < 0 ? kNoTap : list.transposed ? int32_t(c * positions) + offset : offset;
+      operand.place = t * list.inputs * list.outputs + o;
     }
   }
-  // Rows in chunks: neighbouring outputs share cache lines of the dense kernel, from which the values are gathered.
-  const int64_t chunk = std::max<int64_t>(1, std::min<int64_t>(16, plan.rows / 16)), chunks = (plan.rows + chunk - 1) / chunk;
-  auto for_rows = [&](auto work) {
-    parallel_for(pool, chunks, [&](int64_t part) {
-      for (int64_t r = part * chunk; r < std::min(plan.rows, (part + 1) * chunk); r++) work(r);
-    });
+  // Inputs in chunks, each of which fills in lists of its own: a block, where they are sources; some neighbouring rows otherwise.
+  const int64_t chunk = list.transposed ? std::max<int64_t>(1, std::min<int64_t>(16, plan.rows / 16)) : plan.block;
+  const int64_t chunks = (list.inputs + chunk - 1) / chunk;
+  auto slot = [&](int64_t input, int64_t part, int32_t target) {
+    return list.transposed ? target * plan.rows + input : part * plan.rows + target;
   };
-  for_rows([&](int64_t r) {
-    for_nonzeros(list, operands, taps, r, [&](const Operand& operand) {
-      if (operand.offset >= 0) plan.start[operand.block * plan.rows + r + 1]++;
-    });
+  parallel_for(pool, chunks, [&](int64_t part) {
+    for (int64_t input = part * chunk; input < std::min(list.inputs, (part + 1) * chunk); input++)
+      for_nonzeros(list, operands, taps, input, [&](const Operand& operand) { plan.start[slot(input, part, operand.target) + 1]++; });
   });
   for (int64_t i = 0; i < plan.blocks * plan.rows; i++) plan.start[i + 1] += plan.start[i];
   plan.entries = scratch.get<Entry>(plan.start.back() + 1);
-  static thread_local Scratch cursor_scratch;
-  for_rows([&](int64_t r) {
-    int64_t* cursor = cursor_scratch.get<int64_t>(plan.blocks);
-    for (int64_t b = 0; b < plan.blocks; b++) cursor[b] = plan.start[b * plan.rows + r];
-    const int64_t own = list.transposed ? r * list.outputs : r;
-    for_nonzeros(list, operands, taps, r, [&](const Operand& operand) {
-      if (operand.offset < 0) return;
-      Entry& entry = plan.entries[cursor[operand.block]++];
-      entry.offset = operand.offset;
-      if (values)
-        entry.value = values[operand.place + own];
-      else
-        entry.index = int32_t(operand.place + own);
-    });
+  parallel_for(pool, chunks, [&](int64_t part) {
+    const int64_t targets = list.transposed ? plan.blocks : plan.rows;
+    int64_t* cursor = cursor_scratch.get<int64_t>(targets);
+    for (int64_t input = part * chunk; input < std::min(list.inputs, (part + 1) * chunk); input++) {
+      if (list.transposed || input == part * chunk)
+        for (int64_t i = 0; i < targets; i++) cursor[i] = plan.start[slot(input, part, int32_t(i))];
+      const int32_t offset = list.transposed ? 0 : int32_t((input - part * chunk) * positions);
+      const int64_t place = input * list.outputs;
+      for_nonzeros(list, operands, taps, input, [&](const Operand& operand) {
+        Entry& entry = plan.entries[cursor[operand.target]++];
+        entry.offset = operand.offset + offset;
+        if (values)
+          entry.value = values[operand.place + place];
+        else
+          entry.index = int32_t(operand.place + place);
+      });
+    }
   });
   return plan;
 }

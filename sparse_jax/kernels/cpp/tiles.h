@@ -9,8 +9,22 @@
 
 namespace sparse_jax {
 
+// Two layouts of images. By channels: [image][row][column][channel]. By lanes: [image / 16][row][column][channel][image % 16], where
+// the same pixel of 16 images is one operand as it lies there.
+inline constexpr int64_t kBatch = 16;
+
 struct Image {
   int64_t count, height, width, channels;
+  bool by_lanes = false;
+
+  // What a tile is made of: images, whose patches are lanes; or vectors of images, each with one patch.
+  int64_t units() const { return by_lanes ? count / kLanes : count; }
+  int64_t channel_stride() const { return by_lanes ? kBatch : 1; }
+  int64_t at(int64_t unit, int64_t row, int64_t column) const {
+    if (!by_lanes) return ((unit * height + row) * width + column) * channels;
+    const int64_t vectors = kBatch / kLanes;
+    return ((unit / vectors * height + row) * width + column) * channels * kBatch + unit % vectors * kLanes;
+  }
 };
 
 struct Geometry {
@@ -27,18 +41,19 @@ struct Pass {
   Axis y, x;
   int64_t patch_rows = 0, patch_columns = 0, groups = 0;  // of a tile: rows x columns x groups = kTile
   int64_t window_rows = 0, window_columns = 0;
+  int64_t lanes = kLanes;  // patches in a vector: one where its lanes are images
 
   int64_t positions() const { return window_rows * window_columns * groups; }
   int64_t patches_y() const { return (y.count + patch_rows - 1) / patch_rows; }
   int64_t patches_x() const { return (x.count + patch_columns - 1) / patch_columns; }
-  int64_t tiles(int64_t images) const {
-    const int64_t lanes = images * patches_y() * patches_x();
-    return (lanes + groups * kLanes - 1) / (groups * kLanes);
-  }
+  int64_t patches() const { return groups * lanes; }
+  int64_t tiles(int64_t units) const { return (units * patches_y() * patches_x() + patches() - 1) / patches(); }
 };
 
 // The rectangle of the patch: the shape that wastes the least, of those that are compiled. Large squares share most of their window.
-inline void choose_patch(Pass& pass, int64_t images) {
+inline void choose_patch(Pass& pass, const Image& from) {
+  const int64_t units = from.units();
+  pass.lanes = from.by_lanes ? 1 : kLanes;
   const int64_t side = kTile == 16 ? 4 : 2;
   const int64_t shapes[][2] = {{side, kTile / side}, {2, 2}, {1, 1}};
   double best = -1;
@@ -47,7 +62,7 @@ inline void choose_patch(Pass& pass, int64_t images) {
     p.patch_rows = shape[0];
     p.patch_columns = shape[1];
     p.groups = kTile / (shape[0] * shape[1]);
-    const double done = double(p.tiles(images)) * kTile * kLanes;
+    const double done = double(p.tiles(units)) * kTile;
     const double window = double((shape[0] - 1) * p.y.stride + p.y.window) * ((shape[1] - 1) * p.x.stride + p.x.window);
     const double cost = done * (1 + 0.1 * window / (shape[0] * shape[1]));
     if (best < 0 || cost < best) {
@@ -82,25 +97,25 @@ inline Axis backward_axis(int64_t pixels, int64_t phase, int64_t taps, int64_t s
   return axis;
 }
 
-// The lanes of a tile: of each its image and the first pixel of its patch, in pixels of this pass.
+// The patches of a tile: of each its image (or vector of images) and its first pixel, in pixels of this pass.
 struct Tile {
-  int64_t image[kTile * kLanes], y[kTile * kLanes], x[kTile * kLanes];  // image -1: no such patch
+  int64_t unit[kTile * kLanes], y[kTile * kLanes], x[kTile * kLanes];  // unit -1: no such patch
 
-  Tile(const Pass& pass, int64_t images, int64_t t) {
-    const int64_t py = pass.patches_y(), px = pass.patches_x(), lanes = pass.groups * kLanes;
-    for (int64_t j = 0; j < lanes; j++) {
-      const int64_t id = t * lanes + j;
-      image[j] = id < images * py * px ? id / (py * px) : -1;
+  Tile(const Pass& pass, int64_t units, int64_t t) {
+    const int64_t py = pass.patches_y(), px = pass.patches_x(), patches = pass.patches();
+    for (int64_t j = 0; j < patches; j++) {
+      const int64_t id = t * patches + j;
+      unit[j] = id < units * py * px ? id / (py * px) : -1;
       y[j] = id / px % py * pass.patch_rows;
       x[j] = id % px * pass.patch_columns;
     }
   }
 
-  // Source pixels of the window, [rows][columns][groups][lanes]: where each begins in its image array; -1: outside, which reads zero.
+  // Source pixels of the window, [rows][columns][patches]: where each begins in its image array; -1: outside, which reads zero.
   void sources(const Pass& pass, const Image& from, int64_t* out) const {
     for (int64_t r = 0; r < pass.window_rows; r++)
       for (int64_t c = 0; c < pass.window_columns; c++)
-        for (int64_t j = 0; j < pass.groups * kLanes; j++)
+        for (int64_t j = 0; j < pass.patches(); j++)
           *out++ = at(j, y[j] * pass.y.stride + pass.y.origin + r, x[j] * pass.x.stride + pass.x.origin + c, from);
   }
 
@@ -108,22 +123,64 @@ struct Tile {
   void destinations(const Pass& pass, const Image& to, int64_t* out) const {
     for (int64_t r = 0; r < pass.patch_rows; r++)
       for (int64_t c = 0; c < pass.patch_columns; c++)
-        for (int64_t j = 0; j < pass.groups * kLanes; j++) {
+        for (int64_t j = 0; j < pass.patches(); j++) {
           const bool inside = y[j] + r < pass.y.count && x[j] + c < pass.x.count;
           *out++ = inside ? at(j, pass.y.first + (y[j] + r) * pass.y.step, pass.x.first + (x[j] + c) * pass.x.step, to) : -1;
         }
   }
 
  private:
-  int64_t at(int64_t j, int64_t row, int64_t column, const Image& shape) const {
-    const bool inside = image[j] >= 0 && row >= 0 && row < shape.height && column >= 0 && column < shape.width;
-    return inside ? ((image[j] * shape.height + row) * shape.width + column) * shape.channels : -1;
+  int64_t at(int64_t j, int64_t row, int64_t column, const Image& image) const {
+    const bool inside = unit[j] >= 0 && row >= 0 && row < image.height && column >= 0 && column < image.width;
+    return inside ? image.at(unit[j], row, column) : -1;
   }
 };
 
-// Packs channels [first, last) of the pixels into out[channel][position]: squares of lanes x channels, read along the channels that lie
+// What is done to a source's values while they are packed, channel by channel: max((x - mean) * scale + bias, 0); nothing where mean is
+// null. Pixels outside of the image stay zero.
+struct Activation {
+  const float *mean = nullptr, *scale = nullptr, *bias = nullptr;
+};
+
+// NaN stays.
+inline Vector relu(Vector v) { return v < Vector{} ? Vector{} : v; }
+
+template <bool ACTIVATE>
+inline void pack_by_lanes(const float* image, const Activation& f, const int64_t* pixels, int64_t positions, int64_t first, int64_t last,
+                          Vector* out) {
+  constexpr int kAtOnce = 4;  // channels whose numbers stay in registers
+  for (int64_t c = first; c < last; c += kAtOnce, out += kAtOnce * positions) {
+    const int64_t width = std::min<int64_t>(kAtOnce, last - c);
+    Vector mean[kAtOnce] = {}, scale[kAtOnce] = {}, bias[kAtOnce] = {};
+    if (ACTIVATE)
+      for (int64_t i = 0; i < width; i++) {
+        mean[i] = broadcast(f.mean[c + i]);
+        scale[i] = broadcast(f.scale[c + i]);
+        bias[i] = broadcast(f.bias[c + i]);
+      }
+    auto value = [&](const float* from, int i) {
+      const Vector v = load(from + i * kBatch);
+      return ACTIVATE ? relu((v - mean[i]) * scale[i] + bias[i]) : v;
+    };
+    for (int64_t p = 0; p < positions; p++) {
+      if (pixels[p] < 0) {
+        for (int64_t i = 0; i < width; i++) out[i * positions + p] = Vector{};
+        continue;
+      }
+      const float* from = image + pixels[p] + c * kBatch;
+      if (width == kAtOnce) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kAtOnce; i++) out[i * positions + p] = value(from, i);
+      } else {
+        for (int i = 0; i < width; i++) out[i * positions + p] = value(from, i);
+      }
+    }
+  }
+}
+
+// Packs channels [first, last) of the pixels into out[channel - first][position]: squares of lanes x channels, read along the channels that lie
 // side by side in memory, transposed in registers, written along the lanes.
-inline void pack(const float* image, const int64_t* pixels, int64_t positions, int64_t first, int64_t last, Vector* out) {
+inline void pack_by_channels(const float* image, const int64_t* pixels, int64_t positions, int64_t first, int64_t last, Vector* out) {
   alignas(64) static const float zeros[kLanes] = {};
   alignas(64) float edge[kLanes][kLanes];
   for (int64_t p = 0; p < positions; p++, pixels += kLanes)
@@ -148,6 +205,13 @@ inline void pack(const float* image, const int64_t* pixels, int64_t positions, i
         for (int i = 0; i < width; i++) to[i * positions] = rows[i];
       }
     }
+}
+
+inline void pack(const float* data, const Image& image, const Activation& f, const int64_t* pixels, int64_t positions, int64_t first,
+                 int64_t last, Vector* out) {
+  if (!image.by_lanes) return pack_by_channels(data, pixels, positions, first, last, out);
+  f.mean ? pack_by_lanes<true>(data, f, pixels, positions, first, last, out)
+         : pack_by_lanes<false>(data, f, pixels, positions, first, last, out);
 }
 
 // Writes channels [first, last) of a tile, [channel - first][position], to the pixels that it stands for: the same squares, back.

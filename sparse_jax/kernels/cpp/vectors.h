@@ -14,6 +14,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 #include "xla/ffi/api/ffi.h"
 
 namespace sparse_jax {
@@ -39,6 +43,26 @@ typedef int32_t Indices __attribute__((vector_size(4 * kLanes)));
 inline Vector broadcast(float value) { return value - Vector{}; }
 inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 inline void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
+
+// Past the caches: what is written is larger than they are, and a line need not be read before it is written whole.
+inline void store_past_caches(float* p, Vector v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, reinterpret_cast<__m512>(v));
+#elif defined(__AVX__)
+  _mm256_stream_ps(p, reinterpret_cast<__m256>(v));
+#else
+  store(p, v);
+#endif
+}
+// Before another thread may read what was stored so.
+inline void fence() {
+#if defined(__AVX__)
+  _mm_sfence();
+#endif
+}
+inline bool larger_than_caches(const float* p, int64_t count) {
+  return count * sizeof(float) >= (size_t(8) << 20) && reinterpret_cast<uintptr_t>(p) % sizeof(Vector) == 0;
+}
 
 // One step of a butterfly: of each pair of rows that are H apart, the second halves of the first change place with the first
 // halves of the second. After the steps 1, 2, 4, ... the square is transposed.

@@ -1,0 +1,138 @@
+"""Convolutions between images that lie by lanes, on the C++ kernels, with what stands around them done on the way.
+
+A lane holds one image: 16 images of a batch side by side, [batch / 16, height, width, channels, 16]. The kernels read such images without
+transposing anything, and whatever is elementwise takes any layout alike. A convolution of them can also
+
+- take max((x - mean) scale + bias, 0) of its input's channels: batch normalisation and ReLU, while it packs what it reads;
+- add a residual, and give mean and variance of its output's channels: while it writes.
+
+So the activations are written once and read once where plain XLA goes over them five times.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_jax.kernels import cpu
+from sparse_jax.kernels.pattern import Pattern
+from sparse_jax.kernels.reference import Geometry
+
+BATCH = 16
+MOST_POOLED = 16  # pixels of a window that the kernel takes
+
+
+def lanes_unavailable(batch: int, dtype) -> str:
+    """Why images cannot lie by lanes here; empty where they can."""
+    if jax.default_backend() != 'cpu':
+        return f'it runs on CPU, not on {jax.default_backend()}'
+    if batch % BATCH:
+        return f'the batch of {batch} is no multiple of {BATCH}'
+    return cpu.unsupported(dtype, dtype) or cpu.unavailable()
+
+
+def to_lanes(x: jax.Array) -> jax.Array:
+    """[batch, ..., channels] to [batch / 16, ..., channels, 16].
+
+    >>> to_lanes(jnp.zeros((32, 8, 8, 3))).shape
+    (2, 8, 8, 3, 16)
+    """
+    return jnp.moveaxis(x.reshape(-1, BATCH, *x.shape[1:]), 1, -1)
+
+
+def from_lanes(x: jax.Array) -> jax.Array:
+    """The inverse of :func:`to_lanes`."""
+    return jnp.moveaxis(x, -1, 1).reshape(-1, *x.shape[1:-1])
+
+
+class Statics(NamedTuple):
+    """What :func:`convolve` is compiled for."""
+
+    geometry: Geometry
+    statistics: bool
+    dense_gradient: bool
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def convolve(x, activation, w, residual, pattern: Pattern | None, statics: Statics) -> tuple[jax.Array, jax.Array]:
+    """[groups, height, width, in, 16] to [groups, height', width', out, 16], and mean and variance of its channels [2, out].
+
+    Args:
+      x: images by lanes.
+      activation: float32[3, in]: mean, scale and bias of its normalisation, which ReLU follows; None: x as it is.
+      w: [height, width, in, out], zero off the pattern.
+      residual: added to the output; None: nothing.
+      pattern: of w; None: w is dense.
+      statics: geometry; whether statistics are wanted (else they are of no size); whether w's gradient is wanted at all positions.
+    """
+    groups, *shape = statics.geometry.output_shape(x.shape[:4], w.shape)
+    shapes = (groups, *shape, BATCH), ((2, w.shape[3]) if statics.statistics else (0,))
+    operands = x, _or_nothing(activation), w, cpu.LISTS, _or_nothing(residual)
+    y, moments = cpu.call('forward', shapes, *operands, pattern=pattern, geometry=statics.geometry)
+    return y, moments
+
+
+def d_activation(activation: jax.Array | None, sums: jax.Array) -> jax.Array | None:
+    """Its gradient [3, channels] from the sums of g and of g (x - mean), g being the gradient of what ReLU lets through."""
+    return None if activation is None else jnp.stack([-activation[1] * sums[0], sums[1], sums[0]])
+
+
+def _or_nothing(x: Any) -> jax.Array:
+    return cpu.nothing() if x is None else x
+
+
+def _forward(x, activation, w, residual, pattern, statics):
+    results: Any = convolve(x, activation, w, residual, pattern, statics)
+    y, moments = results
+    kept = (y, moments) if statics.statistics else None
+    return (y, moments), (x, activation, w, residual is not None, pattern, kept)
+
+
+def _backward(statics, residuals, gradients):
+    x, activation, w, has_residual, pattern, kept = residuals
+    dy, d_moments = gradients
+    if kept is not None:  # mean = sum(y) / n, variance = sum((y - mean)^2) / n, whose derivative by the mean is zero
+        y, moments = kept
+        count = math.prod(y.shape) / y.shape[3]
+        shift, slope = d_moments[0] / count, 2 * d_moments[1] / count
+        dy = dy + (shift - slope * moments[0])[:, None] + slope[:, None] * y
+    options = dict(geometry=statics.geometry)
+    taken = (_or_nothing(x) if activation is not None else cpu.nothing()), _or_nothing(activation)
+    sums_shape = (0,) if activation is None else (2, x.shape[3])
+    dx, sums = cpu.call('input_gradient', (x.shape, sums_shape), dy, *taken, w, cpu.LISTS, pattern=pattern, **options)
+    listed = None if statics.dense_gradient else pattern
+    dw = cpu.call('weight_gradient', (w.shape,), x, taken[1], dy, cpu.LISTS, pattern=listed, **options)[0]
+    return dx, d_activation(activation, sums), dw, (dy if has_residual else None), None
+
+
+convolve.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def max_pool(x: jax.Array, activation: jax.Array | None, window: tuple[int, int]) -> jax.Array:
+    """Maxima over windows that do not overlap, of at most 16 pixels: [groups, height, width, channels, 16] to the same of fewer pixels.
+
+    Args:
+      x: images by lanes; what fills no window is left out.
+      activation: as in :func:`convolve`, of x before the maximum.
+      window: rows and columns.
+    """
+    groups, height, width, *rest = x.shape
+    shape = groups, height // window[0], width // window[1], *rest
+    call = jax.ffi.ffi_call('sparse_jax_pool', jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method='sequential')
+    return call(x, _or_nothing(activation), window=np.array(window, np.int64))
+
+
+def _pool_backward(window, residuals, dy):
+    x, activation = residuals
+    sums_shape = (0,) if activation is None else (2, x.shape[3])
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (x.shape, sums_shape)]
+    call = jax.ffi.ffi_call('sparse_jax_pool_gradient', shapes, vmap_method='sequential')
+    dx, sums = call(x, _or_nothing(activation), dy, window=np.array(window, np.int64))
+    return dx, d_activation(activation, sums)
+
+
+max_pool.defvjp(lambda x, activation, window: (max_pool(x, activation, window), (x, activation)), _pool_backward)
