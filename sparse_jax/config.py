@@ -11,6 +11,7 @@ from sparse_jax import _names
 class Model:
     name: str = 'lenet300'  # see sparse_jax.models
     dtype: str = 'float32'  # of the computation: float32 or bfloat16; parameters are float32 in any case
+    layout: str = 'auto'  # of images between convolutions: auto, channels or lanes, see models.create
     dropout: float = -1.0  # probability, in [0, 1); -1: the model's own
     depth: int = 0  # transformer: layers
     features: int = 0  # transformer: width of the residual stream

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sparse_jax import _names
-from sparse_jax.models import transformer
+from sparse_jax import _names, kernels
+from sparse_jax.models import by_lanes, transformer
 from sparse_jax.models.cifar import VGG, AlexNet, WideResNet
 from sparse_jax.models.lenet import LeNet5, LeNet300
 
@@ -39,6 +39,7 @@ _MODELS: dict[str, tuple[type[nnx.Module], dict[str, Any]]] = {
     'transformer': (transformer.Transformer, {}),
 }
 DTYPES = ('float32', 'bfloat16')
+LAYOUTS = ('auto', 'channels', 'lanes')
 
 
 class Model(NamedTuple):
@@ -67,7 +68,15 @@ def options(name: str) -> list[str]:
     return [option for option in taken if option not in {'self', 'input_shape', 'num_outputs', 'rngs', *fixed}]
 
 
-def create(name: str, *, input_shape: tuple[int, ...], num_outputs: int, dtype: str = 'float32', **own: Any) -> Model:
+def create(
+    name: str,
+    *,
+    input_shape: tuple[int, ...],
+    num_outputs: int,
+    dtype: str = 'float32',
+    layout: str = 'auto',
+    **own: Any,
+) -> Model:
     """A model by name.
 
     Args:
@@ -75,6 +84,9 @@ def create(name: str, *, input_shape: tuple[int, ...], num_outputs: int, dtype: 
       input_shape: of one example: height, width and channels of an image, or the length of a sequence.
       num_outputs: number of classes or tokens.
       dtype: type in which it computes; parameters, normalisation statistics and logits are float32 in any case.
+      layout: how the images of the CIFAR networks lie between convolutions: ``'channels'`` (last, in plain XLA), ``'lanes'`` (on the C++
+        kernels, which normalise while they read: see by_lanes.py), or ``'auto'``: lanes where they run and are the faster ones, which
+        is on one CPU, in float32, for batches that are multiples of 16, where there is a C++ compiler.
       **own: what this model takes besides: see :func:`options`, and the module's docstring.
 
     Returns:
@@ -90,11 +102,13 @@ def create(name: str, *, input_shape: tuple[int, ...], num_outputs: int, dtype: 
             raise _names.unknown(f'the option of {name}', option, known)
     if dtype not in DTYPES:
         raise _names.unknown('model.dtype', dtype, DTYPES)
+    if layout not in LAYOUTS:
+        raise _names.unknown('model.layout', layout, LAYOUTS)
     if name != 'transformer' and len(input_shape) != 3:
         raise ValueError(f'model.name={name!r} takes images, got examples of shape {tuple(input_shape)}: choose other data.')
     module, fixed = _MODELS[name]
     compute = jnp.dtype(dtype)
-    takes_tokens = module is transformer.Transformer
+    takes_tokens, is_cifar = module is transformer.Transformer, module.__module__ == VGG.__module__
 
     def make(key):
         return module(tuple(input_shape), num_outputs, **fixed, **own, rngs=nnx.Rngs(key))  # pyright: ignore[reportCallIssue]
@@ -110,7 +124,25 @@ def create(name: str, *, input_shape: tuple[int, ...], num_outputs: int, dtype: 
         if takes_tokens:
             logits = model(x, train=train, rng=rng, patterns=patterns, dtype=compute)
         else:
-            logits = model(x.astype(compute), train=train, rng=rng, patterns=patterns)
+            x = x.astype(compute)
+            count = len(x)
+            if is_cifar and _by_lanes(layout, x, patterns, train):
+                x = by_lanes.begin(jnp.pad(x, ((0, -count % by_lanes.BATCH), (0, 0), (0, 0), (0, 0))), train=train)
+            logits = model(x, train=train, rng=rng, patterns=patterns)[:count]
         return logits.astype(jnp.float32), nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
 
     return Model(init, apply, transformer.stacked if takes_tokens else None)
+
+
+def _by_lanes(layout: str, x: Any, patterns: Any, train: bool) -> bool:
+    """Whether images are to lie by lanes; ValueError where that was asked for and cannot be."""
+    if not train and (layout == 'lanes' or len(x) >= by_lanes.BATCH):  # where no example sees another, a batch may be filled up
+        x = jax.ShapeDtypeStruct((by_lanes.BATCH, *x.shape[1:]), x.dtype)
+    is_pattern = lambda p: isinstance(p, kernels.Pattern)
+    named = {p.implementation for p in jax.tree.leaves(patterns, is_leaf=is_pattern) if is_pattern(p)}
+    if layout == 'channels' or (layout == 'auto' and ('reference' in named or jax.device_count() > 1)):
+        return False
+    reason = kernels.lanes_unavailable(x.shape[0], x.dtype)
+    if reason and layout == 'lanes':
+        raise ValueError(f"model.layout='lanes' does not run here: {reason}. Take 'auto' or 'channels'.")
+    return not reason

@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from sparse_jax.models import layers
-from sparse_jax.models.layers import BatchNorm, Conv, Linear, max_pool, pattern_at
+from sparse_jax.models.layers import BatchNorm, Conv, Linear, flatten, max_pool, pattern_at, relu
 
 
 class AlexNet(nnx.Module):
@@ -34,11 +34,11 @@ class AlexNet(nnx.Module):
     def __call__(self, x, *, train: bool, rng=None, patterns=None):
         for i in range(1, 6):
             x = getattr(self, f'conv{i}')(x, pattern_at(patterns, f'conv{i}', 'kernel'))
-            x = jax.nn.relu(getattr(self, f'norm{i}')(x, train=train))
-        x = x.reshape(len(x), -1)
+            x = relu(getattr(self, f'norm{i}')(x, train=train))
+        x = flatten(x)
         for i in (1, 2):
             x = getattr(self, f'fc{i}')(x, pattern_at(patterns, f'fc{i}', 'kernel'))
-            x = jax.nn.relu(getattr(self, f'fc_norm{i}')(x, train=train))
+            x = relu(getattr(self, f'fc_norm{i}')(x, train=train))
         return self.fc3(x, pattern_at(patterns, 'fc3', 'kernel'), out_dtype='float32')
 
 
@@ -77,11 +77,11 @@ class VGG(nnx.Module):
         for stage, depth in enumerate(self.stages, 1):
             for i in range(1, depth + 1):
                 x = getattr(self, f'conv{stage}_{i}')(x, pattern_at(patterns, f'conv{stage}_{i}', 'kernel'))
-                x = jax.nn.relu(getattr(self, f'norm{stage}_{i}')(x, train=train))
+                x = relu(getattr(self, f'norm{stage}_{i}')(x, train=train))
             x = max_pool(x, (2, 2))
-        x = x.reshape(len(x), -1)
+        x = flatten(x)
         for i in range(1, self.hidden + 1):
-            x = jax.nn.relu(getattr(self, f'fc{i}')(x, pattern_at(patterns, f'fc{i}', 'kernel')))
+            x = relu(getattr(self, f'fc{i}')(x, pattern_at(patterns, f'fc{i}', 'kernel')))
             x = getattr(self, f'fc_norm{i}')(x, train=train)
         return self.out(x, pattern_at(patterns, 'out', 'kernel'), out_dtype='float32')
 
@@ -103,12 +103,12 @@ class _WideBlock(nnx.Module):
         self.dropout = dropout
 
     def __call__(self, x, *, train: bool, rng=None, patterns=None):
-        y = jax.nn.relu(self.norm1(x, train=train))
+        y = relu(self.norm1(x, train=train))
         residual = self.shortcut(y, pattern_at(patterns, 'shortcut', 'kernel')) if self.widens else x
         y = self.conv1(y, pattern_at(patterns, 'conv1', 'kernel'))
-        y = jax.nn.relu(self.norm2(y, train=train))
+        y = relu(self.norm2(y, train=train))
         y = layers.dropout(y, self.dropout, rng, train=train)
-        return residual + self.conv2(y, pattern_at(patterns, 'conv2', 'kernel'))
+        return self.conv2(y, pattern_at(patterns, 'conv2', 'kernel'), residual=residual)
 
 
 _SAME = {3: ((1, 1), (1, 1)), 1: ((0, 0), (0, 0))}  # PyTorch's padding: with stride 2 'SAME' would pad the other side
@@ -146,8 +146,8 @@ class WideResNet(nnx.Module):
                 name = f'block{stage}_{i}'
                 key = None if rng is None else jax.random.fold_in(rng, 1000 * stage + i)
                 x = getattr(self, name)(x, train=train, rng=key, patterns=pattern_at(patterns, name))
-        x = jax.nn.relu(self.norm(x, train=train))
-        return self.fc(x.mean(axis=(1, 2)), pattern_at(patterns, 'fc', 'kernel'), out_dtype='float32')
+        x = relu(self.norm(x, train=train))
+        return self.fc(layers.average(x), pattern_at(patterns, 'fc', 'kernel'), out_dtype='float32')
 
 
 def _check_cifar(input_shape, name: str) -> None:

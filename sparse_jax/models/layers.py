@@ -3,6 +3,7 @@
 Parameters are float32; a layer computes in the type of its input, so that a model runs in bfloat16 by casting its input once.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from flax import nnx
 from jax import lax
 
 from sparse_jax import kernels
+from sparse_jax.models import by_lanes
+from sparse_jax.models.by_lanes import ByLanes
 
 Initializer = Callable[[jax.Array, tuple[int, ...], int], jax.Array]  # (key, shape, fan_in)
 
@@ -90,14 +93,18 @@ class Conv(nnx.Module):
         self.strides = strides
         self.padding = padding if isinstance(padding, str) else tuple(padding)
 
-    def __call__(self, x: jax.Array, pattern=None) -> jax.Array:
-        """Args: x: [batch, height, width, in]. pattern: the kernel's sparsity pattern, or None. Returns: [batch, ..., out]."""
+    def __call__(self, x, pattern=None, *, residual=None) -> Any:
+        """Args: x: [batch, height, width, in]. pattern: the kernel's, or None. residual: is added. Returns: [batch, ..., out]."""
+        if isinstance(x, ByLanes):
+            bias = self.bias[...] if self.use_bias else None
+            return by_lanes.convolve(x, self.kernel[...], bias, pattern, residual, self.strides, self.padding)
         kernel = self.kernel[...].astype(x.dtype)
         if pattern is None:
             y = kernels.convolve(x, kernel, strides=self.strides, padding=self.padding)
         else:
             y = kernels.sparse_conv(x, kernel, pattern, strides=self.strides, padding=self.padding)
-        return y + self.bias[...].astype(x.dtype) if self.use_bias else y
+        y = y + self.bias[...].astype(x.dtype) if self.use_bias else y
+        return y if residual is None else residual + y
 
 
 class BatchNorm(nnx.Module):
@@ -116,8 +123,10 @@ class BatchNorm(nnx.Module):
         self.mean = nnx.BatchStat(jnp.zeros(features))
         self.var = nnx.BatchStat(jnp.ones(features))
 
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x, *, train: bool) -> Any:
         """Args: x: [batch, ..., features]. Returns: the same shape and type."""
+        if isinstance(x, ByLanes):
+            return self._by_lanes(x, train)
         wide = x.astype(jnp.float32)
         mean, var = self.mean[...], self.var[...]
         if train:
@@ -125,11 +134,24 @@ class BatchNorm(nnx.Module):
             mean = jnp.mean(wide, axes)
             # two passes: E[x^2] - E[x]^2 cancels where the mean is large
             var = jnp.mean(jnp.square(wide - mean), axes)
-            count = math.prod(x.shape[:-1])
-            self.mean[...] = 0.9 * self.mean[...] + 0.1 * mean
-            self.var[...] = 0.9 * self.var[...] + 0.1 * var * (count / max(count - 1, 1))
+            self._update(mean, var, math.prod(x.shape[:-1]))
         factor = self.scale[...] * lax.rsqrt(var + 1e-5)
         return ((wide - mean) * factor + self.bias[...]).astype(x.dtype)
+
+    def _update(self, mean: jax.Array, var: jax.Array, count: int) -> None:
+        self.mean[...] = 0.9 * self.mean[...] + 0.1 * mean
+        self.var[...] = 0.9 * self.var[...] + 0.1 * var * (count / max(count - 1, 1))
+
+    def _by_lanes(self, x: ByLanes, train: bool) -> ByLanes:
+        if x.rectified or x.normalisation is not None:
+            x = by_lanes.new(x.array(), x)
+        bias = 0 if x.bias is None else x.bias
+        mean, var = self.mean[...] - bias, self.var[...]
+        if train:
+            mean, var = x.known_moments()
+            self._update(mean + bias, var, x.values.size // len(mean))
+        factor = self.scale[...] * lax.rsqrt(var + 1e-5)
+        return dataclasses.replace(x, moments=None, bias=None, normalisation=jnp.stack([mean, factor, self.bias[...]]))
 
 
 class RMSNorm(nnx.Module):
@@ -163,7 +185,7 @@ class Embed(nnx.Module):
         return jnp.matmul(x, self.table[...].astype(x.dtype).T, preferred_element_type=jnp.float32)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None, *, train: bool) -> jax.Array:
+def dropout(x, rate: float, key: jax.Array | None, *, train: bool) -> Any:
     """Zeroes entries with this probability in training and scales the others by 1 / (1 - rate).
 
     Args:
@@ -184,15 +206,37 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None, *, train: bool) ->
         return x
     if key is None:
         raise ValueError('dropout needs a random key in training: call apply(..., rng=key).')
+    if isinstance(x, ByLanes):  # the same entries as by channels
+        values = x.array()
+        keep = jax.random.bernoulli(key, 1 - rate, jax.eval_shape(kernels.from_lanes, values).shape)
+        return by_lanes.new(jnp.where(kernels.to_lanes(keep), values / (1 - rate), 0), x)
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
 
 
-def max_pool(x: jax.Array, window: tuple[int, int]) -> jax.Array:
+def relu(x) -> Any:
+    """max(x, 0), element by element."""
+    return dataclasses.replace(x, rectified=True) if isinstance(x, ByLanes) else jax.nn.relu(x)
+
+
+def max_pool(x, window: tuple[int, int]) -> Any:
     """Maximum over windows that do not overlap; x: [batch, height, width, channels]; what fills no window is left out.
 
     Written as maxima of strided slices: on CPU the gradient of ``lax.reduce_window`` is several times slower.
     """
+    if isinstance(x, ByLanes):
+        return by_lanes.max_pool(x, window)
     height, width = (side // step * step for side, step in zip(x.shape[1:3], window, strict=True))
     slices = [x[:, i : height : window[0], j : width : window[1]] for i in range(window[0]) for j in range(window[1])]
     return functools.reduce(jnp.maximum, slices)
+
+
+def average(x) -> jax.Array:
+    """Mean over all pixels: [batch, height, width, channels] to [batch, channels]."""
+    return kernels.from_lanes(x.array().mean((1, 2))) if isinstance(x, ByLanes) else x.mean((1, 2))
+
+
+def flatten(x) -> jax.Array:
+    """[batch, ...] to [batch, features]."""
+    x = kernels.from_lanes(x.array()) if isinstance(x, ByLanes) else x
+    return x.reshape(len(x), -1)

@@ -140,7 +140,7 @@ def _calls(experiment, state, masks, block, examples: int) -> dict[str, choice.C
     """The products that a step makes with each sparse leaf, by tracing one."""
     options: dict[str, Any] = dict(block=block, stacked=experiment.stacked)
     leaves = {path for path, mask in masks_lib.leaf_paths(masks) if np.ndim(mask)}
-    patterns = sj.kernels.make_patterns(masks, **options, implementations=dict.fromkeys(leaves, 'reference'))
+    patterns = sj.kernels.make_patterns(masks, **options, implementations=dict.fromkeys(leaves, 'cpu'))
     x = jax.ShapeDtypeStruct((examples, *experiment.example.shape[1:]), experiment.example.dtype)
     with choice.recorded() as calls:
         jax.eval_shape(lambda p, s, x: experiment.apply(p, s, x, patterns), state.params, state.model_state, x)

@@ -58,13 +58,13 @@ def _prepare(config: config_lib.Config, folder: pathlib.Path) -> tuple[data_lib.
     return data, create_experiment(config, data)
 
 
-def _evaluate(config: config_lib.Config, evaluate, state, data: data_lib.Dataset, part: str) -> dict[str, float]:
+def _evaluate(config: config_lib.Config, evaluate, state, data: data_lib.Dataset, part: str, patterns=None) -> dict[str, float]:
     """Mean loss and accuracy over a part of the data; of text per token, and in bits a byte."""
     split, size = getattr(data, part), config.data.eval_batch_size
     sums = []
     for i in range(0, len(split.labels), size):
         batch = {'input': data.prepare(split.inputs[i : i + size]), 'label': split.labels[i : i + size].astype(np.int32)}
-        sums.append(evaluate(state, batch))
+        sums.append(evaluate(state, batch, patterns))
     sums = jax.device_get(sums)
     loss = float(sum(s['loss'] for s in sums)) / split.labels.size
     values = {'loss': loss, 'accuracy': int(sum(s['correct'] for s in sums)) / split.labels.size}
@@ -202,7 +202,7 @@ def _train_loop(config, folder, data, experiment, checkpoints, kernels, state, s
                 shown |= means
                 progress.show(step, shown)
             if step % eval_every == 0 or step == experiment.total_steps:
-                values = {f'{part}_{k}': v for k, v in _evaluate(config, evaluate, state, data, part).items()}
+                values = {f'{part}_{k}': v for k, v in _evaluate(config, evaluate, state, data, part, patterns).items()}
                 writer.write(step, values)
                 shown |= {f'{part}_accuracy': values[f'{part}_accuracy']}
             if step % config.checkpoint.every == 0 or step == experiment.total_steps:

@@ -70,7 +70,9 @@ def _sparsify(config: config_lib.Config, inner, stacked, update_every: int, tota
 def _model(config: config_lib.Config, input_shape: tuple[int, ...], num_outputs: int) -> models.Model:
     """The model, with those settings that it takes; ValueError for one that it does not."""
     settings = dataclasses.asdict(config.model)
-    name, dtype = settings.pop('name'), settings.pop('dtype')
+    name, dtype, layout = (settings.pop(field) for field in ('name', 'dtype', 'layout'))
+    if layout == 'auto' and config.sparsity.kernels in ('dense', 'reference'):  # plain XLA was asked for
+        layout = 'channels'
     known, own = models.options(name), {}
     for field, value in settings.items():
         if field in known and not (field == 'dropout' and value == -1):
@@ -80,7 +82,7 @@ def _model(config: config_lib.Config, input_shape: tuple[int, ...], num_outputs:
     for field in ('depth', 'features', 'heads'):
         if own.get(field) == 0:
             raise ValueError(f'config.model.{field}=0: give the {name} at least 1.')
-    return models.create(name, input_shape=input_shape, num_outputs=num_outputs, dtype=dtype, **own)
+    return models.create(name, input_shape=input_shape, num_outputs=num_outputs, dtype=dtype, layout=layout, **own)
 
 
 def check_names(config: config_lib.Config) -> None:
@@ -89,6 +91,7 @@ def check_names(config: config_lib.Config) -> None:
     sparsity = config.sparsity
     for name, value, known in (
         ('model.dtype', config.model.dtype, models.DTYPES),
+        ('model.layout', config.model.layout, models.LAYOUTS),
         ('optimizer.name', config.optimizer.name, optimizer_lib.OPTIMIZERS),
         ('optimizer.schedule', config.optimizer.schedule, optimizer_lib.SCHEDULES),
         ('sparsity.method', sparsity.method, METHODS),
@@ -210,7 +213,7 @@ def create(config: config_lib.Config, *, num_examples: int, input_shape: tuple[i
         grads, model_state, metrics = work(state.params, state.model_state, batch, rng, patterns)
         masks = sj.get_masks(state.opt_state) if is_sparse else None
         if is_sparse and not dense_gradients:
-            grads = sj.apply_masks(grads, masks)
+            grads = _masked(grads, masks, patterns)
         if config.optimizer.clip_norm:
             grads = optimizer_lib.clipped(grads, masks, config.optimizer.clip_norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -223,11 +226,11 @@ def create(config: config_lib.Config, *, num_examples: int, input_shape: tuple[i
             average = jax.tree.map(mix, average, (params, model_state))  # running statistics too: they belong to the weights
         return TrainState(step, params, model_state, opt_state, state.rng_key, average), metrics
 
-    def evaluate(state: TrainState, batch):
+    def evaluate(state: TrainState, batch, patterns=None):
         params, model_state = state.average if decay else (state.params, state.model_state)
         if decay and is_sparse:  # an average of weights is not sparse where masks have moved
             params = sj.apply_masks(params, sj.get_masks(state.opt_state))
-        logits, _ = model.apply(params, model_state, batch['input'], train=False, rng=None)
+        logits, _ = model.apply(params, model_state, batch['input'], train=False, rng=None, patterns=patterns)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
         return {'loss': losses.sum(), 'correct': jnp.sum(jnp.argmax(logits, axis=-1) == batch['label'])}
 
@@ -253,6 +256,18 @@ def create(config: config_lib.Config, *, num_examples: int, input_shape: tuple[i
         steps_per_epoch,
         update_every,
     )
+
+
+def _masked(grads: Any, masks: Any, patterns: Any) -> Any:
+    """Gradients with zeros off the masks; a convolution with a pattern has them already, and is spared a pass over its weights."""
+    if patterns is None:
+        return sj.apply_masks(grads, masks)
+    is_leaf = lambda x: x is None or isinstance(x, sj.kernels.Pattern)
+    flat = jax.tree.leaves(patterns, is_leaf=is_leaf)
+    leaves, structure = jax.tree.flatten(grads)
+    masked = jax.tree.leaves(sj.apply_masks(grads, masks))
+    spared = [p is not None and len(p.shape) == 4 for p in flat]
+    return jax.tree.unflatten(structure, [g if s else m for g, m, s in zip(leaves, masked, spared, strict=True)])
 
 
 def _patterns(text: str) -> tuple[str, ...]:
