@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import launch
 import sparse_jax as sj
 from benchmarks import layers, twins
 from sparse_jax import masks as masks_lib
@@ -135,4 +136,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+    launch.keep_memory()
     main()

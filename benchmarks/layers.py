@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import launch
 from sparse_jax import kernels
 
 # batch, side of the image (0: a matrix product), in, out, taps a side, stride
@@ -227,4 +228,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+    launch.keep_memory()
     main()

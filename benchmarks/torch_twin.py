@@ -32,8 +32,10 @@ def conv(x, p, name, stride=1, padding=1):
     return F.conv2d(x, p[f'{name}/kernel'], p.get(f'{name}/bias'), stride, padding)
 
 
-def norm(x, p, name):
-    return F.batch_norm(x, None, None, p[f'{name}/scale'], p[f'{name}/bias'], training=True, eps=1e-5)
+def norm(x, p, name, running=None, train=True):
+    """running: running means and variances by name, in benchmarks/torch_training.py."""
+    mean, var = running[name] if running else (None, None)
+    return F.batch_norm(x, mean, var, p[f'{name}/scale'], p[f'{name}/bias'], training=train, eps=1e-5)
 
 
 def linear(x, p, name):
@@ -44,7 +46,7 @@ def flat(x):
     return x.permute(0, 2, 3, 1).reshape(len(x), -1)
 
 
-def vgg_d(p, x):
+def vgg_d(p, x, norm=norm):
     for stage, depth in enumerate((2, 2, 3, 3, 3), 1):
         for i in range(1, depth + 1):
             x = F.relu(norm(conv(x, p, f'conv{stage}_{i}'), p, f'norm{stage}_{i}'), inplace=True)
@@ -55,7 +57,7 @@ def vgg_d(p, x):
     return linear(x, p, 'out')
 
 
-def wrn_16_8(p, x):
+def wrn_16_8(p, x, norm=norm):
     x = conv(x, p, 'conv')
     for stage in (1, 2, 3):
         for i in (1, 2):
@@ -67,7 +69,7 @@ def wrn_16_8(p, x):
     return linear(F.relu(norm(x, p, 'norm'), inplace=True).mean((2, 3)), p, 'fc')
 
 
-def lenet5(p, x):
+def lenet5(p, x, norm=None):
     x = F.relu(F.max_pool2d(conv(x, p, 'conv1', padding=0), 2))
     x = F.relu(F.max_pool2d(conv(x, p, 'conv2', padding=0), 2))
     return linear(F.relu(linear(flat(x), p, 'fc1')), p, 'fc2')

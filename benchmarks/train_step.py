@@ -1,36 +1,45 @@
 """A whole training step of four networks: ours dense and sparse, plain jax.lax, and PyTorch.
 
-    python -m benchmarks.train_step --model=vgg_d --density=0.05 --batch_size=64 --json=FILE --torch_python=PYTHON
+    python -m benchmarks.train_step --density=0.05,0.2,0.1,0.02,0.01 --json=FILE --torch_python=PYTHON
 
-Forward, backward, SGD with Nesterov momentum and L2, no dropout, float32, a batch of noise. The rivals take turns, and the figures
-are medians over rounds: `xla_seconds` (benchmarks/twins.py), `dense_seconds` (ours), `sparse_seconds` (ours at the density, with a mask
-update every 390 steps and the window of dense gradients amortised), `torch_seconds` (benchmarks/torch_twin.py by the Python that is
-named, in which torch is installed). Without --model all four. For images of CIFAR's shape it also prints how many a second
-the input pipeline makes. Cost: six minutes on two cores.
+Forward, backward, SGD with Nesterov momentum and L2, no dropout, float32, a batch of noise. The rivals take turns, times are medians over
+rounds and ratios medians of those within a round: `xla` (benchmarks/twins.py), `dense` (ours), sparse (ours at each density, as
+launch.py trains: kernels where they are measured fastest, the window of dense gradients and a mask update every 390 steps amortised),
+`torch` (benchmarks/torch_twin.py by the Python that is named, in which torch is installed). All keep their memory (launch.MALLOC), PyTorch
+also as it comes. Without --model all four. For images of CIFAR's shape it also prints how many a
+second the input pipeline makes. Cost: fifteen minutes on two cores with five densities.
 """
 
 import argparse
+import functools
 import json
+import os
 import pathlib
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import launch
 import sparse_jax as sj
-from benchmarks import twins
+from benchmarks import layers, twins
 from sparse_jax import config as config_lib
 from sparse_jax import data as data_lib
 from sparse_jax import masks as masks_lib
 from sparse_jax import train
+from sparse_jax.train import layer_kernels
 
 UPDATE_EVERY = 390
 
 
-def config(name: str, method: str, density: float, batch_size: int) -> config_lib.Config:
+def config(
+    name: str, method: str, density: float, batch_size: int, *, kernels: str = 'auto', layout: str = 'auto'
+) -> config_lib.Config:
     """Settings of our step."""
     made = config_lib.Config()
     made.model.name = 'transformer' if name == 'lm_tiny' else name
@@ -41,16 +50,17 @@ def config(name: str, method: str, density: float, batch_size: int) -> config_li
     made.optimizer.learning_rate, made.optimizer.momentum, made.optimizer.weight_decay = twins.RATE, twins.MOMENTUM, twins.DECAY
     made.optimizer.schedule = 'constant'
     made.sparsity.method, made.sparsity.density, made.sparsity.update_every = method, density, UPDATE_EVERY
+    made.sparsity.kernels, made.model.layout = kernels, layout
     made.train.steps = 100 * UPDATE_EVERY
     return made
 
 
 class Ours:
-    """Our training step from given parameters."""
+    """Our training step from given parameters, as launch.py runs it: layers on the kernels that are measured fastest, window and all."""
 
-    def __init__(self, name: str, method: str, density: float, batch, params):
+    def __init__(self, name: str, method: str, density: float, batch, params, **own):
         shape, outputs = batch['input'].shape[1:], twins.TOKENS if name == 'lm_tiny' else 10
-        settings = config(name, method, density, len(batch['input']))
+        settings = config(name, method, density, len(batch['input']), **own)
         made = train.create(settings, num_examples=UPDATE_EVERY * len(batch['input']), input_shape=shape, num_outputs=outputs)
         state = jax.jit(made.init)(jax.random.key(0))
         params = jax.tree.map(jnp.array, params)
@@ -58,10 +68,14 @@ class Ours:
             params = sj.apply_masks(params, sj.get_masks(state.opt_state))
         self.state = state._replace(params=params)
         self.batch = batch
-        self._step = jax.jit(made.train_step, donate_argnums=0, static_argnames='dense_gradients')
+        with tempfile.TemporaryDirectory() as folder:
+            self.patterns = layer_kernels.LayerKernels(settings, made, pathlib.Path(folder), 0).patterns(0, self.state)
+        self.step = jax.jit(made.train_step, donate_argnums=0, static_argnames='dense_gradients')
+        is_dense = [made.needs_dense_gradient(step) for step in range(UPDATE_EVERY + 1, 2 * UPDATE_EVERY + 1)]
+        self.dense_share = sum(is_dense) / UPDATE_EVERY
 
     def __call__(self, dense_gradients: bool = True) -> float:
-        self.state, metrics = self._step(self.state, self.batch, dense_gradients=dense_gradients)
+        self.state, metrics = self.step(self.state, self.batch, self.patterns, dense_gradients=dense_gradients)
         loss = float(metrics['loss'])
         jax.block_until_ready(self.state.params)
         return loss
@@ -71,6 +85,19 @@ class Ours:
         is_state = lambda x: isinstance(x, sj.SparsifyState)
         late = lambda x: x._replace(count=jnp.full_like(x.count, UPDATE_EVERY - 1)) if is_state(x) else x
         self.state = self.state._replace(opt_state=jax.tree.map(late, self.state.opt_state, is_leaf=is_state))
+
+    def mask_update(self) -> float:
+        """Seconds of a step that updates the masks, and of the new patterns; afterwards the state is the one before."""
+        before = jax.tree.map(jnp.copy, self.state)
+        self.before_an_update()
+        begin = time.perf_counter()
+        self()
+        if self.patterns is not None:
+            masks = jax.device_get(sj.get_masks(self.state.opt_state))
+            jax.block_until_ready(jax.device_put(sj.kernels.make_patterns(masks, previous=self.patterns)))
+        seconds = time.perf_counter() - begin
+        self.state = before
+        return seconds
 
     def density(self) -> float:
         return sj.stats.density(sj.get_masks(self.state.opt_state))
@@ -94,12 +121,14 @@ class Plain:
 class Torch:
     """The step in PyTorch, in a process of its own, which tells its seconds itself."""
 
-    def __init__(self, python: str, name: str, batch, params, folder: pathlib.Path):
+    def __init__(self, python: str, name: str, batch, params, folder: pathlib.Path, *, as_it_comes: bool = False):
+        """Args: as_it_comes: without launch.MALLOC, which makes PyTorch's steps faster too."""
         np.savez(folder / 'params.npz', **dict(masks_lib.leaf_paths(params)))
         np.savez(folder / 'batch.npz', **batch)
         script = pathlib.Path(__file__).parent / 'torch_twin.py'
         command = [python, str(script), name, str(folder / 'params.npz'), str(folder / 'batch.npz')]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = {key: value for key, value in os.environ.items() if key != 'GLIBC_TUNABLES' or not as_it_comes}
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         self.version = self._line()
 
     def _line(self) -> str:
@@ -139,44 +168,67 @@ def _pipeline(batch_size: int) -> float:
     return count / (time.perf_counter() - begin)
 
 
-def measure(name: str, density: float, batch_size: int, rounds: int, torch_python: str) -> dict[str, float | str]:
+def measure(name: str, densities: Sequence[float], batch_size: int, rounds: int, torch_python: str) -> dict[str, Any]:
     """All columns of one network."""
     batch, params = twins.batch(name, batch_size), twins.parameters(name)
-    plain, dense = Plain(name, batch, params), Ours(name, 'dense', 1.0, batch, params)
-    sparse = Ours(name, 'sparse_momentum', density, batch, params)
-    times: dict[str, list[float]] = {key: [] for key in ('xla', 'dense', 'sparse', 'update', 'torch')}
+    contenders: dict[str, Callable[[], Any]] = {'xla': Plain(name, batch, params), 'dense': Ours(name, 'dense', 1.0, batch, params)}
+    sparse = {density: Ours(name, 'sparse_momentum', density, batch, params) for density in densities}
+    for density, ours in sparse.items():
+        contenders[f'{density} sparse'] = functools.partial(ours, dense_gradients=False)
+        contenders[f'{density} dense gradients'] = ours
+    times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        torch = Torch(torch_python, name, batch, params, pathlib.Path(folder)) if torch_python else None
+        torches = {}
+        if torch_python:
+            for key, plain in (('torch', False), ('torch_as_it_comes', True)):
+                torches[key] = Torch(torch_python, name, batch, params, pathlib.Path(folder), as_it_comes=plain)
         for round_ in range(rounds + 1):
-            row = {'xla': _seconds(plain), 'dense': _seconds(dense), 'sparse': _seconds(sparse)}
-            sparse.before_an_update()
-            row['update'] = _seconds(sparse)
-            if torch:
-                row['torch'] = torch()[0]
-            if round_ > 0:  # the first compiles
-                for key, value in row.items():
-                    times[key].append(value)
-        if torch:
+            row = {}
+            for key, contender in contenders.items():
+                time.sleep(0.02)  # OpenMP's threads go on spinning for a while
+                row[key] = _seconds(contender)
+            for key, torch in torches.items():
+                row[key] = torch()[0]
+            for key, value in row.items() if round_ else ():  # the first compiles
+                times.setdefault(key, []).append(value)
+        for torch in torches.values():
             torch.close()
-    assert abs(sparse.density() - density) < 1e-3
-    median = {key: float(np.median(values)) for key, values in times.items() if values}
-    # all steps have dense gradients so far; one in UPDATE_EVERY moves the masks
-    amortised = median['sparse'] + (median['update'] - median['sparse']) / UPDATE_EVERY
-    result: dict[str, float | str] = {
-        'model': name, 'density': density, 'batch_size': batch_size, 'xla_seconds': median['xla'], 'dense_seconds': median['dense'],
-        'sparse_seconds': amortised, 'mask_update_seconds': median['update'] - median['sparse'],
-    }  # fmt: skip
-    if torch:
-        result |= {'torch_seconds': median['torch'], 'torch': torch.version.split()[0]}
-    fastest = min(value for key, value in result.items() if key.endswith('_seconds') and key != 'mask_update_seconds')  # type: ignore
+    median = {key: float(np.median(values)) for key, values in times.items()}
+    result: dict[str, Any] = {
+        'model': name,
+        'batch_size': batch_size,
+        'xla_seconds': median['xla'],
+        'dense_seconds': median['dense'],
+    }
+    for key, torch in torches.items():
+        result |= {f'{key}_seconds': median[key], 'torch': torch.version.split()[0]}
+    result['densities'] = []
+    for density, ours in sparse.items():
+        assert abs(ours.density() - density) < 1e-3
+        step, window = (median[f'{density} {kind}'] for kind in ('sparse', 'dense gradients'))
+        update = float(np.median([ours.mask_update() for _ in range(3)])) - window
+        share = ours.dense_share
+        row = {'density': density, 'step_seconds': step, 'dense_gradient_step_seconds': window, 'mask_update_seconds': update}
+        row['seconds'] = (1 - share) * step + share * window + update / UPDATE_EVERY
+        pairs = zip(times[f'{density} sparse'], times[f'{density} dense gradients'], strict=True)
+        average = np.array([(1 - share) * s + share * w for s, w in pairs]) + update / UPDATE_EVERY
+        for key in ('xla', 'dense', 'torch', 'torch_as_it_comes'):
+            if key in times:
+                row[f'{key}_ratio'] = float(np.median(np.array(times[key]) / average))
+        result['densities'].append(row)
+    fastest = min(result['densities'][0]['seconds'], result['dense_seconds'])
     if name == 'lm_tiny':
-        for key in ('xla', 'dense', 'sparse', 'torch'):
-            if f'{key}_seconds' in result:
-                result[f'{key}_tokens_per_second'] = batch_size * twins.LENGTH / float(result[f'{key}_seconds'])
+        result['tokens_per_second'] = batch_size * twins.LENGTH / fastest
     elif name != 'lenet5':
         result['pipeline_images_per_second'] = _pipeline(batch_size)
-        result['fastest_step_images_per_second'] = batch_size / float(fastest)
+        result['fastest_step_images_per_second'] = batch_size / fastest
     return result
+
+
+def crossover(result: dict[str, Any], rival: str) -> str:
+    """The density below which the sparse step is the faster one, log-linear between those measured."""
+    rows = [{'density': row['density'], 'ratios': {rival: row[f'{rival}_ratio']}} for row in result['densities']]
+    return layers.crossover(rows, rival)
 
 
 GOLDEN_SIZES = {'vgg_d': 16, 'wrn_16_8': 4, 'lenet5': 4, 'lm_tiny': 4}
@@ -197,21 +249,37 @@ def golden(torch_python: str) -> dict[str, dict]:
 def table(rows: list[dict]) -> str:
     """The results as Markdown."""
     lines = [
-        '| network | plain jax.lax | ours, dense | ours, sparse | PyTorch | sparse against PyTorch |',
-        '|---|---:|---:|---:|---:|---:|',
+        '| network | density | plain jax.lax | PyTorch dense (as it comes) | ours, dense | ours, sparse | against jax.lax '
+        '| against PyTorch (as it comes) | against ours, dense |',
+        '|---|---:|---:|---:|---:|---:|---:|---:|---:|',
     ]
+    milliseconds = lambda seconds: f'{1e3 * seconds:,.0f} ms' if seconds >= 0.1 else f'{1e3 * seconds:,.1f} ms'
     for row in rows:
-        seconds = lambda key, row=row: f'{1e3 * row[key]:,.0f} ms' if key in row else ''
-        ratio = f'{row["sparse_seconds"] / row["torch_seconds"]:.2f}x' if 'torch_seconds' in row else ''
-        columns = ' | '.join(seconds(f'{key}_seconds') for key in ('xla', 'dense', 'sparse', 'torch'))
-        lines.append(f'| {row["model"]} | {columns} | {ratio} |')
+        known = [key for key in ('xla', 'torch', 'torch_as_it_comes', 'dense') if f'{key}_seconds' in row]
+        times = {key: milliseconds(row[f'{key}_seconds']) for key in known}
+        torch = f'{times["torch"]} ({times["torch_as_it_comes"]})' if 'torch' in times else ''
+        for point in row['densities']:
+            ratios = {key: f'{point[f"{key}_ratio"]:.1f}x' for key in known}
+            against = f'{ratios["torch"]} ({ratios["torch_as_it_comes"]})' if torch else ''
+            cells = [row['model'], f'{point["density"]:.0%}', times['xla'], torch, times['dense'], milliseconds(point['seconds'])]
+            lines.append('| ' + ' | '.join([*cells, ratios['xla'], against, ratios['dense']]) + ' |')
+    lines += [
+        '',
+        '| network | step | with dense gradients | mask update, with patterns | sparse wins over ours, dense, below | over PyTorch below |',
+    ]
+    lines.append('|---|---:|---:|---:|---:|---:|')
+    for row in rows:
+        point = row['densities'][0]
+        own = [milliseconds(point[f'{key}_seconds']) for key in ('step', 'dense_gradient_step', 'mask_update')]
+        wins = [crossover(row, key) if f'{key}_ratio' in point else '' for key in ('dense', 'torch')]
+        lines.append('| ' + ' | '.join([f'{row["model"]} at {point["density"]:.0%}', *own, *wins]) + ' |')
     return '\n'.join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', choices=twins.MODELS, help='default: all')
-    parser.add_argument('--density', type=float, default=0.05)
+    parser.add_argument('--density', default='0.05', help='the first of them is the one of the second table; separated by commas')
     parser.add_argument('--batch_size', type=int, default=64)
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--json', type=pathlib.Path, help='file for the results')
@@ -223,7 +291,7 @@ def main() -> None:
         return
     rows = []
     for name in [args.model] if args.model else twins.MODELS:
-        rows.append(measure(name, args.density, args.batch_size, args.rounds, args.torch_python))
+        rows.append(measure(name, [float(d) for d in args.density.split(',')], args.batch_size, args.rounds, args.torch_python))
         print(json.dumps(rows[-1], indent=2), flush=True)
     print(table(rows))
     if args.json:
@@ -231,4 +299,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+    launch.keep_memory()
     main()

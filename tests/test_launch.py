@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+import launch
+
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = '--config=configs/mnist_lenet300.py:offline'
 
@@ -121,3 +123,13 @@ def test_a_script_elsewhere_trains_a_nested_tuple_to_exact_density(tmp_path):
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == '85', done.stderr  # round(0.1 * (600 + 200 + 50))
+
+
+def test_it_starts_anew_once_with_memory_kept_in_the_same_process():
+    program = 'import os, launch; launch.keep_memory(); print(os.getpid(), os.environ["GLIBC_TUNABLES"])'
+    environment = {key: value for key, value in os.environ.items() if key != 'GLIBC_TUNABLES'}
+    for given, expected in ((None, launch.MALLOC), ('glibc.malloc.arena_max=2', 'glibc.malloc.arena_max=2')):
+        own = environment | ({'GLIBC_TUNABLES': given} if given else {})
+        process = subprocess.Popen([sys.executable, '-c', program], cwd=ROOT, env=own, stdout=subprocess.PIPE, text=True)
+        out, _ = process.communicate(timeout=60)
+        assert out.split() == [str(process.pid), expected]

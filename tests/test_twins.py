@@ -36,7 +36,7 @@ def test_the_twins_have_the_same_losses_over_three_steps(name):
 
 def test_the_sparse_twin_is_sparse_and_updates_its_masks_when_told():
     batch, params = twins.batch('lenet5', 4), twins.parameters('lenet5')
-    sparse = train_step.Ours('lenet5', 'sparse_momentum', 0.05, batch, params)
+    sparse = train_step.Ours('lenet5', 'sparse_momentum', 0.05, batch, params, kernels='dense')
     sparse()
     masks = [np.asarray(m) for m in _masks(sparse)]
     sparse()

@@ -1,0 +1,234 @@
+"""Where each millisecond of a training step goes, beside what its bytes and operations would take at this machine's peaks.
+
+    python -m benchmarks.profile_step --model=wrn_16_8 --density=0.05
+
+traces some steps of ours (benchmarks/train_step.py) with jax.profiler, gives each moment to the instructions that run in it, in equal parts,
+and prints a table by kind of work; --image=FILE draws it, --instructions=20 lists the longest ones. Operations are those of products,
+with weights that exist; bytes are those of operands and results, each once. Cost: two minutes on two cores.
+"""
+
+import argparse
+import collections
+import math
+import pathlib
+import re
+import tempfile
+from typing import Any, NamedTuple
+
+import jax
+import matplotlib.pyplot as plt
+
+import launch
+from benchmarks import layers, train_step, twins
+
+_SIZES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8}
+_SHAPE = re.compile(r'\b(' + '|'.join(_SIZES) + r')\[([\d,]*)\]')
+_INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)(?:, |$)(.*)')
+
+
+class Instruction(NamedTuple):
+    """One instruction of a compiled step, as XLA's text has it."""
+
+    kind: str  # the part of the step it belongs to
+    bytes: float  # of operands and results
+    operations: float  # of products: two for each multiply-add
+
+
+def _shapes(text: str) -> list[tuple[int, tuple[int, ...]]]:
+    return [(_SIZES[kind], tuple(int(n) for n in sides.split(',') if n)) for kind, sides in _SHAPE.findall(text)]
+
+
+def _bytes(shapes) -> int:
+    return sum(size * math.prod(shape) for size, shape in shapes)
+
+
+_PRODUCTS = {'forward': 'forward', 'input_gradient': 'input gradients', 'weight_gradient': 'weight gradients'}
+
+
+def instructions(text: str, density: float) -> dict[str, Instruction]:
+    """The instructions of an HLO module's text by name.
+
+    >>> line = '  %dot.1 = f32[8,4]{1,0} dot(%a, %b), lhs_contracting_dims={1}, metadata={op_name="jit(step)/jvp()/dot"}'
+    >>> defined = '  %a = f32[8,16]{1,0} parameter(0)\\n  %b = f32[16,4]{1,0} parameter(1)\\n'
+    >>> instructions(defined + line, 1.0)['dot.1']
+    Instruction(kind='matrix products', bytes=896, operations=1024.0)
+    """
+    results, found = {}, {}
+    for line in text.splitlines():
+        if match := _INSTRUCTION.match(line):
+            results[match[1]] = _shapes(match[2])
+    for line in text.splitlines():
+        if not (match := _INSTRUCTION.match(line)):
+            continue
+        name, _, code, operands, rest = match.groups()
+        taken = [shape for operand in re.findall(r'%([\w.\-]+)', operands) for shape in results.get(operand, [])]
+        size, operations = _bytes(taken) + _bytes(results[name]), 0.0
+        path = m[1] if (m := re.search(r'op_name="([^"]*)"', rest)) else ''
+        backward, forward = 'transpose(jvp' in path, 'jvp(' in path
+        if target := re.search(r'custom_call_target="sparse_jax_(\w+)"', rest):
+            if target[1] in _PRODUCTS:
+                dense = 's32[0]' in rest  # an empty list
+                everything = [shape for _, shape in taken + results[name]]
+                weight = next((s for s in everything if len(s) == 4 and math.prod(s[:2]) <= 121), (1, 1, 1, 1))
+                pixels = [math.prod(s) // s[3] for s in everything if len(s) == 5 and s[3] == weight[3]]
+                pixels += [math.prod(s[:3]) for s in everything if len(s) == 4 and s[3] == weight[3] and s != weight]
+                operations = 2.0 * math.prod(weight) * min(pixels, default=0) * (1 if dense else density)
+                kind = f'{"dense" if dense else "sparse"} products, {_PRODUCTS[target[1]]}'
+            else:
+                kind = 'pooling'
+        elif code == 'convolution' or '__conv' in rest or 'convolution' in name:
+            kind = "XLA's convolutions"
+        elif code == 'dot' or name.startswith('dot') or path.endswith('dot_general'):
+            kind = 'matrix products'
+            operations = 2.0 * math.sqrt(math.prod(math.prod(s) for _, s in [*taken[:2], *results[name][:1]]))
+        elif backward:
+            kind = 'elementwise and sums, backward'
+        elif forward:
+            kind = 'elementwise and sums, forward'
+        else:
+            kind = 'optimizer and masks'
+        found[name] = Instruction(kind, size, operations)
+    return found
+
+
+def events(folder: pathlib.Path, module: str) -> list[tuple[float, float, str]]:
+    """Begin, end (ns) and name of each instruction that ran, from a trace."""
+    (path,) = folder.glob('**/*.xplane.pb')
+    found = []
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+        for line in plane.lines:
+            starts, ends = {}, []
+            for event in line.events:
+                stats = dict(event.stats)
+                if event.name.startswith('end: '):
+                    ends.append((stats.get('_c'), event.start_ns + event.duration_ns))
+                elif stats.get('hlo_module') == module:
+                    starts[stats.get('_p')] = event.start_ns, event.start_ns + event.duration_ns, str(stats['hlo_op'])
+            ends = dict(ends)
+            found += [(begin, max(end, ends.get(key, end)), name) for key, (begin, end, name) in starts.items()]
+    return sorted(found)
+
+
+def shares(ran: list[tuple[float, float, str]]) -> dict[str, float]:
+    """Seconds of each name: each moment in equal parts to what runs in it; what is between is 'nothing runs'.
+
+    >>> {name: round(s * 1e9, 3) for name, s in sorted(shares([(0, 10, 'a'), (5, 15, 'b'), (20, 30, 'a')]).items())}
+    {'a': 17.5, 'b': 7.5, 'nothing runs': 5.0}
+    """
+    marks = sorted([(begin, 1, name) for begin, _, name in ran] + [(end, -1, name) for _, end, name in ran])
+    running: collections.Counter[str] = collections.Counter()
+    seconds: dict[str, float] = {}
+    last = marks[0][0]
+    for time, change, name in marks:
+        names = [n for n, count in running.items() for _ in range(count)]
+        for n in names or ['nothing runs']:
+            seconds[n] = seconds.get(n, 0.0) + (time - last) * 1e-9 / max(1, len(names))
+        running[name] += change
+        last = time
+    return {name: s for name, s in seconds.items() if s}
+
+
+def measure(
+    name: str, density: float, batch_size: int, dense_gradients: bool, steps: int, layout: str
+) -> tuple[list[dict], list[dict]]:
+    """Rows by kind of work, and by instruction."""
+    batch, params = twins.batch(name, batch_size), twins.parameters(name)
+    method = 'dense' if density == 1 else 'sparse_momentum'
+    ours = train_step.Ours(name, method, density, batch, params, layout=layout)
+    jit = ours.step.lower(ours.state, batch, ours.patterns, dense_gradients=dense_gradients)
+    compiled, state = jit.compile(), ours.state
+    known = instructions(compiled.as_text() or '', density)
+    for _ in range(2):
+        state, _ = compiled(state, batch, ours.patterns)
+    jax.block_until_ready(state)
+    seconds: collections.Counter[str] = collections.Counter()
+    for _ in range(steps):  # one trace a step: what is between two steps is not part of either
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                state, _ = compiled(state, batch, ours.patterns)
+                jax.block_until_ready(state)
+            seconds.update(shares(events(pathlib.Path(folder), 'jit_train_step')))
+    rows = []
+    for instruction, total in seconds.items():
+        own = known.get(instruction, Instruction('other', 0, 0))
+        kind = instruction if instruction == 'nothing runs' else own.kind
+        rows.append({'name': instruction, 'kind': kind, 'seconds': total / steps, 'bytes': own.bytes, 'operations': own.operations})
+    rows.sort(key=lambda row: -row['seconds'])
+    kinds: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        kind = kinds.setdefault(row['kind'], {'kind': row['kind'], 'seconds': 0.0, 'bytes': 0.0, 'operations': 0.0})
+        for key in ('seconds', 'bytes', 'operations'):
+            kind[key] += row[key]
+    return sorted(kinds.values(), key=lambda row: -row['seconds']), rows
+
+
+def _floors(row: dict, peak: tuple[float, float]) -> tuple[float, float]:
+    """Seconds that its operations and its bytes would take at the peaks."""
+    return row['operations'] / 2 / peak[0], row['bytes'] / peak[1]
+
+
+def table(rows: list[dict], peak: tuple[float, float]) -> str:
+    """By kind of work, as Markdown."""
+    total = {'kind': 'the step', **{key: sum(row[key] for row in rows) for key in ('seconds', 'bytes', 'operations')}}
+    lines = [
+        '| part | time | share | operations | at the peak they take | bytes | at the peak they take |',
+        '|---|---:|---:|---:|---:|---:|---:|',
+    ]
+    for row in [*rows, total]:
+        operations, bytes_ = _floors(row, peak)
+        cells = [
+            row['kind'],
+            f'{1e3 * row["seconds"]:.1f} ms',
+            f'{row["seconds"] / total["seconds"]:.0%}',
+            f'{row["operations"] / 1e9:.1f} G' if row['operations'] else '',
+            f'{1e3 * operations:.1f} ms' if row['operations'] else '',
+            f'{row["bytes"] / 1e6:,.0f} MB' if row['bytes'] else '',
+            f'{1e3 * bytes_:.1f} ms' if row['bytes'] else '',
+        ]
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
+
+
+def draw(rows: list[dict], peak: tuple[float, float], title: str, path: pathlib.Path) -> None:
+    """Bars of the measured time, and a mark where the larger of both floors is."""
+    figure, axes = plt.subplots(figsize=(9, 0.45 * len(rows) + 1.4), layout='constrained')
+    places = range(len(rows))[::-1]
+    axes.barh(places, [1e3 * row['seconds'] for row in rows], color='#4878a8', label='measured')
+    floors = [1e3 * max(_floors(row, peak)) for row in rows]
+    axes.scatter(
+        floors, places, marker='|', s=260, color='#d0602a', linewidths=2.5, zorder=3, label='its operations or bytes at the peak'
+    )
+    axes.set_yticks(places, [row['kind'] for row in rows])
+    axes.set_xlabel('milliseconds')
+    axes.set_title(title)
+    axes.grid(axis='x', alpha=0.3)
+    axes.legend(loc='lower right')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model', choices=twins.MODELS, default='wrn_16_8')
+    parser.add_argument('--density', type=float, default=0.05, help='1: the dense twin')
+    parser.add_argument('--dense_gradients', action='store_true', help='a step of the window before a mask update')
+    parser.add_argument('--layout', default='auto', help='channels: with plain XLA between the products')
+    parser.add_argument('--batch_size', type=int, default=64)
+    parser.add_argument('--steps', type=int, default=5)
+    parser.add_argument('--instructions', type=int, default=0, help='how many of the longest to list')
+    parser.add_argument('--image', type=pathlib.Path, help='default: runs/profile_step/MODEL-DENSITY.png')
+    args = parser.parse_args()
+    peak = layers.peaks()
+    kinds, rows = measure(args.model, args.density, args.batch_size, args.dense_gradients, args.steps, args.layout)
+    print(f'peaks: {2 * peak[0] / 1e9:.0f} GFLOP/s, {peak[1] / 1e9:.1f} GB/s')
+    print(table(kinds, peak))
+    for row in rows[: args.instructions]:
+        print(f'{1e3 * row["seconds"]:8.2f} ms  {row["bytes"] / 1e6:8.1f} MB  {row["kind"]}: {row["name"]}')
+    title = f'{args.model}, {args.density:.0%} of the weights, batch {args.batch_size}: {1e3 * sum(r["seconds"] for r in rows):.0f} ms a step'
+    draw(kinds, peak, title, args.image or pathlib.Path(f'runs/profile_step/{args.model}-{args.density:g}.png'))
+
+
+if __name__ == '__main__':
+    launch.keep_memory()
+    main()

@@ -1,0 +1,165 @@
+"""Test accuracy against wall clock, all costs in: dense (ours and PyTorch's), masked sparse, and sparse on the kernels.
+
+    python -m benchmarks.time_to_accuracy --torch_python=PYTHON
+
+trains LeNet-5 and VGG-D on the offline digits, one run after the other on all cores, each a process of its own from its start to its end: imports,
+data, compilation, measuring kernels, evaluations and checkpoints count (PyTorch is given arrays and parameters that are ready, and saves
+nothing). The table has the seconds until a test accuracy was first seen; the figure goes to runs/time_to_accuracy/. Settings of all
+contenders are the same; PyTorch starts from our parameters of the seed. Cost: ten minutes on two cores.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+
+import launch
+from sparse_jax import config as config_lib
+from sparse_jax import masks as masks_lib
+from sparse_jax.train import loop
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    'vgg_d': dict(
+        config='configs/cifar10_vgg_d.py:offline',
+        own={'data.batch_size': 64, 'train.epochs': 6, 'data.augment': False, 'sparsity.update_every': 62, 'train.eval_every': 31},
+        targets=(0.9, 0.95),
+    ),
+    'lenet5': dict(
+        config='configs/mnist_lenet5.py:offline', own={'train.steps': 2000, 'train.eval_every': 40}, targets=(0.9, 0.95)
+    ),
+}
+CONTENDERS = {
+    'dense, PyTorch': None,
+    'dense, ours': {'sparsity.method': 'dense'},
+    'sparse at 5%, masked': {'sparsity.kernels': 'dense'},
+    'sparse at 5%, kernels': {},
+}
+
+
+def _config(network: str, own: dict[str, Any]) -> tuple[config_lib.Config, list[str]]:
+    """The settings of a run, and the flags that launch.py takes them by."""
+    row = NETWORKS[network]
+    values = row['own'] | own | {'checkpoint.every': 10**6, 'checkpoint.keep': 1}
+    path, variant = row['config'].split(':')
+    config = importlib.import_module(path.removesuffix('.py').replace('/', '.')).get_config(variant)
+    for key, value in values.items():
+        part, field = key.split('.')
+        setattr(getattr(config, part), field, value)
+    flags = [f'--config={row["config"]}', *(f'--config.{key}={value}' for key, value in values.items())]
+    return config, flags
+
+
+def _prepare_torch(network: str, folder: pathlib.Path) -> None:
+    config, _ = _config(network, {'sparsity.method': 'dense'})
+    data = loop.load_data(config)
+    experiment = loop.create_experiment(config, data)
+    params = jax.device_get(jax.jit(experiment.init)(jax.random.key(config.seed)).params)
+    np.savez(folder / 'params.npz', **dict(masks_lib.leaf_paths(params)))
+    arrays = {
+        'x': data.prepare(data.train.inputs),
+        'y': data.train.labels,
+        'test_x': data.prepare(data.test.inputs),
+        'test_y': data.test.labels,
+    }
+    np.savez(folder / 'data.npz', **arrays)  # type: ignore[arg-type]
+    keys = ('learning_rate', 'schedule', 'decay_every', 'decay_factor', 'momentum', 'weight_decay', 'clip_norm')
+    settings: dict[str, Any] = {key: getattr(config.optimizer, key) for key in keys}
+    settings |= {'model': network, 'steps': experiment.total_steps, 'eval_every': config.train.eval_every}
+    settings |= {'batch_size': config.data.batch_size, 'seed': config.seed}
+    (folder / 'settings.json').write_text(json.dumps(settings))
+
+
+def run(network: str, contender: str, folder: pathlib.Path, torch_python: str) -> dict[str, Any]:
+    """One contender's points: seconds since its process was started, and test accuracy."""
+    shutil.rmtree(folder, ignore_errors=True)
+    own = CONTENDERS[contender]
+    environment = dict(os.environ)
+    if own is None:
+        folder.mkdir(parents=True)
+        _prepare_torch(network, folder)
+        command = [torch_python, str(pathlib.Path(__file__).parent / 'torch_training.py'), str(folder)]
+        environment['GLIBC_TUNABLES'] = launch.MALLOC  # it is faster with it too
+    else:
+        command = [sys.executable, 'launch.py', *_config(network, own)[1], f'--workdir={folder}']
+    points, seen, metrics = [], 0, folder / 'metrics.jsonl'
+    begin = time.perf_counter()
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while True:
+        ended = process.poll() is not None
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+        whole = [line for line in lines if line.endswith('\n')]
+        for row in map(json.loads, whole[seen:]):
+            if 'test_accuracy' in row:
+                points.append((time.perf_counter() - begin, row['test_accuracy']))
+        seen = len(whole)
+        if ended:
+            break
+        time.sleep(0.05)
+    if process.returncode:
+        raise SystemExit(f'error: {contender} of {network} failed:\n{process.stderr.read()}')  # type: ignore[union-attr]
+    return {'network': network, 'contender': contender, 'seconds': time.perf_counter() - begin, 'points': points}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = ['| network | contender | best test accuracy | seconds to 90% | to 95% | to the end |', '|---|---|---:|---:|---:|---:|']
+    for row in rows:
+        cells = [row['network'], row['contender'], f'{100 * max(accuracy for _, accuracy in row["points"]):.1f}%']
+        for target in NETWORKS[row['network']]['targets']:
+            first = next((seconds for seconds, accuracy in row['points'] if accuracy >= target), None)
+            cells.append('not reached' if first is None else f'{first:.1f}')
+        lines.append('| ' + ' | '.join([*cells, f'{row["seconds"]:.1f}']) + ' |')
+    return '\n'.join(lines)
+
+
+def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Accuracy against wall clock, one line a contender."""
+    networks = list(dict.fromkeys(row['network'] for row in rows))
+    figure, axes = plt.subplots(1, len(networks), figsize=(5.6 * len(networks), 4.2), layout='constrained', squeeze=False)
+    for axis, network in zip(axes[0], networks, strict=True):
+        for row in rows:
+            if row['network'] == network:
+                seconds, accuracy = zip(*row['points'], strict=True)
+                axis.plot(seconds, [100 * a for a in accuracy], marker='.', label=row['contender'])
+        axis.set_title(network)
+        axis.set_xlabel('seconds since the process was started')
+        axis.set_ylabel('test accuracy, %')
+        axis.set_ylim(50, 100)
+        axis.set_xlim(left=0)
+        axis.grid(alpha=0.3)
+        axis.legend(loc='lower right')
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--networks', default=','.join(NETWORKS))
+    parser.add_argument('--torch_python', default='', help='a Python in which torch is installed; default: no such contender')
+    parser.add_argument('--root', type=pathlib.Path, default=pathlib.Path('runs/time_to_accuracy'))
+    args = parser.parse_args()
+    rows = []
+    for network in args.networks.split(','):
+        for contender, own in CONTENDERS.items():
+            if own is None and not args.torch_python:
+                continue
+            folder = args.root / f'{network}-{contender.replace(",", "").replace(" ", "-").replace("%", "")}'
+            rows.append(run(network, contender, folder, args.torch_python))
+            print(table(rows[-1:]).splitlines()[-1], flush=True)
+    print(table(rows))
+    (args.root / 'points.json').write_text(json.dumps(rows))
+    draw(rows, args.root / 'time_to_accuracy.png')
+
+
+if __name__ == '__main__':
+    main()
