@@ -12,7 +12,7 @@ from absl import flags
 import sparse_jax as sj
 
 ROOT = pathlib.Path(__file__).parent.parent
-DOCS = ('README.md', 'docs/speed.md', 'docs/experiments.md', 'docs/kernels.md')
+DOCS = ('README.md', 'docs/speed.md', 'docs/experiments.md', 'docs/kernels.md', 'docs/training_step.md')
 README = '\n'.join((ROOT / name).read_text() for name in DOCS)
 
 
