@@ -23,7 +23,7 @@ from ml_collections import config_flags
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # jaxlib's notes to its developers
 
 # What glibc's malloc is told: keep freed memory, in one heap, in large pages. By default each large array is mapped anew, and the system
-# clears its pages when they are first touched: a third of the time of a sparse step on CPU (docs/training_step.md).
+# clears its pages when they are first touched: a quarter of the time of a sparse step on CPU (docs/training_step.md).
 MALLOC = ':'.join(f'glibc.malloc.{name}' for name in ('mmap_max=0', 'trim_threshold=1000000000000', 'arena_max=1', 'hugetlb=1'))
 
 MODES = ('train', 'evaluate', 'sweep', 'report')
