@@ -143,7 +143,8 @@ def _calls(experiment, state, masks, block, examples: int) -> dict[str, choice.C
     patterns = sj.kernels.make_patterns(masks, **options, implementations=dict.fromkeys(leaves, 'cpu'))
     x = jax.ShapeDtypeStruct((examples, *experiment.example.shape[1:]), experiment.example.dtype)
     with choice.recorded() as calls:
-        jax.eval_shape(lambda p, s, x: experiment.apply(p, s, x, patterns), state.params, state.model_state, x)
+        # in training: an evaluation fills its batch up, and may lie by lanes where training does not
+        jax.eval_shape(lambda p, s, x: experiment.apply(p, s, x, patterns, train=True), state.params, state.model_state, x)
     # the first layer's input is the network's, whose gradient nobody wants
     first = [call._replace(input_gradient=False) if math.prod(call.x) == math.prod(x.shape) else call for call in calls[:1]]
     return {call.name: call for call in (*first, *calls[1:])}

@@ -234,8 +234,9 @@ def create(config: config_lib.Config, *, num_examples: int, input_shape: tuple[i
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
         return {'loss': losses.sum(), 'correct': jnp.sum(jnp.argmax(logits, axis=-1) == batch['label'])}
 
-    def apply(params, model_state, inputs, patterns=None):
-        return model.apply(params, model_state, inputs, train=False, rng=None, patterns=patterns)[0]
+    def apply(params, model_state, inputs, patterns=None, train=False):
+        rng = jax.random.key(0) if train else None
+        return model.apply(params, model_state, inputs, train=train, rng=rng, patterns=patterns)[0]
 
     shapes = jax.eval_shape(init, jax.random.key(0))  # budget and leaves are checked before any file is made
     sparse = masks_lib.sparse_leaves(shapes.params, None, _patterns(sparsity.dense))
