@@ -31,7 +31,9 @@ def test_normalised_convolutions_with_residual_and_moments_equal_float64(case, m
 @settings(max_examples=10)
 @given(st.sampled_from(kernel_cases.BY_LANES), st.sampled_from([(2, 2), (1, 3), (2, 1)]), st.integers(0, 2**31 - 1))
 def test_pooling_after_normalisation_equals_maxima(case, window, seed):
-    kernel_cases.pooled(case, window, seed)
+    got, expected = kernel_cases.pooled(case, window, seed)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_moments_are_exact_where_the_mean_is_large():
@@ -162,3 +164,35 @@ def test_a_layer_by_lanes_is_measured_as_it_lies():
     assert call.x == (2, 32, 32, 32, 16) and call.w == (3, 3, 32, 64)
     assert by_name['fc/kernel'].x == (32, 1, 1, 128)  # a matrix product has no lanes
     assert set(choice.measure(call, 0.1, rounds=1)) == {'dense', 'cpu'}
+
+
+def test_shapes_that_do_not_fit_are_refused_before_the_kernel_reads_them():
+    x, w = jnp.zeros((1, 4, 4, 3, 16)), jnp.zeros((3, 3, 3, 5))
+    wrong = {
+        'x must be': dict(x=x[..., :8]),
+        'w must be float32': dict(w=jnp.zeros((3, 3, 4, 5))),
+        'activation must be': dict(activation=jnp.zeros((3, 4))),
+        'residual must be': dict(residual=jnp.zeros((1, 4, 4, 3, 16))),
+    }
+    for message, changed in wrong.items():
+        given = dict(x=x, activation=None, w=w, residual=None, pattern=None) | changed
+        with pytest.raises(ValueError, match=f'convolve_by_lanes: {message}'):
+            kernels.convolve_by_lanes(**given)
+    with pytest.raises(ValueError, match='of at most 16 pixels'):
+        kernels.max_pool_by_lanes(x, None, (5, 5))
+
+
+def test_a_batch_that_cannot_lie_by_lanes_in_training_is_measured_by_channels(monkeypatch):
+    from sparse_jax import config as config_lib
+    from sparse_jax import train
+    from sparse_jax.train import layer_kernels
+
+    monkeypatch.setattr(jax, 'device_count', lambda: 1)  # as on a machine with one; no computation is made here
+    for batch, axes in ((50, 4), (48, 5)):
+        config = config_lib.Config()
+        config.model.name, config.data.batch_size = 'wrn_28_2', batch
+        experiment = train.create(config, num_examples=batch, input_shape=(32, 32, 3), num_outputs=10)
+        state = jax.eval_shape(experiment.init, jax.random.key(0))
+        masks = jax.tree.map(lambda p: np.ones(p.shape, bool) if p.ndim > 1 else np.array(True), state.params)
+        calls = layer_kernels._calls(experiment, state, masks, None, batch)
+        assert len(calls['block1_1/conv1/kernel'].x) == axes

@@ -274,8 +274,15 @@ def convolve_by_lanes(
       [batch / 16, height', width', out, 16]; and mean and (biased) variance of its channels, float32[2, out], or of no size.
 
     Raises:
-      ValueError: as :func:`sparse_conv`.
+      ValueError: for other shapes or types, as :func:`sparse_conv`, and where :func:`lanes_unavailable` says that nothing by lanes runs.
+
+    Reference: Ioffe and Szegedy, Batch normalization, 2015; Chan et al., Updating formulae for computing sample variances, 1979.
     """
+    _check_lanes('convolve_by_lanes', x, activation)
+    if w.ndim != 4 or w.dtype != jnp.float32 or w.shape[2] != x.shape[3]:
+        raise ValueError(
+            f'convolve_by_lanes: w must be float32[height, width, {x.shape[3]}, out], got {w.dtype}{list(w.shape)} for x of {list(x.shape)}.'
+        )
     shape = x.shape[0] * lanes.BATCH, *x.shape[1:4]
     if pattern is not None:
         _check('convolve_by_lanes', jax.ShapeDtypeStruct(shape, x.dtype), w, pattern, 4)
@@ -285,6 +292,11 @@ def convolve_by_lanes(
     if pattern is not None:
         for observer in observers:
             observer(x, w, pattern, geometry)
+    expected = (x.shape[0], *geometry.output_shape(shape, w.shape)[1:], lanes.BATCH)
+    if residual is not None and (residual.shape != expected or residual.dtype != jnp.float32):
+        raise ValueError(
+            f'convolve_by_lanes: residual must be float32{list(expected)}, as the result, got {residual.dtype}{list(residual.shape)}.'
+        )
     statics = lanes.Statics(geometry, statistics, pattern is None or pattern.dense_gradient)
     return lanes.convolve(x, activation, w, residual, pattern, statics)
 
@@ -295,19 +307,35 @@ def max_pool_by_lanes(x: jax.Array, activation: jax.Array | None, window: tuple[
     Args:
       x: float32[batch / 16, height, width, channels, 16]; what fills no window is left out.
       activation: as in :func:`convolve_by_lanes`.
-      window: rows and columns.
+      window: rows and columns, of at most 16 pixels.
 
     Returns:
       [batch / 16, height / rows, width / columns, channels, 16].
+
+    Raises:
+      ValueError: for other shapes or types, a larger window, and where :func:`lanes_unavailable` says that nothing by lanes runs.
     """
-    if math.prod(window) <= lanes.MOST_POOLED:
-        return lanes.max_pool(x, activation, tuple(window))
-    if activation is not None:
-        mean, scale, bias = activation[..., None]
-        x = jax.nn.relu((x - mean) * scale + bias)
-    height, width = (side // step * step for side, step in zip(x.shape[1:3], window, strict=True))
-    slices = [x[:, i : height : window[0], j : width : window[1]] for i in range(window[0]) for j in range(window[1])]
-    return functools.reduce(jnp.maximum, slices)
+    _check_lanes('max_pool_by_lanes', x, activation)
+    if len(window) != 2 or min(window) < 1 or math.prod(window) > lanes.MOST_POOLED:
+        raise ValueError(
+            f'max_pool_by_lanes: window={window!r} must be rows and columns of at most {lanes.MOST_POOLED} pixels together.'
+        )
+    return lanes.max_pool(x, activation, tuple(window))
+
+
+def _check_lanes(name: str, x: jax.Array, activation: jax.Array | None) -> None:
+    """The C++ kernels read as much as these shapes say."""
+    if x.ndim != 5 or x.shape[-1] != lanes.BATCH or x.dtype != jnp.float32:
+        raise ValueError(
+            f'{name}: x must be float32[batch / {lanes.BATCH}, height, width, channels, {lanes.BATCH}] as to_lanes makes it, '
+            f'got {x.dtype}{list(x.shape)}.'
+        )
+    if reason := lanes.lanes_unavailable(lanes.BATCH, x.dtype):
+        raise ValueError(f'{name}: there are no kernels by lanes here: {reason}. Take images by channels, and sparse_conv.')
+    if activation is not None and (activation.shape != (3, x.shape[3]) or activation.dtype != jnp.float32):
+        raise ValueError(
+            f'{name}: activation must be float32[3, {x.shape[3]}]: mean, scale and bias, got {activation.dtype}{list(activation.shape)}.'
+        )
 
 
 def _geometry(name: str, x: tuple[int, ...], w: tuple[int, ...], strides, padding, dilation) -> Geometry:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from sparse_jax import kernels
 from sparse_jax.kernels import lanes
 
-BATCH = lanes.BATCH
+BATCH, MOST_POOLED = lanes.BATCH, lanes.MOST_POOLED
 
 
 @jax.tree_util.register_dataclass

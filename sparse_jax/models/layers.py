@@ -225,7 +225,11 @@ def max_pool(x, window: tuple[int, int]) -> Any:
     Written as maxima of strided slices: on CPU the gradient of ``lax.reduce_window`` is several times slower.
     """
     if isinstance(x, ByLanes):
-        return by_lanes.max_pool(x, window)
+        return (
+            by_lanes.max_pool(x, window)
+            if math.prod(window) <= by_lanes.MOST_POOLED
+            else by_lanes.new(max_pool(x.array(), window), x)
+        )
     height, width = (side // step * step for side, step in zip(x.shape[1:3], window, strict=True))
     slices = [x[:, i : height : window[0], j : width : window[1]] for i in range(window[0]) for j in range(window[1])]
     return functools.reduce(jnp.maximum, slices)
