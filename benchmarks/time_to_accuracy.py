@@ -148,6 +148,8 @@ def main() -> None:
     parser.add_argument('--torch_python', default='', help='a Python in which torch is installed; default: no such contender')
     parser.add_argument('--root', type=pathlib.Path, default=pathlib.Path('runs/time_to_accuracy'))
     args = parser.parse_args()
+    if unknown := set(args.networks.split(',')) - set(NETWORKS):
+        parser.error(f'argument --networks: {", ".join(sorted(unknown))} is not one of {", ".join(NETWORKS)}')
     rows = []
     for network in args.networks.split(','):
         for contender, own in CONTENDERS.items():

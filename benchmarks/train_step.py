@@ -276,10 +276,22 @@ def table(rows: list[dict]) -> str:
     return '\n'.join(lines)
 
 
+def _densities(text: str) -> list[float]:
+    try:
+        densities = [float(part) for part in text.split(',')]
+    except ValueError:
+        densities = []
+    if not densities or not all(0 < density < 1 for density in densities):
+        raise argparse.ArgumentTypeError(f'{text} must be numbers between 0 and 1, separated by commas')
+    return densities
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', choices=twins.MODELS, help='default: all')
-    parser.add_argument('--density', default='0.05', help='the first of them is the one of the second table; separated by commas')
+    parser.add_argument(
+        '--density', type=_densities, default='0.05', help='the first of them is the one of the second table; separated by commas'
+    )
     parser.add_argument('--batch_size', type=int, default=64)
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--json', type=pathlib.Path, help='file for the results')
@@ -291,7 +303,7 @@ def main() -> None:
         return
     rows = []
     for name in [args.model] if args.model else twins.MODELS:
-        rows.append(measure(name, [float(d) for d in args.density.split(',')], args.batch_size, args.rounds, args.torch_python))
+        rows.append(measure(name, args.density, args.batch_size, args.rounds, args.torch_python))
         print(json.dumps(rows[-1], indent=2), flush=True)
     print(table(rows))
     if args.json:

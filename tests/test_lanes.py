@@ -10,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparse_jax as sj
+from sparse_jax import config as config_lib
 from sparse_jax import kernels, models
+from sparse_jax import train as train_lib
 from sparse_jax.kernels import choice, cpu
 from sparse_jax.models import by_lanes, layers
+from sparse_jax.train import layer_kernels
 from tests import kernel_cases
 
 pytestmark = [
@@ -142,6 +145,12 @@ def test_where_lanes_cannot_be_they_are_refused_or_left():
     params, state = model.init(jax.random.key(0))
     with pytest.raises(ValueError, match="layout='lanes' does not run here: the batch of 10 is no multiple of 16"):
         model.apply(params, state, jnp.zeros((10, 32, 32, 3)), train=True, rng=jax.random.key(0))
+    with pytest.raises(ValueError, match="lenet5 takes 'auto' or 'channels'"):
+        models.create('lenet5', input_shape=(28, 28, 1), num_outputs=10, layout='lanes')
+    config = config_lib.Config()  # told before any file is made
+    config.model.name, config.model.layout, config.data.batch_size = 'wrn_28_2', 'lanes', 50
+    with pytest.raises(ValueError, match="config.model.layout='lanes' does not run here: the batch of 50"):
+        train_lib.create(config, num_examples=100, **own)
     auto = models.create('wrn_28_2', **own)
     text = jax.jit(functools.partial(auto.apply, train=True, rng=jax.random.key(0))).lower(
         params, state, jnp.zeros((10, 32, 32, 3))
@@ -183,15 +192,11 @@ def test_shapes_that_do_not_fit_are_refused_before_the_kernel_reads_them():
 
 
 def test_a_batch_that_cannot_lie_by_lanes_in_training_is_measured_by_channels(monkeypatch):
-    from sparse_jax import config as config_lib
-    from sparse_jax import train
-    from sparse_jax.train import layer_kernels
-
     monkeypatch.setattr(jax, 'device_count', lambda: 1)  # as on a machine with one; no computation is made here
     for batch, axes in ((50, 4), (48, 5)):
         config = config_lib.Config()
         config.model.name, config.data.batch_size = 'wrn_28_2', batch
-        experiment = train.create(config, num_examples=batch, input_shape=(32, 32, 3), num_outputs=10)
+        experiment = train_lib.create(config, num_examples=batch, input_shape=(32, 32, 3), num_outputs=10)
         state = jax.eval_shape(experiment.init, jax.random.key(0))
         masks = jax.tree.map(lambda p: np.ones(p.shape, bool) if p.ndim > 1 else np.array(True), state.params)
         calls = layer_kernels._calls(experiment, state, masks, None, batch)

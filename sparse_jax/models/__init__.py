@@ -109,6 +109,8 @@ def create(
     module, fixed = _MODELS[name]
     compute = jnp.dtype(dtype)
     takes_tokens, is_cifar = module is transformer.Transformer, module.__module__ == VGG.__module__
+    if layout == 'lanes' and not is_cifar:
+        raise ValueError(f"model.layout='lanes' is for the CIFAR networks: {name} takes 'auto' or 'channels'.")
 
     def make(key):
         return module(tuple(input_shape), num_outputs, **fixed, **own, rngs=nnx.Rngs(key))  # pyright: ignore[reportCallIssue]

@@ -144,6 +144,11 @@ def create(config: config_lib.Config, *, num_examples: int, input_shape: tuple[i
     if steps_per_epoch == 0:
         raise ValueError(f'data.batch_size={config.data.batch_size} is more than the {num_examples} training examples.')
     model = _model(config, input_shape, num_outputs)
+    examples = config.data.batch_size // parts_of_batch
+    if config.model.layout == 'lanes' and (reason := sj.kernels.lanes_unavailable(examples, config.model.dtype)):
+        raise ValueError(
+            f"config.model.layout='lanes' does not run here: {reason}. Take 'auto' or 'channels', or another data.batch_size."
+        )
     total_steps = config.train.steps or config.train.epochs * steps_per_epoch
     update_every = sparsity.update_every or steps_per_epoch
     learning_rate = optimizer_lib.schedule(config.optimizer, total_steps)
