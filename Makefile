@@ -1,13 +1,14 @@
 # make train   trains LeNet-300-100 at 5% of its weights on real handwritten digits, into runs/mnist_lenet300
 # make test    runs all tests
 # make lint    checks style and types
+# make figures measures how reliable runs are: kills, signals, damaged files (twenty minutes); FLAGS=--reduced: seven
 # The first call makes a virtual environment in .venv and installs what requirements.txt pins. PYTHON=python3.12 picks another one.
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test test-core lint clean
+.PHONY: train test test-core lint figures clean
 
 train: $(VENV)/installed
 	$(RUN) launch.py --config=configs/mnist_lenet300.py:offline --workdir=runs/mnist_lenet300
@@ -22,6 +23,9 @@ lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m basedpyright
+
+figures: $(VENV)/installed
+	JAX_PLATFORMS=cpu $(RUN) -m benchmarks.reliability $(FLAGS)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -4,12 +4,15 @@
     python launch.py --mode=sweep --config=configs/mnist_lenet300.py:offline --workdir=runs/sweep \\
         --sweep='sparsity.density=0.05,0.1;sparsity.method=sparse_momentum,rigl;seed=0,1,2' --sweep='sparsity.method=dense;seed=0,1,2'
     python launch.py --mode=report --workdir=runs
+    python launch.py --distributed --config=... --workdir=...   # on every host: SLURM, Open MPI, Kubernetes, TPU and xpk are detected
 
 Any setting can be changed on the command line, such as --config.sparsity.density=0.1; sparse_jax/config.py lists them. The same
-command goes on where it stopped; in a finished workdir it prints the result. Exit codes: 0 done, 2 wrong input, 70 failed.
+command goes on where it stopped; in a finished workdir it prints the result. Exit codes: 0 done, 2 wrong input (do not restart), 70
+failed, 75 stopped by SIGTERM, and saved (restart).
 """
 
 import difflib
+import glob
 import logging
 import os
 import pathlib
@@ -53,11 +56,26 @@ _JOBS = flags.DEFINE_integer(
 _RUNS = flags.DEFINE_multi_string(
     'runs', [], 'Folders with runs to report on, in place of --workdir, which the report is written to.'
 )
+_DISTRIBUTED = flags.DEFINE_boolean('distributed', False, 'Train on many hosts, this command running on each.')
+_COORDINATOR = flags.DEFINE_string('coordinator', None, 'With --distributed, where no cluster is detected: host:port of process 0.')
+_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Likewise: how many processes there are.')
+_PROCESS = flags.DEFINE_integer('process_id', None, 'Likewise: which one this is, from 0.')
+_INITIALIZATION = flags.DEFINE_integer('initialization_timeout', 120, 'With --distributed: seconds for all hosts to come.', 1)
+_HEARTBEAT = flags.DEFINE_integer(
+    'heartbeat_timeout', 30, 'With --distributed: seconds after which a silent host counts as dead, and all end (70).', 1
+)
+_OF_HOSTS = (_COORDINATOR, _PROCESSES, _PROCESS, _INITIALIZATION, _HEARTBEAT)
+
+
+def _has_accelerator() -> bool:
+    patterns = ('/dev/nvidia[0-9]*', '/dev/accel*', '/dev/vfio/[0-9]*')
+    return os.environ.get('JAX_PLATFORMS') != 'cpu' and any(map(glob.glob, patterns))
 
 
 def keep_memory() -> None:
-    """Starts this program anew, as the same process, with MALLOC in its environment; nothing where that is set, or not on Linux."""
-    if sys.platform.startswith('linux') and 'GLIBC_TUNABLES' not in os.environ:
+    """Starts this program anew, as the same process, with MALLOC in its environment; nothing where that is set, not on Linux, or where
+    an accelerator does the work."""
+    if sys.platform.startswith('linux') and 'GLIBC_TUNABLES' not in os.environ and not _has_accelerator():
         os.environ['GLIBC_TUNABLES'] = MALLOC
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
@@ -67,9 +85,17 @@ def main(argv) -> int:
     absl_logging.set_verbosity(absl_logging.WARNING)  # of jax, orbax and matplotlib
     logging.getLogger('sparse_jax').setLevel(logging.INFO)
     from sparse_jax import train  # after the flags: a wrong flag is told at once
+    from sparse_jax.train import hosts
 
     folder = pathlib.Path(_WORKDIR.value or '')
     try:
+        if _DISTRIBUTED.value:
+            known = hosts.arguments(
+                os.environ, coordinator=_COORDINATOR.value, num_processes=_PROCESSES.value, process_id=_PROCESS.value
+            )
+            hosts.initialize(known, initialization_timeout=_INITIALIZATION.value, heartbeat_timeout=_HEARTBEAT.value)
+            if not hosts.is_first():
+                logging.getLogger('sparse_jax').setLevel(logging.WARNING)
         if _MODE.value == 'report':
             from sparse_jax.train import summary
 
@@ -90,13 +116,16 @@ def main(argv) -> int:
     except ValueError as error:
         _wrong_input(error)
         # At once: where a damaged checkpoint was read, orbax's abandoned reads would otherwise add pages to that line.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(2)
+        hosts.leave(2)
+    except hosts.Preempted as error:
+        print(error, file=sys.stderr)
+        return 75
     except Exception as error:
-        if not isinstance(error, train.NonFiniteError):
+        if not isinstance(error, train.NonFiniteError | hosts.Unreachable):
             traceback.print_exc()
         print(f'error: {error}', file=sys.stderr)
+        if _DISTRIBUTED.value:
+            hosts.leave(70)  # not waiting for a peer that may be dead
         return 70
     return 0
 
@@ -141,6 +170,15 @@ def _parse(argv):
         for flag in (_CONFIG, _SWEEP, _JOBS, _RUNS):
             if flag.value and flag.name in unwanted:
                 raise ValueError(f'--{flag.name} has no meaning with --mode={_MODE.value}: leave it out.')
+        if _DISTRIBUTED.value and _MODE.value not in ('train', 'evaluate'):
+            raise ValueError(f'--distributed has no meaning with --mode={_MODE.value}: leave it out.')
+        for flag in _OF_HOSTS:
+            if flag.present and not _DISTRIBUTED.value:
+                raise ValueError(f'--{flag.name} has a meaning with --distributed only: give that too, or leave it out.')
+        if _DISTRIBUTED.value:
+            from sparse_jax.train import hosts
+
+            hosts.arguments(os.environ, coordinator=_COORDINATOR.value, num_processes=_PROCESSES.value, process_id=_PROCESS.value)
     except Exception as error:  # a config file may raise anything; its own message is the last line
         sys.exit(_wrong_input(str(error).strip().rsplit('\n', 1)[-1].removeprefix('ValueError: ')))
     return rest

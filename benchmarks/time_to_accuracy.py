@@ -26,7 +26,7 @@ import numpy as np
 import launch
 from sparse_jax import config as config_lib
 from sparse_jax import masks as masks_lib
-from sparse_jax.train import loop
+from sparse_jax.train import run as run_lib
 
 NETWORKS: dict[str, dict[str, Any]] = {
     'vgg_d': dict(
@@ -61,8 +61,8 @@ def _config(network: str, own: dict[str, Any]) -> tuple[config_lib.Config, list[
 
 def _prepare_torch(network: str, folder: pathlib.Path) -> None:
     config, _ = _config(network, {'sparsity.method': 'dense'})
-    data = loop.load_data(config)
-    experiment = loop.create_experiment(config, data)
+    data = run_lib.load_data(config)
+    experiment = run_lib.create_experiment(config, data)
     params = jax.device_get(jax.jit(experiment.init)(jax.random.key(config.seed)).params)
     np.savez(folder / 'params.npz', **dict(masks_lib.leaf_paths(params)))
     arrays = {

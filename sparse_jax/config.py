@@ -93,6 +93,16 @@ class Checkpoint:
 
 
 @dataclasses.dataclass
+class Mesh:
+    data: int = (
+        -1
+    )  # devices that a batch is divided over; -1: all that are left; with mesh.model=1 as well, 1 is one device of several
+    model: int = 1  # devices that layers are divided over; -1: all that are left
+    layout: str = 'data'  # which weights are divided, see sparse_jax.sharding: data, model, fsdp, model+fsdp
+    rules: str = ''  # own rules, which come first: pattern of a path=axes;..., such as fc1/kernel=none,model
+
+
+@dataclasses.dataclass
 class Log:
     every: int = 100  # steps between lines of training metrics
     tensorboard: bool = False  # also write event files; needs the extra `tensorboard`
@@ -109,6 +119,7 @@ class Config:
     sparsity: Sparsity = dataclasses.field(default_factory=Sparsity)
     train: Train = dataclasses.field(default_factory=Train)
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
     log: Log = dataclasses.field(default_factory=Log)
 
 

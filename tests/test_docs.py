@@ -1,5 +1,6 @@
 """README tells the truth: its code runs, its commands exist, and what it counts is so."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -12,7 +13,7 @@ from absl import flags
 import sparse_jax as sj
 
 ROOT = pathlib.Path(__file__).parent.parent
-DOCS = ('README.md', 'docs/speed.md', 'docs/experiments.md', 'docs/kernels.md', 'docs/training_step.md')
+DOCS = ('README.md', 'docs/speed.md', 'docs/experiments.md', 'docs/kernels.md', 'docs/training_step.md', 'docs/distributed.md')
 README = '\n'.join((ROOT / name).read_text() for name in DOCS)
 
 
@@ -53,6 +54,8 @@ def test_commands_exist(command):
     elif words[:2] == ['python', '-m']:
         done = subprocess.run([sys.executable, *words[1:], '--help'], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and 'usage' in done.stdout, command
+    elif words[0].startswith('examples/'):
+        assert os.access(ROOT / words[0], os.X_OK), command
     else:
         assert words[0] in ('git', 'cd', 'pip'), f'{command}: not a command that this test knows'
     assert flags.FLAGS.is_parsed()

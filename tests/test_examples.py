@@ -22,3 +22,18 @@ def test_example_learns_and_stays_sparse(name):
     accuracies = re.findall(r'test accuracy ([\d.]+)%', done.stdout)
     assert accuracies and float(accuracies[-1]) > 88
     assert re.search(r'^all +\d+ +\d+ +(5\.00|10\.00)%', done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize('name', ['two_hosts.sh', 'slurm.sbatch', 'jobset.yaml', 'xpk.sh', 'tpu_pod.sh'])
+def test_scripts_for_many_hosts_are_whole(name):
+    """They parse, and launch.py takes their flags; two_hosts.sh runs as a whole in .ci/run."""
+    path = ROOT / 'examples' / name
+    if path.suffix != '.yaml':
+        subprocess.run(['bash', '-n', str(path)], check=True)
+        assert os.access(path, os.X_OK) or path.suffix == '.sbatch'
+    given = re.findall(r'--(?:distributed|config[.\w]*=[\w./:+-]+)', path.read_text())
+    assert '--distributed' in given and any(flag.startswith('--config=') for flag in given)
+    program = 'import sys; sys.argv[0] = "launch.py"; import launch; launch._parse(sys.argv)'
+    flags = [*given, '--workdir=somewhere']
+    done = subprocess.run([sys.executable, '-c', program, *flags], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

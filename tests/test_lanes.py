@@ -191,7 +191,7 @@ def test_shapes_that_do_not_fit_are_refused_before_the_kernel_reads_them():
         kernels.max_pool_by_lanes(x, None, (5, 5))
 
 
-def test_a_batch_that_cannot_lie_by_lanes_in_training_is_measured_by_channels(monkeypatch):
+def test_a_batch_that_cannot_lie_by_lanes_in_training_is_measured_by_channels(monkeypatch, tmp_path):
     monkeypatch.setattr(jax, 'device_count', lambda: 1)  # as on a machine with one; no computation is made here
     for batch, axes in ((50, 4), (48, 5)):
         config = config_lib.Config()
@@ -199,5 +199,5 @@ def test_a_batch_that_cannot_lie_by_lanes_in_training_is_measured_by_channels(mo
         experiment = train_lib.create(config, num_examples=batch, input_shape=(32, 32, 3), num_outputs=10)
         state = jax.eval_shape(experiment.init, jax.random.key(0))
         masks = jax.tree.map(lambda p: np.ones(p.shape, bool) if p.ndim > 1 else np.array(True), state.params)
-        calls = layer_kernels._calls(experiment, state, masks, None, batch)
+        calls = layer_kernels.LayerKernels(config, experiment, tmp_path, 0)._traced(state, masks)
         assert len(calls['block1_1/conv1/kernel'].x) == axes

@@ -23,7 +23,7 @@ needs_compiler = pytest.mark.skipif(bool(cpu.unavailable()), reason='needs a C++
 def _config(**settings):
     config = mnist_lenet300.get_config('offline')
     config.train.steps, config.sparsity.update_every, config.sparsity.dense_gradient_window = 60, 20, 5
-    config.checkpoint.every, config.log.every, config.train.eval_every = 38, 10, 30
+    config.checkpoint.every, config.log.every, config.train.eval_every, config.mesh.data = 38, 10, 30, 1
     for name, value in settings.items():
         section, field = name.split('__')
         setattr(getattr(config, section), field, value)

@@ -25,6 +25,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def _config(**settings):
     config = mnist_lenet300.get_config('offline')
+    config.mesh.data = 1  # of this process's eight devices
     for name, value in settings.items():
         section, field = name.split('__')
         setattr(getattr(config, section), field, value)
@@ -88,7 +89,7 @@ def test_a_run_leaves_its_files_and_prints_its_result(undisturbed):
 def test_kill_at_several_moments_changes_no_bit(undisturbed, tmp_path):
     reference, _ = undisturbed
     folder = tmp_path / 'killed'
-    for target in (0, 1010, 1990):  # kill -9 as soon as metrics.jsonl reaches this step; at 0 no checkpoint exists yet
+    for target in (0, 1010):  # kill -9 as soon as metrics.jsonl reaches this step; at 0 no checkpoint exists yet
         process = subprocess.Popen(_command(folder, *STEPS), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         while True:
@@ -141,6 +142,7 @@ def test_evaluate_reads_the_checkpoint_and_writes_nothing(undisturbed):
 
 @pytest.mark.parametrize('damage', ['truncate', 'flip a bit', 'delete', 'another format'])
 def test_a_damaged_checkpoint_is_told(damage, undisturbed, tmp_path):
+    """By --mode=evaluate, which changes nothing; training puts it aside and goes on from the one before."""
     folder = tmp_path / 'run'
     shutil.copytree(undisturbed[0], folder)
     state = folder / 'checkpoints' / '3000' / 'state'
@@ -155,14 +157,21 @@ def test_a_damaged_checkpoint_is_told(damage, undisturbed, tmp_path):
         victim.unlink()
     else:
         meta = state.parent / 'meta' / 'metadata'
-        meta.write_text(meta.read_text().replace('"format": 1', '"format": 99').replace('"format":1', '"format":99'))
-    match = 'has format 99, this version reads 1' if damage == 'another format' else 'checkpoints/3000 is damaged'
+        meta.write_text(meta.read_text().replace('"format": 2', '"format": 99').replace('"format":2', '"format":99'))
+    match = 'has format 99, this version reads 1 and 2' if damage == 'another format' else 'checkpoints/3000 is damaged'
     done = _launch(folder, *STEPS, '--mode=evaluate')
     assert done.returncode == 2, done.stderr
     lines = [line for line in done.stderr.split('\n') if line.startswith('error: ')]  # orbax's threads may add theirs
     assert len(lines) == 1, done.stderr
     assert match in lines[0]
     assert 'delete its folder' in lines[0]
+    if damage == 'flip a bit':
+        (folder / 'result.json').unlink()
+        done = _launch(folder, *STEPS)
+        assert done.returncode == 0 and 'It was put aside as 3000.corrupt' in done.stderr, done.stderr
+        assert json.loads((folder / 'run.json').read_text())['resumed_at'] == 2800
+        expected, got = _final_state(undisturbed[0]), _final_state(folder)
+        assert all(expected[name].tobytes() == got[name].tobytes() for name in expected)
 
 
 def test_two_processes_cannot_share_a_workdir(tmp_path):
@@ -235,7 +244,7 @@ def test_blocks_and_a_dense_layer_from_the_launcher(tmp_path):
 
 def test_lenet5_trains_a_few_steps(tmp_path):
     config = mnist_lenet5.get_config('offline')
-    config.train.steps, config.sparsity.update_every, config.data.batch_size = 4, 2, 20
+    config.train.steps, config.sparsity.update_every, config.data.batch_size, config.mesh.data = 4, 2, 20, 1
     result = train.train(config, tmp_path / 'run')
     assert result['nonzeros'] == 21_525 and result['density'] == 0.05
 

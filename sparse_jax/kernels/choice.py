@@ -48,7 +48,8 @@ def recorded() -> Iterator[list[Call]]:
     calls: list[Call] = []
 
     def note(x, w, pattern, geometry):
-        calls.append(Call(pattern.name, x.shape, w.shape, geometry, pattern.block, str(x.dtype)))
+        x_shape, w_shape = (x.shape, w.shape) if pattern.split is None else pattern.split.local(x.shape, w.shape)
+        calls.append(Call(pattern.name, x_shape, w_shape, geometry, pattern.block, str(x.dtype)))
 
     products.observers.append(note)
     try:

@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from sparse_jax import _names
 from sparse_jax import masks as masks_lib
+from sparse_jax.kernels import split as split_lib
 
 
 @jax.tree_util.register_dataclass
@@ -33,6 +34,7 @@ class Pattern:
       by_rule: the backend that its density suggests: ``'cpu'`` at 20% or less, else ``'reference'``.
       dense_gradient: whether the weight's gradient is wanted at all positions.
       name: of the layer, for messages.
+      split: how the layer lies on a mesh, and then, where that divides the weight, each array has a row for each part; None: one device.
     """
 
     indices: jax.Array | np.ndarray
@@ -45,6 +47,7 @@ class Pattern:
     by_rule: str = dataclasses.field(default='reference', metadata=dict(static=True))
     dense_gradient: bool = dataclasses.field(default=False, metadata=dict(static=True))
     name: str = dataclasses.field(default='', metadata=dict(static=True))
+    split: split_lib.Split | None = dataclasses.field(default=None, metadata=dict(static=True))
 
     @property
     def capacity(self) -> int:
@@ -55,6 +58,12 @@ class Pattern:
     def units(self) -> tuple[int, ...]:
         """Shape of the array of units."""
         return *self.shape[:-2], -(-self.shape[-2] // self.block[0]), -(-self.shape[-1] // self.block[1])
+
+    def with_capacity(self, capacity: int) -> 'Pattern':
+        """The same units with room for at least so many, on the host."""
+        missing = max(0, capacity - self.capacity)
+        wider = lambda x: np.pad(x, [(0, 0)] * (np.ndim(x) - 1) + [(0, missing)])
+        return dataclasses.replace(self, indices=wider(self.indices), transposed_indices=wider(self.transposed_indices))
 
 
 def capacity(count: int, most: int) -> int:
@@ -166,6 +175,7 @@ def make_patterns(
     stacked: Callable[[str, Any], bool] | None = None,
     implementations: Mapping[str, str] | None = None,
     previous: Any = None,
+    shardings: Any = None,
 ) -> Any:
     """Patterns of a tree of masks, for a model's ``apply(..., patterns=)``.
 
@@ -175,10 +185,12 @@ def make_patterns(
       stacked: which leaves hold a layer in each row, as in ``sj.sparsify``; their patterns have a first axis, for ``lax.scan``.
       implementations: backends by the leaf's path, such as ``{'conv1/kernel': 'cpu'}``; ``'dense'`` makes a leaf's pattern None.
       previous: the patterns before, whose capacities are kept where they suffice, so that nothing is compiled anew.
+      shardings: where the weights lie on a mesh with the axes 'data' and 'model': a tree of NamedSharding like the masks. Each device
+        then has the pattern of its own part, and the layers run under ``shard_map``, the batch divided over 'data'. None: one device.
 
     Returns:
       The same tree with a :class:`Pattern` at sparse leaves; None at dense ones, and at those that are no matrix and no 2D
-      convolution.
+      convolution, or whose parts cut blocks.
 
     Raises:
       ValueError: as :func:`make_pattern`, and for a path in `implementations` that no leaf has.
@@ -192,6 +204,7 @@ def make_patterns(
     is_pattern = lambda x: x is None or isinstance(x, Pattern)
     before = {p.name: p for p in jax.tree.leaves(previous, is_leaf=is_pattern) if p is not None}
     chosen, leaves = implementations or {}, masks_lib.leaf_paths(masks)
+    places = {} if shardings is None else dict(masks_lib.leaf_paths(shardings))
     for path in chosen:
         if path not in dict(leaves):
             raise _names.unknown('make_patterns: the leaf of implementations', path, dict(leaves))
@@ -205,14 +218,22 @@ def make_patterns(
         old = before.get(path)
         if old is not None and old.shape == mask.shape[int(rows) :]:
             own['at_least'] = old.capacity
-        if not rows:
-            return make_pattern(mask, **own)
-        mask = np.asarray(mask)  # rows of one array have one length, and take one backend
-        fullest = max(mask, key=np.count_nonzero)
-        first = make_pattern(fullest, **own)
-        own['at_least'] = first.capacity
-        slices = [dataclasses.replace(make_pattern(row, **own), by_rule=first.by_rule) for row in mask]
-        return jax.tree.map(lambda *arrays: np.stack(arrays), *slices)
+
+        def build(mask):
+            if not rows:
+                return make_pattern(mask, **own)
+            mask = np.asarray(mask)  # rows of one array have one length, and take one backend
+            first = make_pattern(max(mask, key=np.count_nonzero), **own)
+            own['at_least'] = first.capacity
+            slices = [dataclasses.replace(make_pattern(row, **own), by_rule=first.by_rule) for row in mask]
+            return jax.tree.map(lambda *arrays: np.stack(arrays), *slices)
+
+        if path not in places:
+            return build(mask)
+        split = split_lib.split_of(places[path], axes)
+        if split is None or (block and split.axis is not None and mask.shape[split.axis] // split.parts % block[split.axis]):
+            return None
+        return split_lib.make(mask, split, build, bool(rows))
 
     return jax.tree.unflatten(jax.tree.structure(masks), [make(p, m) for p, m in leaves])
 

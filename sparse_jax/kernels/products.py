@@ -13,6 +13,7 @@ from jax import lax
 
 from sparse_jax import _names
 from sparse_jax.kernels import cpu, lanes, reference
+from sparse_jax.kernels import split as split_lib
 from sparse_jax.kernels.pattern import Pattern
 from sparse_jax.kernels.reference import Geometry
 
@@ -51,10 +52,16 @@ def _choose(implementation: str | None, x: jax.Array, w: jax.Array, pattern: Pat
     return 'reference'
 
 
+def _run(name: str, implementation: str, pattern: Pattern, *operands) -> jax.Array:
+    """A backend's product, on a mesh by its parts."""
+    function = getattr(_BACKENDS[implementation], name)
+    return function(*operands) if pattern.split is None else getattr(split_lib, name)(function, *operands)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _product(x, w, pattern: Pattern, geometry: Geometry, implementation: str, dense_gradient: bool):
     del dense_gradient
-    return _BACKENDS[implementation].forward(x, w, pattern, geometry)
+    return _run('forward', implementation, pattern, x, w, pattern, geometry)
 
 
 def _product_forward(x, w, pattern, geometry, implementation, dense_gradient):
@@ -63,12 +70,11 @@ def _product_forward(x, w, pattern, geometry, implementation, dense_gradient):
 
 def _product_backward(geometry, implementation, dense_gradient, residuals, dy):
     x, w, pattern = residuals
-    backend = _BACKENDS[implementation]
-    dx = backend.input_gradient(dy, w, pattern, geometry, x.shape)
+    dx = _run('input_gradient', implementation, pattern, dy, w, pattern, geometry, x.shape)
     if dense_gradient:
         dw = reference.dense_weight_gradient(x, dy, w.shape, geometry)
     else:
-        dw = backend.weight_gradient(x, dy, pattern, geometry, w.shape)
+        dw = _run('weight_gradient', implementation, pattern, x, dy, pattern, geometry, w.shape)
     return dx, dw, None
 
 
@@ -81,7 +87,8 @@ def _check(name: str, x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array, pattern
         raise ValueError(f'{name}: pattern must come from make_pattern, got {type(pattern).__name__}.')
     if w.ndim != axes or tuple(w.shape) != tuple(pattern.shape):
         raise ValueError(f'{name}: w has shape {tuple(w.shape)}, its pattern is of shape {tuple(pattern.shape)}{where}.')
-    if pattern.indices.ndim != 1:
+    split = pattern.split
+    if pattern.indices.ndim != 1 + (split is not None and split.axis is not None):
         raise ValueError(f'{name}: the pattern holds several layers, one a row{where}: take one row, as lax.scan does.')
     if x.shape[-1] != w.shape[-2]:
         raise ValueError(
@@ -90,6 +97,10 @@ def _check(name: str, x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array, pattern
     if x.dtype != w.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f'{name}: x and w must be of one floating-point type, got {x.dtype} and {w.dtype}{where}: cast one of them.'
+        )
+    if split is not None and x.shape[0] % split.mesh.shape['data']:
+        raise ValueError(
+            f"{name}: x has {x.shape[0]} rows, which the mesh's data={split.mesh.shape['data']} does not divide{where}."
         )
 
 
@@ -104,7 +115,8 @@ def _check_zeros(w: jax.Array, pattern: Pattern) -> None:
                 'masks that the weight was multiplied with, again after each mask update.'
             )
 
-    jax.debug.callback(check, jnp.sum((w != 0) & ~reference.mask_of(pattern)))
+    mask = reference.mask_of(pattern) if pattern.split is None else split_lib.mask(reference.mask_of, pattern)
+    jax.debug.callback(check, jnp.sum((w != 0) & ~mask))
 
 
 def _apply(x, w, pattern, geometry, dense_gradient, implementation):

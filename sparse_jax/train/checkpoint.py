@@ -1,6 +1,15 @@
-"""Checkpoints: orbax with COMMIT_FILE atomicity, a format version, and a fingerprint that catches what orbax does not."""
+"""Checkpoints: orbax with COMMIT_FILE atomicity, a format version, and a fingerprint that catches what orbax does not.
 
+In one step: the state, with masks as a bit a weight, and beside it the data position (batches drawn), the seconds that were spent, what
+arrays there are, and the fingerprint of the state, which is the same on every mesh. Formats: 1 has masks as bytes and no list of arrays.
+"""
+
+import contextlib
+import functools
+import json
+import logging
 import pathlib
+import zlib
 from typing import Any
 
 import jax
@@ -8,8 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-FORMAT = 1
+from sparse_jax import masks as masks_lib
+
+FORMAT = 2
+_READ = (1, 2)
+_LOG = logging.getLogger('sparse_jax')
+
+
+class DamagedError(ValueError):
+    """A checkpoint that cannot be read, or whose content is not what was saved."""
 
 
 def _mix(x: jax.Array) -> jax.Array:  # lowbias32, an integer hash in the public domain (Chris Wellons)
@@ -34,9 +53,11 @@ def _leaf_fingerprint(x: jax.Array) -> jax.Array:
     return jnp.stack([jnp.sum(hashed, dtype=jnp.uint32), jnp.sum(_mix(hashed + jnp.uint32(0x85EBCA6B)), dtype=jnp.uint32)])
 
 
-@jax.jit
-def _fingerprints(tree: Any) -> list[jax.Array]:
-    return [_leaf_fingerprint(leaf) for leaf in jax.tree.leaves(tree)]
+def _fingerprints(tree: Any) -> jax.Array:
+    return jnp.stack([_leaf_fingerprint(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+_jitted = functools.cache(lambda sharding: jax.jit(_fingerprints, out_shardings=sharding))
 
 
 def fingerprint(tree: Any) -> str:
@@ -52,14 +73,70 @@ def fingerprint(tree: Any) -> str:
       >>> fingerprint(jnp.zeros(2)) == fingerprint(jnp.array([0.0, -0.0]))
       False
     """
-    return ' '.join(f'{int(a):08x}{int(b):08x}' for a, b in map(np.asarray, _fingerprints(tree)))
+    mesh = next((x.sharding.mesh for x in jax.tree.leaves(tree) if isinstance(getattr(x, 'sharding', None), NamedSharding)), None)
+    rows = _jitted(None if mesh is None else NamedSharding(mesh, P()))(tree)
+    return ' '.join(f'{int(a):08x}{int(b):08x}' for a, b in np.asarray(rows))
+
+
+def _is_mask(x: Any) -> bool:
+    return x.dtype == jnp.bool_ and x.ndim > 0
+
+
+@jax.jit
+def _packed(tree: Any) -> Any:
+    """Masks as a bit a weight, eight of the last axis in a byte."""
+    return jax.tree.map(lambda x: jnp.packbits(x, axis=-1) if _is_mask(x) else x, tree)
+
+
+def _unpacked(tree: Any, target: Any) -> Any:
+    """The reverse; target: shapes and shardings."""
+
+    def back(x, t):
+        return _unpack(x, t.shape[-1], t.sharding) if _is_mask(t) else x
+
+    return jax.tree.map(back, tree, target)
+
+
+def _unpack(x: jax.Array, count: int, sharding) -> jax.Array:
+    return jax.jit(lambda x: jnp.unpackbits(x, axis=-1, count=count).astype(jnp.bool_), out_shardings=sharding)(x)
+
+
+def _target_of_packed(target: Any) -> Any:
+    """What is read: as the target, masks packed and, where that no longer divides, on every device."""
+
+    def packed(t):
+        if not _is_mask(t):
+            return t
+        shape, place = (*t.shape[:-1], -(-t.shape[-1] // 8)), t.sharding
+        if isinstance(place, NamedSharding):
+            axes = (*place.spec, *[None] * (len(shape) - len(place.spec)))
+            last = axes[-1] if axes[-1] is None or shape[-1] % place.mesh.shape[axes[-1]] == 0 else None
+            place = NamedSharding(place.mesh, P(*axes[:-1], last))
+        return jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=place)
+
+    return jax.tree.map(packed, target)
+
+
+def _arrays(tree: Any) -> dict[str, str]:
+    """Type and shape of each array, by its path."""
+    return {path: f'{leaf.dtype}{list(leaf.shape)}' for path, leaf in masks_lib.leaf_paths(tree)}
+
+
+def _meta(step: int, state: Any, seconds: float) -> dict[str, Any]:
+    """What is saved beside a state, with a checksum of its own."""
+    meta = {'format': FORMAT, 'batches': step, 'seconds': seconds, 'fingerprint': fingerprint(state), 'arrays': _arrays(state)}
+    return meta | {'checksum': _checksum(meta)}
+
+
+def _checksum(meta: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps({k: v for k, v in meta.items() if k != 'checksum'}, sort_keys=True).encode())
 
 
 class Checkpoints:
     """The checkpoints of one run."""
 
     def __init__(self, folder: pathlib.Path, *, keep: int = 1, read_only: bool = False):
-        self._folder = folder
+        self._folder, self._saving = folder, False
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
@@ -74,49 +151,110 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, seconds: float) -> None:
-        """Starts to save; writing goes on in the background, and its failure is raised by the next call."""
-        self._manager.check_for_errors()
-        meta = {'format': FORMAT, 'batches': step, 'seconds': seconds, 'fingerprint': fingerprint(state)}
+        """Starts to save; writing goes on in the background, and its failure is raised by :meth:`check`."""
+        self.check()
+        meta = _meta(step, state, seconds)
         self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)), force=True
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(_packed(state)), meta=ocp.args.JsonSave(meta)), force=True
         )
+        self._saving = True
+
+    def check(self) -> None:
+        """Raises what went wrong with the last save, as soon as it is known."""
+        if self._saving and not self._manager.is_saving_in_progress():
+            self._saving = False
+            self._manager.wait_until_finished()  # raises; orbax's check_for_errors does not, once its own thread has seen the error
 
     def restore(self, step: int, target: Any) -> tuple[Any, float]:
         """A checkpoint's state and the seconds that were spent on it.
 
         Args:
           step: which.
-          target: tree of shapes and dtypes that the state must have.
+          target: tree of shapes and dtypes that the state must have; with shardings, it is put there, else on the first device.
 
         Returns:
           The state, and seconds.
 
         Raises:
-          ValueError: if the checkpoint cannot be read, is of another format, or its content is not what was saved.
+          DamagedError: if the checkpoint cannot be read, or its content is not what was saved.
+          ValueError: if it is of another format, or holds other arrays.
         """
         where = f'the checkpoint {self._folder / str(step)}'
         remedy = 'delete its folder to go on from the one before, or the whole workdir to start anew.'
         try:
             meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
             version, expected, seconds = meta['format'], meta['fingerprint'], meta['seconds']
-            if version == FORMAT:
-                device = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # wherever it was saved
-                target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), target)
-                args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-                state = self._manager.restore(step, args=args)['state']
+            arrays = meta['arrays'] if version == FORMAT else _arrays(target)
+            if version == FORMAT and meta['checksum'] != _checksum(meta):
+                raise DamagedError('its record is not what was saved')
         except Exception as error:  # orbax and tensorstore raise many kinds
-            reason = str(error).strip().split('\n')[0][:200] or type(error).__name__
-            raise ValueError(f'{where} is damaged ({reason}): {remedy}') from error
-        if version != FORMAT:
+            raise DamagedError(f'{where} is damaged ({_reason(error)}): {remedy}') from error
+        if version not in _READ:
             raise ValueError(
-                f'{where} has format {version}, this version reads {FORMAT}: use the version that wrote it, or {remedy}'
+                f'{where} has format {version}, this version reads {" and ".join(map(str, _READ))}: use the version that wrote it, or {remedy}'
             )
+        wanted = _arrays(target)
+        if different := [k for k in sorted(wanted.keys() | arrays.keys()) if wanted.get(k) != arrays.get(k)]:
+            listed = '; '.join(f'{k}: {arrays.get(k, "nothing")} there, {wanted.get(k, "nothing")} wanted' for k in different[:3])
+            raise ValueError(
+                f'{where} holds other arrays than this experiment ({len(different)} differ: {listed}): give another --workdir.'
+            )
+        try:
+            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # wherever it was saved
+            target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), target)
+            stored = target if version == 1 else _target_of_packed(target)
+            state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(stored)))['state']
+        except Exception as error:
+            raise DamagedError(f'{where} is damaged ({_reason(error)}): {remedy}') from error
+        if version > 1:
+            state = _unpacked(state, target)
         if fingerprint(state) != expected:
-            raise ValueError(f'{where} is damaged (its content is not what was saved): {remedy}')
+            raise DamagedError(f'{where} is damaged (its content is not what was saved): {remedy}')
         return state, seconds
+
+    def restore_newest(self, target: Any) -> tuple[int, Any, float] | None:
+        """The newest checkpoint that is whole; those that are not are put aside, as N.corrupt.
+
+        Args:
+          target: as in :meth:`restore`.
+
+        Returns:
+          Step, state and seconds; None where nothing has been saved.
+
+        Raises:
+          ValueError: if there are checkpoints but none is whole: a run never starts anew by itself. And as :meth:`restore`.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                return step, *self.restore(step, target)
+            except DamagedError as error:
+                aside = self._put_aside(step)
+                _LOG.warning('%s It was put aside as %s.', str(error).partition(': delete')[0] + '.', aside)
+                if jax.process_count() > 1:  # others may wait for this host within orbax: all begin again, one step before
+                    raise RuntimeError(f'the checkpoint of step {step} is damaged; it was put aside: start again.') from error
+        if aside := sorted(path.name for path in self._folder.glob('*.corrupt*')):
+            raise ValueError(
+                f'{self._folder} has no whole checkpoint, only damaged ones ({", ".join(aside)}): delete the workdir to start anew, or '
+                'rename one back to look at it.'
+            )
+        return None
+
+    def _put_aside(self, step: int) -> str:
+        old, new, count = self._folder / str(step), self._folder / f'{step}.corrupt', 1
+        while new.exists():
+            count += 1
+            new = self._folder / f'{step}.corrupt{count}'
+        with contextlib.suppress(FileNotFoundError):  # another host was quicker
+            old.rename(new)
+        self._manager.reload()
+        return new.name
 
     def close(self) -> None:
         """Waits for the last save, and raises if it failed."""
         self._manager.wait_until_finished()
         self._manager.check_for_errors()
         self._manager.close()
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().split('\n')[0][:200] or type(error).__name__

@@ -19,8 +19,9 @@ import sparse_jax as sj
 from sparse_jax import config as config_lib
 from sparse_jax import masks as masks_lib
 from sparse_jax.kernels import choice, cpu
+from sparse_jax.train import devices as devices_lib
+from sparse_jax.train import hosts, workdir
 from sparse_jax.train import state as state_lib
-from sparse_jax.train import workdir
 
 FILE = 'kernels.json'
 _LOG = logging.getLogger('sparse_jax')
@@ -44,9 +45,19 @@ def _unavailable(config: config_lib.Config) -> str:
 class LayerKernels:
     """The patterns of a run, kept up to date with its masks."""
 
-    def __init__(self, config: config_lib.Config, experiment: state_lib.Experiment, folder: pathlib.Path, start: int):
-        """Args: start: steps done already, 0 for a new run."""
+    def __init__(
+        self,
+        config: config_lib.Config,
+        experiment: state_lib.Experiment,
+        folder: pathlib.Path,
+        start: int,
+        devices: devices_lib.Devices | None = None,
+    ):
+        """Args: start: steps done already, 0 for a new run. devices: of the run; None: one."""
         self._mode = 'dense' if config.sparsity.method == 'dense' else config.sparsity.kernels
+        self._mesh = self._places = None
+        if devices is not None and devices.mesh is not None:
+            self._mesh, self._places = devices.mesh, devices.state_shardings.params
         granularity = sj.granularity.get(config.sparsity.granularity)
         block = isinstance(granularity, sj.granularity.Block)
         self._block = (granularity.rows, granularity.columns) if block else None
@@ -77,8 +88,11 @@ class LayerKernels:
         """
         if self._mode == 'dense':
             return None
-        masks = jax.device_get(sj.get_masks(state.opt_state))
-        densities = {path: float(np.mean(mask)) for path, mask in masks_lib.leaf_paths(masks) if np.ndim(mask)}
+        masks = sj.get_masks(state.opt_state)
+        if self._mesh is None:
+            masks = jax.device_get(masks)
+        counted = {path: (mask.sum(dtype='int32'), mask.size) for path, mask in masks_lib.leaf_paths(masks) if np.ndim(mask)}
+        densities = {path: int(count) / size for path, (count, size) in counted.items()}
         if self._mode == 'auto':
             self._choose(step, state, masks, densities)
             chosen = {path: row['implementation'] for path, row in self._chosen.items()}
@@ -87,8 +101,8 @@ class LayerKernels:
         if all(name == 'dense' for name in chosen.values()):
             return None
         options: dict[str, Any] = dict(block=self._block, stacked=self._experiment.stacked, implementations=chosen)
-        self._patterns = sj.kernels.make_patterns(masks, **options, previous=self._patterns)
-        return jax.device_put(self._patterns)
+        self._patterns = sj.kernels.make_patterns(masks, **options, previous=self._patterns, shardings=self._places)
+        return self._patterns if self._mesh is not None else jax.device_put(self._patterns)
 
     def _choose(self, step: int, state, masks, densities: dict[str, float]) -> None:
         stored = self._history.get(str(step), {})
@@ -97,17 +111,19 @@ class LayerKernels:
             known = self._chosen.get(path)
             if known and 1 / _MUCH < density / known['density'] < _MUCH:
                 continue
-            rows[path] = stored.get(path) or self._measured(state, masks, path, density)
+            if self._calls is None and path not in stored:
+                self._calls = self._traced(state, masks)
+            rows[path] = stored.get(path) or hosts.from_first(self._measured, path, density)
         if not rows:
             return
         self._chosen |= rows
         if stored != rows:
             self._history[str(step)] = rows
-            workdir.write_json(self._path, self._history)
+            if hosts.is_first():
+                workdir.write_json(self._path, self._history)
 
-    def _measured(self, state, masks, path: str, density: float) -> dict[str, Any]:
-        if self._calls is None:
-            self._calls = _calls(self._experiment, state, masks, self._block, self._examples)
+    def _measured(self, path: str, density: float) -> dict[str, Any]:
+        assert self._calls is not None
         row: dict[str, Any] = {'density': density, 'implementation': 'dense', 'seconds': {}}
         if path in self._calls and density <= _SPARSE and len(choice.candidates(self._calls[path])) > 1:
             window, every = self._experiment.dense_gradient_steps, self._experiment.update_every
@@ -117,6 +133,21 @@ class LayerKernels:
             times = ', '.join(f'{name} {1e3 * seconds:.2f} ms' for name, seconds in row['seconds'].items())
             _LOG.info('kernels: %s at %.2f%% takes %s (%s)', path, 100 * density, row['implementation'], times)
         return row
+
+    def _traced(self, state, masks) -> dict[str, choice.Call]:
+        """The products that a device makes in a step with each sparse leaf, by tracing one."""
+        experiment = self._experiment
+        leaves = {path for path, mask in masks_lib.leaf_paths(masks) if np.ndim(mask)}
+        options: dict[str, Any] = dict(block=self._block, stacked=experiment.stacked, implementations=dict.fromkeys(leaves, 'cpu'))
+        patterns = sj.kernels.make_patterns(masks, **options, shardings=self._places)
+        x = jax.ShapeDtypeStruct((self._examples, *experiment.example.shape[1:]), experiment.example.dtype)
+        with choice.recorded() as calls:
+            # in training: an evaluation fills its batch up, and may lie by lanes where training does not
+            jax.eval_shape(lambda p, s, x: experiment.apply(p, s, x, patterns, train=True), state.params, state.model_state, x)
+        # the first layer's input is the network's, whose gradient nobody wants
+        size = math.prod(x.shape) // (1 if self._mesh is None else self._mesh.shape['data'])
+        first = [call._replace(input_gradient=False) if math.prod(call.x) == size else call for call in calls[:1]]
+        return {call.name: call for call in (*first, *calls[1:])}
 
 
 def print_table(config: config_lib.Config, folder: pathlib.Path) -> None:
@@ -134,17 +165,3 @@ def print_table(config: config_lib.Config, folder: pathlib.Path) -> None:
         times = [f'{1e3 * row["seconds"][key]:.2f} ms' if key in row['seconds'] else '' for key in ('dense', 'cpu')]
         table.add_row(name, f'{row["density"]:.2%}', *times, row['implementation'])
     Console().print(table)
-
-
-def _calls(experiment, state, masks, block, examples: int) -> dict[str, choice.Call]:
-    """The products that a step makes with each sparse leaf, by tracing one."""
-    options: dict[str, Any] = dict(block=block, stacked=experiment.stacked)
-    leaves = {path for path, mask in masks_lib.leaf_paths(masks) if np.ndim(mask)}
-    patterns = sj.kernels.make_patterns(masks, **options, implementations=dict.fromkeys(leaves, 'cpu'))
-    x = jax.ShapeDtypeStruct((examples, *experiment.example.shape[1:]), experiment.example.dtype)
-    with choice.recorded() as calls:
-        # in training: an evaluation fills its batch up, and may lie by lanes where training does not
-        jax.eval_shape(lambda p, s, x: experiment.apply(p, s, x, patterns, train=True), state.params, state.model_state, x)
-    # the first layer's input is the network's, whose gradient nobody wants
-    first = [call._replace(input_gradient=False) if math.prod(call.x) == math.prod(x.shape) else call for call in calls[:1]]
-    return {call.name: call for call in (*first, *calls[1:])}

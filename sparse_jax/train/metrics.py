@@ -98,3 +98,13 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+class Silent:
+    """In the place of both on hosts that write and show nothing."""
+
+    def write(self, step: int, values: dict[str, Any]) -> None: ...
+
+    def show(self, step: int, values: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...

@@ -237,6 +237,7 @@ def create(config: config_lib.Config, *, num_examples: int, input_shape: tuple[i
             params = sj.apply_masks(params, sj.get_masks(state.opt_state))
         logits, _ = model.apply(params, model_state, batch['input'], train=False, rng=None, patterns=patterns)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
+        losses = jnp.where(batch['label'] >= 0, losses, 0)  # rows that only fill a batch up have the label -1
         return {'loss': losses.sum(), 'correct': jnp.sum(jnp.argmax(logits, axis=-1) == batch['label'])}
 
     def apply(params, model_state, inputs, patterns=None, train=False):

@@ -17,7 +17,8 @@ from rich import progress
 from rich.console import Console
 
 from sparse_jax import config as config_lib
-from sparse_jax.train import loop, report, summary, workdir
+from sparse_jax.train import report, summary, workdir
+from sparse_jax.train import run as run_lib
 
 _LOG = logging.getLogger('sparse_jax')
 
@@ -150,15 +151,15 @@ def _check(folder: pathlib.Path, runs: Mapping[pathlib.Path, tuple[Any, config_l
         raise ValueError(f'--workdir={folder} holds something else than a sweep: give a new or an empty folder.')
     data, tried = {}, set()
     for path, (_, config) in runs.items():
-        loop.check(config, path)
+        run_lib.check(config, path)
         settings = {name: value for name, value in config_lib.flatten(config).items() if name != 'seed'}
         if (path / 'result.json').exists() or json.dumps(settings) in tried:
             continue
         tried.add(json.dumps(settings))
         source = json.dumps({name: value for name, value in settings.items() if name.startswith('data.')})
         if source not in data:
-            data = {source: loop.load_data(config)}  # one data set at a time
-        loop.create_experiment(config, data[source])
+            data = {source: run_lib.load_data(config)}  # one data set at a time
+        run_lib.create_experiment(config, data[source])
 
 
 def run_all(tasks: Mapping[pathlib.Path, Sequence[str]], jobs: int, logs: pathlib.Path) -> dict[str, Any]:

@@ -5,6 +5,8 @@ import fcntl
 import json
 import os
 import pathlib
+import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -88,4 +90,13 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
             raise ValueError(
                 f'--workdir={workdir} is in use by another process: wait for it, or give another --workdir.'
             ) from error
+        handle.write(f'{socket.gethostname()} {os.getpid()} {time.time_ns()}\n')
+        handle.flush()
+        os.fsync(handle.fileno())
         yield
+
+
+def holder(workdir: pathlib.Path) -> str:
+    """Who took the folder last: by this hosts see whether they share it."""
+    path = workdir / '.lock'
+    return path.read_text() if path.exists() else ''

@@ -1,0 +1,339 @@
+"""Seven figures of reliability, each by real processes, kills, signals and files.
+
+    python -m benchmarks.reliability                     # all of them: twenty minutes on two cores
+    python -m benchmarks.reliability --reduced           # smaller counts: seven minutes
+    python -m benchmarks.reliability --figure=kills,sigterm
+
+The numbers are those of a list of twenty that we keep: 1 kills, 3 determinism, 5 elastic, 6 selection, 9 corruption, 12 sigterm, 13 peers. Runs
+are of LeNet-300-100 on the offline digits, with two processes over gloo where not told otherwise. Every fault is first proved to have
+happened. Ends with a table, runs/reliability/figures.json, and exit code 1 if a figure missed its bar.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+ROOT = pathlib.Path(__file__).parent.parent
+FOLDER = pathlib.Path('runs/reliability')
+SHORT = (
+    '--config=configs/mnist_lenet300.py:offline', '--config.sparsity.kernels=dense', '--config.log.every=10',
+    '--config.sparsity.dense_gradient_window=None',  # one program to compile, not two
+)  # fmt: skip
+HEARTBEAT = 10
+
+
+class Figure(NamedTuple):
+    """A row of the table."""
+
+    number: int
+    what: str
+    bar: str
+    measured: str
+    reached: bool
+
+
+# Runs
+
+
+class Run:
+    """One run of launch.py on some processes of this machine; what is left of them is killed at the end."""
+
+    def __init__(
+        self, folder: pathlib.Path, *flags: str, processes: int = 2, devices: int = 2, cores: int = 0, wrapper: tuple[str, ...] = ()
+    ):
+        self.folder = folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with socket.socket() as found:
+            found.bind(('127.0.0.1', 0))
+            port = found.getsockname()[1]
+        environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices)}
+        self.processes = []
+        for i in range(processes):
+            known = [
+                '--distributed', f'--coordinator=127.0.0.1:{port}', f'--num_processes={processes}', f'--process_id={i}',
+                f'--heartbeat_timeout={HEARTBEAT}',
+            ] if processes > 1 else []  # fmt: skip
+            command = [sys.executable, *(wrapper or ('launch.py',)), *SHORT, f'--workdir={folder}', *known, *flags]
+            if cores:
+                command = ['taskset', '-c', f'0-{cores - 1}', *command]
+            with open(f'{folder}.{i}.log', 'a') as log:
+                options: dict[str, Any] = dict(cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=log)
+                self.processes.append(subprocess.Popen(command, **options))
+
+    def __enter__(self) -> 'Run':
+        return self
+
+    def __exit__(self, *_) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def wait(self, timeout: float = 300) -> list[int]:
+        deadline = time.monotonic() + timeout
+        return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
+
+    def last_step(self) -> int:
+        path = self.folder / 'metrics.jsonl'
+        lines = path.read_text().split('\n') if path.exists() else []
+        return json.loads(lines[-2])['step'] if len(lines) > 1 else -1
+
+    def until(self, step: int) -> None:
+        """Waits until a step's metrics are written; all processes are alive then."""
+        begin = time.monotonic()
+        while self.last_step() < step:
+            if time.monotonic() > begin + 180 or any(process.poll() is not None for process in self.processes):
+                raise SystemExit(f'error: the run in {self.folder} ended before step {step}: see {self.folder}.*.log')
+            time.sleep(0.005)
+
+    def said(self) -> str:
+        return ''.join(pathlib.Path(f'{self.folder}.{i}.log').read_text() for i in range(len(self.processes)))
+
+
+def digest(folder: pathlib.Path) -> str:
+    """The fingerprint of every array at a run's end."""
+    steps = json.loads((folder / 'result.json').read_text())['steps']
+    return json.loads((folder / 'checkpoints' / str(steps) / 'meta' / 'metadata').read_text())['fingerprint']
+
+
+def done(run: Run) -> None:
+    codes = run.wait()
+    if any(codes):
+        raise SystemExit(f'error: exit codes {codes} in {run.folder}: see {run.folder}.*.log')
+
+
+# The figures
+
+
+def kills(counts: int, random_: random.Random) -> Figure:
+    """SIGKILL of one or both of two processes at random times, some times in each run, until it ends; bits of the end."""
+    flags = (
+        '--config.train.steps=1000',
+        '--config.checkpoint.every=100',
+        '--config.mesh.data=2',
+        '--config.mesh.model=2',
+        '--config.mesh.layout=model',
+    )
+    with Run(FOLDER / 'kills/undisturbed', *flags) as run:
+        done(run)
+    expected, equal, killed, after_commit, trial = digest(run.folder), 0, 0, 0, 0
+    while killed < counts:
+        folder, own = FOLDER / f'kills/{trial}', 0
+        for _ in range(min(5, counts - killed)):
+            with Run(folder, *flags) as run:
+                before = max(run.last_step(), 0)
+                run.until(min(before + random_.randrange(10, 200, 10), 940))
+                time.sleep(random_.random() * 0.3)
+                victims = random_.choice(([0], [1], [0, 1]))
+                if (folder / 'result.json').exists():
+                    raise SystemExit(f'error: {folder} ended before it could be killed')
+                for i in victims:
+                    run.processes[i].kill()
+                codes = run.wait(HEARTBEAT + 60)
+                assert all(codes[i] == -signal.SIGKILL for i in victims), codes
+            own += 1
+            after_commit += any(path.name.isdigit() for path in (folder / 'checkpoints').glob('*'))
+        with Run(folder, *flags) as run:
+            done(run)
+        killed += own
+        equal += own * (digest(folder) == expected)
+        trial += 1
+    bar = f'{killed}/{killed} equal, {3 * killed // 4} of them after a commit'
+    measured = f'{equal}/{killed} equal, {after_commit} after a commit'
+    return Figure(
+        1,
+        'kill -9 of one or both of two processes: bits of the end',
+        bar,
+        measured,
+        equal == killed and after_commit >= 3 * killed // 4,
+    )
+
+
+def determinism(counts: int, random_: random.Random) -> Figure:
+    """Two runs of each kind."""
+    kinds = [(dtype, processes, cores) for dtype in ('float32', 'bfloat16') for processes in (1, 2) for cores in (1, 2)]
+    kinds = kinds[:counts] if counts >= len(kinds) else [('float32', 2, 2), ('float32', 1, 1)][:counts]
+    same, across = 0, {}
+    for dtype, processes, cores in kinds:
+        digests = []
+        for turn in range(2):
+            folder = FOLDER / f'determinism/{dtype}_{processes}_{cores}_{turn}'
+            flags = (
+                '--config.train.steps=200',
+                f'--config.model.dtype={dtype}',
+                '--config.mesh.model=2',
+                '--config.mesh.layout=model+fsdp',
+            )
+            with Run(folder, *flags, processes=processes, devices=4 // processes, cores=cores) as run:
+                done(run)
+            digests.append(digest(folder))
+        same += digests[0] == digests[1]
+        across.setdefault((dtype, processes), set()).add(digests[0])
+    cores_alike = all(len(found) == 1 for found in across.values())
+    measured = f'{same}/{len(kinds)}' + (f', one and two cores {"equal" if cores_alike else "differ"}' if len(kinds) > 2 else '')
+    return Figure(
+        3, 'two runs of one command: bits of the end', f'{len(kinds)}/{len(kinds)}', measured, same == len(kinds) and cores_alike
+    )
+
+
+def _inside(name: str, counts: int) -> dict[str, Any]:
+    """What a figure measures within one process of eight devices."""
+    environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '8'}
+    command = [sys.executable, '-m', 'benchmarks.reliability_inside', name, str(counts), str(FOLDER / name)]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise SystemExit(f'error: {name} failed:\n{ended.stderr[-2000:]}')
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def elastic(counts: int, random_: random.Random) -> Figure:
+    got = _inside('elastic', counts)
+    measured = f'fingerprints {got["fingerprints"]}/{got["restores"]}, masks of the next update {got["masks"]}/{got["restores"]}'
+    reached = got['fingerprints'] == got['masks'] == got['restores']
+    return Figure(5, 'saved on 4x2 devices, restored on 2x4, 8x1, 1x8, 1x1 and back', 'all equal', measured, reached)
+
+
+def selection(counts: int, random_: random.Random) -> Figure:
+    got = _inside('selection', counts)
+    measured = f'{got["equal"]}/{got["cases"]} equal, {got["gathers"]} all-gathers, at most {got["bytes"]:.0f} bytes'
+    reached = got['equal'] == got['cases'] and not got['gathers'] and got['bytes'] <= 64
+    bar = 'all equal, no all-gather, 64 bytes a layer and axis in a round'
+    return Figure(
+        6, f'a mask update of {got["layers"]} layers on 4x2 devices, 8 layouts, against one device', bar, measured, reached
+    )
+
+
+def corruption(counts: int, random_: random.Random) -> Figure:
+    got = _inside('corruption', counts)
+    measured = f'{got["silent"]} of {got["flips"]} silent ({got["fell_back"]} fell back a step, {got["refused"]} refused, {got["harmless"]} changed nothing); orbax alone {got["orbax"]}'
+    return Figure(9, 'a bit flipped in a checkpoint, in every file in turn', '0 silent', measured, got['silent'] == 0)
+
+
+def sigterm(counts: int, random_: random.Random) -> Figure:
+    """To one of two processes, and to one alone, at random steps; within evaluations and mask updates, which every few steps make likely."""
+    flags = (
+        '--config.train.steps=4000',
+        '--config.train.eval_every=7',
+        '--config.sparsity.update_every=5',
+        '--config.checkpoint.every=100000',
+    )
+    good, times = 0, []
+    for trial in range(counts):
+        processes = 2 - trial % 2
+        mesh = ('--config.mesh.data=2', '--config.mesh.model=2', '--config.mesh.layout=model')
+        with Run(FOLDER / f'sigterm/{trial}', *flags, *mesh, processes=processes, devices=4 // processes) as run:
+            run.until(30)
+            time.sleep(random_.random() * 0.5)
+            begin = time.monotonic()
+            run.processes[random_.randrange(processes)].send_signal(signal.SIGTERM)
+            codes = run.wait(60)
+            times.append(time.monotonic() - begin)
+        told = [line for line in run.said().splitlines() if 'stopped by SIGTERM after step' in line]
+        steps = {int(line.split('after step ')[1].split(',')[0]) for line in told}
+        saved = {int(p.name) for p in (run.folder / 'checkpoints').glob('*') if p.name.isdigit()}
+        good += codes == [75] * processes and len(told) == processes and saved == steps and len(steps) == 1
+    measured = f'{good}/{counts} so, within {max(times):.1f} s'
+    bar = 'all save the step they stop at, exit with 75, within 5 s'
+    return Figure(12, 'SIGTERM to one of two processes, or to one alone', bar, measured, good == counts and max(times) <= 5)
+
+
+# Process 1 holds its interpreter's lock for good once a file is there: its Python stands still, and its threads of C++ go on.
+LOCKING = """
+import ctypes, os, runpy, sys, threading, time
+def lock():
+    while not os.path.exists(os.environ['LOCK']): time.sleep(0.01)
+    ctypes.PyDLL(None).sleep(1000)
+if '--process_id=1' in sys.argv: threading.Thread(target=lock, daemon=True).start()
+sys.argv = sys.argv[sys.argv.index('launch.py'):]
+runpy.run_path('launch.py', run_name='__main__')
+"""
+
+
+def peers(counts: int, random_: random.Random) -> Figure:
+    """A process killed, stopped, or whose interpreter hangs: how long the other one is there."""
+    times: dict[str, list[float]] = {'SIGKILL': [], 'SIGSTOP': [], 'a hung interpreter': []}
+    orphans = 0
+    for trial in range(counts):
+        kind = list(times)[trial % 3]
+        folder = FOLDER / f'peers/{trial}'
+        os.environ['LOCK'] = str((ROOT / folder).with_suffix('.hang'))
+        wrapper = ('-c', LOCKING, 'launch.py') if kind == 'a hung interpreter' else ()
+        with Run(folder, '--config.train.steps=100000', '--config.mesh.data=4', wrapper=wrapper) as run:
+            run.until(30)
+            if kind == 'SIGKILL':
+                run.processes[1].kill()
+            elif kind == 'SIGSTOP':
+                run.processes[1].send_signal(signal.SIGSTOP)
+            else:
+                pathlib.Path(os.environ['LOCK']).touch()
+            begin = time.monotonic()
+            try:
+                run.processes[0].wait(HEARTBEAT + 50)
+                times[kind].append(time.monotonic() - begin)
+            except subprocess.TimeoutExpired:
+                times[kind].append(float('inf'))
+            if kind == 'SIGSTOP':
+                assert run.processes[1].poll() is None, 'it was not stopped'
+        orphans += any(process.poll() is None for process in run.processes)
+    shown = '; '.join(f'{kind} {max(t):.1f} s' for kind, t in times.items() if t)
+    bars = {'SIGKILL': 1.0, 'SIGSTOP': HEARTBEAT + 2, 'a hung interpreter': HEARTBEAT + 2}
+    reached = all(max(t) <= bars[kind] for kind, t in times.items() if t) and not orphans
+    bar = f'SIGKILL 1 s, else the heartbeat of {HEARTBEAT} s and 2 s more'
+    return Figure(13, 'a process dead or hung: the other one has ended', bar, shown, reached)
+
+
+FIGURES: dict[str, tuple[Callable[[int, random.Random], Figure], int, int]] = {  # with counts: all, reduced
+    'kills': (kills, 20, 2),
+    'determinism': (determinism, 8, 2),
+    'elastic': (elastic, 1, 1),
+    'selection': (selection, 8, 2),
+    'corruption': (corruption, 100, 40),
+    'sigterm': (sigterm, 8, 2),
+    'peers': (peers, 6, 3),
+}
+
+
+def _rows(figures: list[Figure]) -> Iterator[str]:
+    yield '| # | figure | bar | measured | |'
+    yield '|---:|---|---|---|---|'
+    for f in figures:
+        yield f'| {f.number} | {f.what} | {f.bar} | {f.measured} | {"reached" if f.reached else "**not reached**"} |'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--figure', default=','.join(FIGURES), help='which, separated by commas')
+    parser.add_argument('--reduced', action='store_true', help='smaller counts')
+    parser.add_argument(
+        '--seed', type=int, default=None, help='of the moments of kills; default: another each time, which is printed'
+    )
+    args = parser.parse_args()
+    names = args.figure.split(',')
+    if wrong := [name for name in names if name not in FIGURES]:
+        raise SystemExit(f'error: --figure={wrong[0]} does not exist: {", ".join(FIGURES)}.')
+    seed = random.randrange(10**6) if args.seed is None else args.seed
+    print(f'--seed={seed}')
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(parents=True)
+    figures = []
+    for name in names:
+        function, count, reduced = FIGURES[name]
+        begin = time.monotonic()
+        figures.append(function(reduced if args.reduced else count, random.Random(f'{seed} {name}')))
+        print(f'{name}: {figures[-1].measured} ({time.monotonic() - begin:.0f} s)', flush=True)
+    (FOLDER / 'figures.json').write_text(json.dumps([f._asdict() for f in figures], indent=2) + '\n')
+    print('\n'.join(_rows(figures)))
+    sys.exit(0 if all(f.reached for f in figures) else 1)
+
+
+if __name__ == '__main__':
+    main()

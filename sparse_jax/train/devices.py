@@ -1,0 +1,124 @@
+"""The devices of a run: where its state and its batches lie."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+from rich.table import Table
+
+from sparse_jax import _names, sharding
+from sparse_jax import config as config_lib
+from sparse_jax.train import state as state_lib
+
+
+def check(config: config_lib.Config) -> None:
+    """ValueError for a mesh that cannot be; needs no devices."""
+    if config.mesh.layout not in sharding.LAYOUTS:
+        raise _names.unknown('mesh.layout', config.mesh.layout, sharding.LAYOUTS)
+    sharding.parse_rules(config.mesh.rules)
+
+
+class Devices:
+    """One device, or a mesh of several; then all arrays of a run are spread over it."""
+
+    def __init__(self, config: config_lib.Config, experiment: state_lib.Experiment):
+        """Raises ValueError for a mesh that does not fit the devices, or a batch that does not divide over it."""
+        check(config)
+        m, one = config.mesh, jax.process_count() == 1
+        rules = sharding.parse_rules(m.rules)
+        self.mesh = None
+        if jax.device_count() > 1 and not (one and m.data == m.model == 1):  # 1 x 1: one device, whatever there are
+            self.mesh = sharding.make_mesh(m.data, m.model)
+        elif m.data * m.model not in (1, -1):
+            sharding.make_mesh(m.data, m.model, devices=jax.devices()[:1])  # raises
+        self._shapes = jax.eval_shape(experiment.init, jax.random.key(0))
+        some = self.mesh or sharding.make_mesh(devices=jax.devices()[:1])
+        self._placed = sharding.place(self._shapes.params, some, m.layout, rules=rules)
+        parts = some.shape['data'] * config.train.accumulate
+        if config.data.batch_size % parts:
+            of = f'mesh.data={some.shape["data"]}' + (
+                f' times train.accumulate={config.train.accumulate}' if config.train.accumulate > 1 else ''
+            )
+            raise ValueError(f'config.data.batch_size={config.data.batch_size} must be a multiple of {of}.')
+
+    @functools.cached_property
+    def state_shardings(self) -> Any:
+        """Of a training state; None on one device."""
+        return self.mesh and sharding.shardings(self._shapes, self._shapes.params, self._placed, self.mesh)
+
+    @property
+    def shapes(self) -> Any:
+        """A training state's shapes and types, and shardings where there are several devices."""
+        if self.mesh is None:
+            return self._shapes
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self._shapes, self.state_shardings)
+
+    @property
+    def replicated(self) -> NamedSharding | None:
+        return None if self.mesh is None else NamedSharding(self.mesh, P())
+
+    def jit(self, function: Callable, out: Any = 'replicated', **options) -> Callable:
+        """jit, with results where `out` says: shardings, or on every device."""
+        if self.mesh is None:
+            return jax.jit(function, **options)
+        return jax.jit(function, out_shardings=self.replicated if isinstance(out, str) else out, **options)
+
+    def host(self, tree: Any) -> Any:
+        """A tree of arrays on this host, whole, whatever their sharding."""
+        if self.mesh is not None:
+            tree = jax.jit(lambda x: x, out_shardings=self.replicated)(tree)
+        return jax.device_get(tree)
+
+    def rows(self, size: int) -> tuple[int, int]:
+        """Which rows of a batch of this size this process makes."""
+        return (0, size) if self.mesh is None else sharding.own_rows(self.mesh, size)
+
+    def padded(self, size: int) -> int:
+        """The next size that divides over the mesh."""
+        parts = 1 if self.mesh is None else self.mesh.shape['data']
+        return -(-size // parts) * parts
+
+    def batch(self, arrays: dict[str, np.ndarray], size: int) -> Any:
+        """A batch of this size on the devices, from this process's rows of it."""
+        if self.mesh is None:
+            return arrays
+        start, place = self.rows(size)[0], sharding.batch_sharding(self.mesh)
+
+        def spread(x: np.ndarray) -> jax.Array:
+            def part(index):
+                low, high, _ = index[0].indices(size)
+                return x[low - start : high - start]
+
+            return jax.make_array_from_callback((size, *x.shape[1:]), place, part)
+
+        return {name: spread(x) for name, x in arrays.items()}
+
+    def print_table(self) -> None:
+        """Each parameter's place, and what a device holds; nothing on one device."""
+        if self.mesh is None:
+            return
+        shape = ' x '.join(f'{axis}={size}' for axis, size in self.mesh.shape.items())
+        table = Table(title=f'{self.mesh.size} devices, {shape}')
+        for column in ('parameter', 'shape', 'divided', 'bytes', 'bytes a device', ''):
+            table.add_column(column, justify='right' if 'bytes' in column else 'left')
+        for row in self._placed:
+            divided = ', '.join('-' if axis is None else axis for axis in row.spec) or 'no'
+            table.add_row(row.path, 'x'.join(map(str, row.shape)), divided, f'{row.bytes:,}', f'{row.bytes_per_device:,}', row.note)
+        total, each = self._state_bytes()
+        table.add_section()
+        table.add_row('the whole state', '', '', f'{total:,}', f'{each:,}', 'parameters, masks, momenta')
+        Console(width=None if Console().is_terminal else 150).print(table)
+
+    def _state_bytes(self) -> tuple[int, int]:
+        total = each = 0
+        for leaf, place in zip(jax.tree.leaves(self._shapes), jax.tree.leaves(self.state_shardings), strict=True):
+            size = leaf.dtype.itemsize
+            total += leaf.size * size
+            each += math.prod(place.shard_shape(leaf.shape)) * size
+        return total, each

@@ -1,0 +1,403 @@
+"""Several hosts, as real processes of this machine over gloo: real kills, stops and signals, and flags that do not fit."""
+
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_jax.train import checkpoint, hosts
+
+ROOT = pathlib.Path(__file__).parent.parent
+STEPS = 200
+FLAGS = (
+    '--config=configs/mnist_lenet300.py:offline', f'--config.train.steps={STEPS}', '--config.checkpoint.every=50',
+    '--config.log.every=10', '--config.sparsity.kernels=dense', '--config.sparsity.dense_gradient_window=None', '--config.mesh.data=2', '--config.mesh.model=2',
+    '--config.mesh.layout=model',
+)  # fmt: skip
+
+
+def _environment(**own):
+    return os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '2'} | own
+
+
+def _port() -> int:
+    with socket.socket() as found:
+        found.bind(('127.0.0.1', 0))
+        return found.getsockname()[1]
+
+
+class Hosts:
+    """Processes of one run; killed at the end."""
+
+    def __init__(self, folder, *flags, own=((), ()), environments=None, explicit=True):
+        self.folder, port = folder, _port()
+        self.processes = []
+        for i, flags_of_one in enumerate(own):
+            known = (f'--coordinator=127.0.0.1:{port}', f'--num_processes={len(own)}', f'--process_id={i}') if explicit else ()
+            command = [sys.executable, 'launch.py', *FLAGS, f'--workdir={folder}', '--distributed', *known, '--heartbeat_timeout=8']
+            environment = _environment(**(environments[i] if environments else {}))
+            with open(f'{folder}.{i}.log', 'w') as log:
+                options = dict(cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=log)
+                self.processes.append(subprocess.Popen([*command, *flags, *flags_of_one], **options))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def wait(self, timeout=180) -> list[int]:
+        return [process.wait(timeout) for process in self.processes]
+
+    def said(self, i: int) -> str:
+        return pathlib.Path(f'{self.folder}.{i}.log').read_text()
+
+    def until(self, step: int) -> None:
+        """Waits for a step's metrics."""
+        deadline = time.monotonic() + 120
+        while not (self.folder / 'metrics.jsonl').exists() or _last_step(self.folder) < step:
+            assert time.monotonic() < deadline and all(p.poll() is None for p in self.processes), self.said(0) + self.said(1)
+            time.sleep(0.005)
+
+
+def _last_step(folder) -> int:
+    lines = (folder / 'metrics.jsonl').read_text().split('\n')
+    return json.loads(lines[-2])['step'] if len(lines) > 1 else -1
+
+
+def _outcome(folder):
+    """What must be equal: results, and the fingerprint of every array at the end."""
+    result = json.loads((folder / 'result.json').read_text())
+    meta = json.loads((folder / 'checkpoints' / str(result['steps']) / 'meta' / 'metadata').read_text())
+    return {k: v for k, v in result.items() if 'second' not in k and 'time' not in k} | {'fingerprint': meta['fingerprint']}
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('hosts') / 'undisturbed'
+    with Hosts(folder) as run:
+        assert run.wait() == [0, 0], run.said(0) + run.said(1)
+    return folder
+
+
+def test_two_hosts_make_one_run(undisturbed):
+    assert json.loads((undisturbed / 'result.json').read_text())['nonzeros'] == 13_310
+    made = json.loads((undisturbed / 'run.json').read_text())
+    assert (made['processes'], made['devices'], made['mesh']) == (2, 4, {'data': 2, 'model': 2})
+    steps = [json.loads(line)['step'] for line in (undisturbed / 'metrics.jsonl').read_text().splitlines() if '"loss"' in line]
+    assert steps == list(range(10, STEPS + 1, 10)), 'only one host writes'
+
+
+def test_a_host_killed_at_random_costs_no_bit(undisturbed, tmp_path):
+    """After the first checkpoint; the other one ends by itself. The same command then goes on."""
+    chosen = random.Random(os.environ.get('PYTEST_XDIST_TESTRUNUID', '0'))
+    victim, step = chosen.randrange(2), chosen.randrange(60, STEPS - 50, 10)
+    folder = tmp_path / 'killed'
+    with Hosts(folder) as run:
+        run.until(step)
+        run.processes[victim].kill()
+        codes = run.wait()
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] not in (0, 2, 75), (victim, step, codes)
+    assert not (folder / 'result.json').exists()
+    with Hosts(folder) as run:
+        assert run.wait() == [0, 0], run.said(0)
+    assert json.loads((folder / 'run.json').read_text())['resumed_at'] >= 50
+    assert _outcome(folder) == _outcome(undisturbed), (victim, step)
+
+
+def test_sigterm_to_one_host_saves_the_same_step_on_both(undisturbed, tmp_path):
+    folder = tmp_path / 'preempted'
+    with Hosts(folder) as run:
+        run.until(60)
+        run.processes[1].send_signal(signal.SIGTERM)
+        assert run.wait() == [75, 75], run.said(0) + run.said(1)
+        stopped = [line for i in range(2) for line in run.said(i).splitlines() if 'stopped by SIGTERM after step' in line]
+    assert len(stopped) == 2 and stopped[0] == stopped[1]
+    step = int(stopped[0].split('after step ')[1].split(',')[0])
+    assert 60 <= step < STEPS and (folder / 'checkpoints' / str(step)).exists()
+    # another number of hosts: one process of four devices goes on
+    command = [sys.executable, 'launch.py', *FLAGS, f'--workdir={folder}']
+    done = subprocess.run(command, cwd=ROOT, env=_environment(JAX_NUM_CPU_DEVICES='4'), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((folder / 'run.json').read_text())['resumed_at'] == step
+    result = json.loads((folder / 'result.json').read_text())
+    assert result['nonzeros'] == 13_310 and abs(result['test_accuracy'] - _outcome(undisturbed)['test_accuracy']) < 0.05
+
+
+def test_a_hung_host_is_not_waited_for(tmp_path):
+    with Hosts(tmp_path / 'hung') as run:
+        run.until(20)
+        run.processes[1].send_signal(signal.SIGSTOP)
+        code = run.processes[0].wait(120)
+        assert code not in (0, 2, 75) and run.processes[1].poll() is None, 'the stopped one is still there, stopped'
+
+
+def test_one_process_alone_stops_and_goes_on(tmp_path):
+    """SIGTERM without --distributed; that a resumed run has the bits of an undisturbed one is tested in test_train.py."""
+    flags = ('--config=configs/mnist_lenet300.py:offline', '--config.train.steps=1000', '--config.log.every=10', '--config.sparsity.kernels=dense')  # fmt: skip
+    folder = tmp_path / 'stopped'
+    command = [sys.executable, 'launch.py', *flags, f'--workdir={folder}']
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=_environment(JAX_NUM_CPU_DEVICES='1'), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    while not (folder / 'metrics.jsonl').exists() or _last_step(folder) < 100:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75 and 'the same command goes on from there' in said.splitlines()[-1]
+    done = subprocess.run(command, cwd=ROOT, env=_environment(JAX_NUM_CPU_DEVICES='1'), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((folder / 'run.json').read_text())['resumed_at'] == int(said.split('after step ')[1].split(',')[0]) < 1000
+
+
+@pytest.mark.parametrize(
+    ('own', 'message'),
+    [
+        ((('--config.seed=1',), ('--config.seed=2',)), 'host 1 was started otherwise than host 0: config.seed differ'),
+        ((('--config.mesh.data=3',), ()), 'does not fit the 4 devices'),
+        (((), ('--config.data.name=cifar11',)), "Did you mean 'cifar10'"),
+    ],
+    ids=['flags', 'mesh', 'data'],
+)
+def test_wrong_input_on_one_host_is_told_on_all_and_makes_no_file(own, message, tmp_path):
+    with Hosts(tmp_path / 'run', own=own) as run:
+        assert run.wait() == [2, 2], run.said(0) + run.said(1)
+        for i in range(2):
+            told = [line for line in run.said(i).splitlines() if line.startswith('error: ')]
+            assert len(told) == 1 and message in told[0], run.said(i)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_workdirs_that_are_not_shared(tmp_path):
+    with Hosts(tmp_path / 'run', own=((), (f'--workdir={tmp_path}/another',))) as run:
+        assert run.wait() == [2, 2]
+        assert all('is not the same folder on all hosts' in run.said(i) for i in range(2))
+    assert not (tmp_path / 'another').exists()
+
+
+def test_a_coordinator_that_is_not_there(tmp_path):
+    flags = (
+        '--distributed',
+        f'--coordinator=127.0.0.1:{_port()}',
+        '--num_processes=2',
+        '--process_id=1',
+        '--initialization_timeout=3',
+    )
+    command = [sys.executable, 'launch.py', *FLAGS, f'--workdir={tmp_path}/run', *flags]
+    done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 70, done.stderr
+    assert (
+        'not all hosts came, within --initialization_timeout=3 s' in done.stderr.splitlines()[-1] and 'Traceback' not in done.stderr
+    ), done.stderr
+    assert not (tmp_path / 'run').exists()
+
+
+def test_no_cluster_at_all(tmp_path):
+    command = [sys.executable, 'launch.py', *FLAGS, f'--workdir={tmp_path}/run', '--distributed']
+    done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and 'no cluster was found' in done.stderr and '--coordinator=HOST:PORT' in done.stderr, done.stderr
+
+
+def _slurm(i):
+    return {
+        'SLURM_JOB_ID': str(10_000 + _port() % 4096), 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_NTASKS': '2', 'SLURM_STEP_NUM_TASKS': '2',
+        'SLURM_PROCID': str(i), 'SLURM_LOCALID': str(i), 'SLURM_STEP_TASKS_PER_NODE': '2',
+    }  # fmt: skip
+
+
+def _open_mpi(i):
+    return {
+        'OMPI_MCA_orte_hnp_uri': f'{_port()}.0;tcp://127.0.0.1:1', 'OMPI_COMM_WORLD_SIZE': '2', 'OMPI_COMM_WORLD_RANK': str(i),
+        'OMPI_COMM_WORLD_LOCAL_RANK': str(i),
+    }  # fmt: skip
+
+
+def _xpk(i):
+    return {'JAX_COORDINATOR_ADDRESS': '127.0.0.1', 'JAX_COORDINATOR_PORT': str(_port()), 'NNODES': '2', 'NODE_RANK': str(i)}
+
+
+@pytest.mark.parametrize('cluster', [_slurm, _open_mpi, _xpk])
+def test_clusters_are_detected(cluster):
+    """The variables that each of them sets, made up, for two real processes, which find each other by nothing else."""
+    program = """
+import os, jax
+from sparse_jax.train import hosts
+hosts.initialize(hosts.arguments(os.environ), initialization_timeout=60)
+print(jax.process_index(), jax.process_count(), jax.local_device_count(), jax.device_count())
+"""
+    first = cluster(0)
+    environments = [first, {**first, **{k: v for k, v in cluster(1).items() if k.endswith(('RANK', 'PROCID', 'LOCALID'))}}]
+    processes = [
+        subprocess.Popen([sys.executable, '-c', program], cwd=ROOT, env=_environment(**own), stdout=subprocess.PIPE, text=True)
+        for own in environments
+    ]
+    assert [p.communicate(timeout=120)[0].split() for p in processes] == [['0', '2', '2', '4'], ['1', '2', '2', '4']]
+
+
+def test_what_jax_is_told():
+    xpk = {
+        'JAX_COORDINATOR_ADDRESS': 'a',
+        'JAX_PROCESS_COUNT': '8',
+        'PROCESSES_IN_JOB': '4',
+        'JOB_INDEX': '1',
+        'JOB_COMPLETION_INDEX': '2',
+    }
+    assert hosts.arguments(xpk) == {'coordinator_address': 'a:1234', 'num_processes': 8, 'process_id': 6}
+    told = hosts.arguments(xpk, coordinator='b:9', num_processes=2, process_id=0)
+    assert told == {'coordinator_address': 'b:9', 'num_processes': 2, 'process_id': 0}, 'flags come first'
+    gpus = {'SLURM_PROCID': '0', 'SLURM_STEP_TASKS_PER_NODE': '1(x4)', 'CUDA_VISIBLE_DEVICES': '0,1,2,3'}
+    assert hosts.arguments(gpus) == {'local_device_ids': [0, 1, 2, 3]}, 'one task with four GPUs has them all'
+    assert hosts.arguments({**gpus, 'SLURM_STEP_TASKS_PER_NODE': '4(x4)'}) == {} == hosts.arguments({})
+    for environ, flags, message in (
+        ({}, dict(coordinator='a:1'), '--num_processes, --process_id is missing'),
+        ({}, dict(coordinator='a', num_processes=2, process_id=0), 'must be host:port'),
+        ({}, dict(coordinator='a:1', num_processes=2, process_id=2), 'process 2 of 2 .* does not exist: they are 0 to 1'),
+        ({'JAX_COORDINATOR_ADDRESS': 'a', 'NNODES': '2'}, {}, "xpk's variables are incomplete .*NODE_RANK"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hosts.arguments(environ, **flags)
+
+
+# Checkpoints that are damaged
+
+
+def _tree(seed):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return {
+        'w': jax.random.normal(keys[0], (40, 30)), 'mask': jax.random.bernoulli(keys[1], 0.3, (40, 30)),
+        'key': keys[2], 'count': jnp.int32(seed), 'half': jax.random.normal(keys[1], (7,), jnp.bfloat16),
+    }  # fmt: skip
+
+
+def _bits(tree):
+    return [
+        np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x).tobytes()
+        for x in jax.tree.leaves(tree)
+    ]
+
+
+@pytest.fixture(scope='module')
+def two_steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('checkpoints') / 'two'
+    checkpoints = checkpoint.Checkpoints(folder, keep=2)
+    for step in (1, 2):
+        checkpoints.save(step, _tree(step), 1.5)
+    checkpoints.close()
+    return folder
+
+
+# Reads of a damaged checkpoint that orbax abandons are told as coroutines that nobody awaited.
+abandons_reads = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+
+
+@abandons_reads
+def test_a_flipped_bit_in_any_file_is_never_restored(two_steps, tmp_path):
+    files = sorted(p.relative_to(two_steps) for p in (two_steps / '2').rglob('*') if p.is_file() and p.stat().st_size)
+    back, refused, expected = 0, [], {step: _bits(_tree(step)) for step in (1, 2)}
+    for number, name in enumerate(files):
+        folder = tmp_path / str(number)
+        shutil.copytree(two_steps, folder)
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) * 2 // 3] ^= 1 << number % 8
+        (folder / name).write_bytes(content)
+        checkpoints = checkpoint.Checkpoints(folder)
+        try:
+            step, state, seconds = checkpoints.restore_newest(jax.eval_shape(lambda: _tree(1)))
+        except ValueError as error:
+            refused.append(str(error))
+        else:
+            assert _bits(state) == expected[step] and seconds == 1.5, f'{name}: a changed bit was restored'
+            assert (step == 1) == (folder / '2.corrupt').exists() == (not (folder / '2').exists())
+            back += step == 1
+        finally:
+            checkpoints.close()
+    assert all('other arrays' in reason or 'has format' in reason for reason in refused)
+    assert len(files) > 5 and back >= 3, (len(files), back)
+
+
+@abandons_reads
+def test_never_a_silent_fresh_start(two_steps, tmp_path):
+    folder = tmp_path / 'both'
+    shutil.copytree(two_steps, folder)
+    for step in (1, 2):
+        (folder / str(step) / 'meta' / 'metadata').write_text('{')
+    for _ in range(2):  # the first time they are put aside; the second time there is nothing else
+        checkpoints = checkpoint.Checkpoints(folder)
+        with pytest.raises(ValueError, match=r'no whole checkpoint, only damaged ones \(1.corrupt, 2.corrupt\)'):
+            checkpoints.restore_newest(jax.eval_shape(lambda: _tree(1)))
+        checkpoints.close()
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (lambda t: {**t, 'w': t['w'].astype(jnp.bfloat16)}, r'w: float32\[40, 30\] there, bfloat16\[40, 30\] wanted'),
+    (lambda t: {k: v for k, v in t.items() if k != 'half'}, r'half: bfloat16\[7\] there, nothing wanted'),
+    (lambda t: {**t, 'mask': t['mask'][:, :24]}, r'mask: bool\[40, 30\] there, bool\[40, 24\] wanted'),
+])  # fmt: skip
+def test_another_dtype_or_experiment_is_refused_and_stays(change, message, two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path / 'run')
+    checkpoints = checkpoint.Checkpoints(tmp_path / 'run')
+    with pytest.raises(ValueError, match=message):
+        checkpoints.restore_newest(jax.eval_shape(lambda: change(_tree(1))))
+    checkpoints.close()
+    assert (tmp_path / 'run' / '2').exists()
+
+
+def test_masks_take_a_bit_a_weight_and_the_format_before_is_read(two_steps, tmp_path, monkeypatch):
+    mask = jax.random.bernoulli(jax.random.key(0), 0.5, (512, 1024))
+    sizes = {}
+    for version in (1, 2):
+        folder = tmp_path / str(version)
+        checkpoints = checkpoint.Checkpoints(folder)
+        if version == 1:  # as it was written
+            meta = {'format': 1, 'batches': 1, 'seconds': 0.5, 'fingerprint': checkpoint.fingerprint({'mask': mask})}
+            monkeypatch.setattr(checkpoint, '_packed', lambda tree: tree)
+            monkeypatch.setattr(checkpoint, '_meta', lambda *_, meta=meta: meta)
+        checkpoints.save(1, {'mask': mask}, 0.5)
+        checkpoints.close()
+        monkeypatch.undo()
+        sizes[version] = sum(p.stat().st_size for p in folder.rglob('*') if p.is_file())
+        checkpoints = checkpoint.Checkpoints(folder)
+        _, state, seconds = checkpoints.restore_newest(jax.eval_shape(lambda: {'mask': mask}))
+        checkpoints.close()
+        np.testing.assert_array_equal(state['mask'], mask)
+        assert seconds == 0.5
+    assert mask.size / 8 < sizes[2] < mask.size / 8 + 20_000
+
+
+def test_a_write_that_fails_is_told_at_a_later_step_and_the_one_before_stays(tmp_path):
+    """A limit on the size of files, as a full disk would be."""
+    tree = {'w': jax.random.normal(jax.random.key(0), (500, 500))}
+    checkpoints = checkpoint.Checkpoints(tmp_path / 'run', keep=2)
+    checkpoints.save(1, tree, 0.0)
+    checkpoints._manager.wait_until_finished()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(Exception, match='File too large'):
+            checkpoints.save(2, tree, 0.0)
+            for _ in range(200):
+                checkpoints.check()
+                time.sleep(0.05)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    checkpoints = checkpoint.Checkpoints(tmp_path / 'run', keep=2)
+    step, state, _ = checkpoints.restore_newest(jax.eval_shape(lambda: tree))
+    assert step == 1 and _bits(state) == _bits(tree)
+    checkpoints.save(2, tree, 0.0)
+    checkpoints.close()
+    assert (tmp_path / 'run' / '2').exists()
