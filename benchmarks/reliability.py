@@ -49,14 +49,15 @@ class Run:
     """One run of launch.py on some processes of this machine; what is left of them is killed at the end."""
 
     def __init__(
-        self, folder: pathlib.Path, *flags: str, processes: int = 2, devices: int = 2, cores: int = 0, wrapper: tuple[str, ...] = ()
-    ):
+        self, folder: pathlib.Path, *flags: str, processes: int = 2, devices: int = 2, cores: int = 0, wrapper: tuple[str, ...] = (),
+        own: dict[str, str] | None = None,
+    ):  # fmt: skip
         self.folder = folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         with socket.socket() as found:
             found.bind(('127.0.0.1', 0))
             port = found.getsockname()[1]
-        environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices)}
+        environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices)} | (own or {})
         self.processes = []
         for i in range(processes):
             known = [
@@ -246,6 +247,10 @@ def sigterm(counts: int, random_: random.Random) -> Figure:
     return Figure(12, 'SIGTERM to one of two processes, or to one alone', bar, measured, good == counts and max(times) <= 5)
 
 
+# A process whose interpreter hangs sends heartbeats all the same, by threads of C++: what ends the others is the collectives' time-out, which
+# XLA sets to half an hour.
+TIMEOUT = f'--xla_cpu_collective_timeout_seconds={HEARTBEAT}'
+
 # Process 1 holds its interpreter's lock for good once a file is there: its Python stands still, and its threads of C++ go on.
 LOCKING = """
 import ctypes, os, runpy, sys, threading, time
@@ -265,16 +270,17 @@ def peers(counts: int, random_: random.Random) -> Figure:
     for trial in range(counts):
         kind = list(times)[trial % 3]
         folder = FOLDER / f'peers/{trial}'
-        os.environ['LOCK'] = str((ROOT / folder).with_suffix('.hang'))
-        wrapper = ('-c', LOCKING, 'launch.py') if kind == 'a hung interpreter' else ()
-        with Run(folder, '--config.train.steps=100000', '--config.mesh.data=4', wrapper=wrapper) as run:
-            run.until(30)
+        lock, hangs = (ROOT / folder).with_suffix('.hang'), kind == 'a hung interpreter'
+        own = {'LOCK': str(lock), 'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {TIMEOUT}'} if hangs else None
+        wrapper = ('-c', LOCKING, 'launch.py') if hangs else ()
+        with Run(folder, '--config.train.steps=100000', '--config.mesh.data=4', wrapper=wrapper, own=own) as run:
+            run.until(100)  # all that there is to compile is compiled
             if kind == 'SIGKILL':
                 run.processes[1].kill()
             elif kind == 'SIGSTOP':
                 run.processes[1].send_signal(signal.SIGSTOP)
             else:
-                pathlib.Path(os.environ['LOCK']).touch()
+                lock.touch()
             begin = time.monotonic()
             try:
                 run.processes[0].wait(HEARTBEAT + 50)
@@ -287,7 +293,7 @@ def peers(counts: int, random_: random.Random) -> Figure:
     shown = '; '.join(f'{kind} {max(t):.1f} s' for kind, t in times.items() if t)
     bars = {'SIGKILL': 1.0, 'SIGSTOP': HEARTBEAT + 2, 'a hung interpreter': HEARTBEAT + 2}
     reached = all(max(t) <= bars[kind] for kind, t in times.items() if t) and not orphans
-    bar = f'SIGKILL 1 s, else the heartbeat of {HEARTBEAT} s and 2 s more'
+    bar = f'SIGKILL 1 s; stopped: the heartbeat of {HEARTBEAT} s and 2 s more; hung: `{TIMEOUT}` in XLA_FLAGS, and 2 s more'
     return Figure(13, 'a process dead or hung: the other one has ended', bar, shown, reached)
 
 
@@ -305,7 +311,7 @@ FIGURES: dict[str, tuple[Callable[[int, random.Random], Figure], int, int]] = { 
 def _rows(figures: list[Figure]) -> Iterator[str]:
     yield '| # | figure | bar | measured | |'
     yield '|---:|---|---|---|---|'
-    for f in figures:
+    for f in sorted(figures):
         yield f'| {f.number} | {f.what} | {f.bar} | {f.measured} | {"reached" if f.reached else "**not reached**"} |'
 
 

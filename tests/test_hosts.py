@@ -24,7 +24,7 @@ STEPS = 200
 FLAGS = (
     '--config=configs/mnist_lenet300.py:offline', f'--config.train.steps={STEPS}', '--config.checkpoint.every=50',
     '--config.log.every=10', '--config.sparsity.kernels=dense', '--config.sparsity.dense_gradient_window=None', '--config.mesh.data=2', '--config.mesh.model=2',
-    '--config.mesh.layout=model',
+    '--config.mesh.layout=model+fsdp',
 )  # fmt: skip
 
 

@@ -72,8 +72,9 @@ def finish(run: Run, state, seconds: float, start: int) -> dict[str, Any]:
     rows = metrics.read(folder) if hosts.is_first() else []
     # on all hosts, since it counts sharded masks; what the others make of no rows is not used
     density = _mean_density(rows, experiment.total_steps) if rows else dict.fromkeys(sizes.layers, 1.0)
-    result |= state_lib.operations(experiment, state, density)
-    if config.sparsity.method != 'dense':
+    masks = None if config.sparsity.method == 'dense' else run.devices.host(sj.get_masks(state.opt_state))
+    result |= state_lib.operations(experiment, state, density, masks)
+    if masks is not None:
         result['exploration_rate'] = sj.stats.exploration_rate(state.opt_state)
     result |= {'seconds': round(seconds, 3), 'steps_per_second': round(experiment.total_steps / max(seconds, 1e-9), 3)}
     hosts.first(_report, run, result, rows, _input_counts(run, state), start)

@@ -309,20 +309,20 @@ def _has_masks(state: TrainState) -> bool:
     return any(is_state(x) for x in jax.tree.leaves(state.opt_state, is_leaf=is_state))
 
 
-def operations(experiment: Experiment, state: TrainState, mean_density: dict[str, float]) -> dict[str, float]:
+def operations(experiment: Experiment, state: TrainState, mean_density: dict[str, float], masks: Any = None) -> dict[str, float]:
     """Multiply-adds of one example, sparse and against dense: for inference now, for training on average over the run.
 
     Args:
       experiment: its functions.
       state: concrete.
       mean_density: density of each layer, on average over the training's steps; empty for the dense twin.
+      masks: the state's, whole on this host; None: it has none, and all is dense.
 
     Returns:
       Numbers for ``result.json``: what sparse products take, with gradients off the masks in those steps only that compute them.
     """
-    masks = jax.tree.map(lambda _: jnp.array(True), state.params)
-    if _has_masks(state):
-        masks = sj.get_masks(state.opt_state)
+    if masks is None:
+        masks = jax.tree.map(lambda _: jnp.array(True), state.params)
     count = functools.partial(sj.stats.operations, lambda p, x: experiment.apply(p, state.model_state, x), masks)
     window = experiment.dense_gradient_steps
     now = count(state.params, experiment.example, update_every=experiment.update_every, dense_gradient_window=window)
