@@ -265,17 +265,19 @@ runpy.run_path('launch.py', run_name='__main__')
 
 def peers(counts: int, random_: random.Random) -> Figure:
     """A process killed, stopped, or whose interpreter hangs: how long the other one is there."""
-    times: dict[str, list[float]] = {'SIGKILL': [], 'SIGSTOP': [], 'a hung interpreter': []}
+    kinds = ('SIGKILL', 'SIGKILL, two devices each', 'SIGSTOP', 'a hung interpreter')
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
     orphans = 0
     for trial in range(counts):
-        kind = list(times)[trial % 3]
+        kind = kinds[trial % 4]
         folder = FOLDER / f'peers/{trial}'
         lock, hangs = (ROOT / folder).with_suffix('.hang'), kind == 'a hung interpreter'
         own = {'LOCK': str(lock), 'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {TIMEOUT}'} if hangs else None
         wrapper = ('-c', LOCKING, 'launch.py') if hangs else ()
-        with Run(folder, '--config.train.steps=100000', '--config.mesh.data=4', wrapper=wrapper, own=own) as run:
+        devices = 2 if 'two devices' in kind else 1
+        with Run(folder, '--config.train.steps=100000', devices=devices, wrapper=wrapper, own=own) as run:
             run.until(100)  # all that there is to compile is compiled
-            if kind == 'SIGKILL':
+            if kind.startswith('SIGKILL'):
                 run.processes[1].kill()
             elif kind == 'SIGSTOP':
                 run.processes[1].send_signal(signal.SIGSTOP)
@@ -291,9 +293,8 @@ def peers(counts: int, random_: random.Random) -> Figure:
                 assert run.processes[1].poll() is None, 'it was not stopped'
         orphans += any(process.poll() is None for process in run.processes)
     shown = '; '.join(f'{kind} {max(t):.1f} s' for kind, t in times.items() if t)
-    bars = {'SIGKILL': 1.0, 'SIGSTOP': HEARTBEAT + 2, 'a hung interpreter': HEARTBEAT + 2}
-    reached = all(max(t) <= bars[kind] for kind, t in times.items() if t) and not orphans
-    bar = f'SIGKILL 1 s; stopped: the heartbeat of {HEARTBEAT} s and 2 s more; hung: `{TIMEOUT}` in XLA_FLAGS, and 2 s more'
+    reached = all(max(t) <= (1.0 if kind == 'SIGKILL' else HEARTBEAT + 2) for kind, t in times.items() if t) and not orphans
+    bar = f'SIGKILL 1 s where each has one device; else the heartbeat of {HEARTBEAT} s and 2 s more (hung: with `{TIMEOUT}`)'
     return Figure(13, 'a process dead or hung: the other one has ended', bar, shown, reached)
 
 
@@ -304,7 +305,7 @@ FIGURES: dict[str, tuple[Callable[[int, random.Random], Figure], int, int]] = { 
     'selection': (selection, 8, 2),
     'corruption': (corruption, 100, 40),
     'sigterm': (sigterm, 8, 2),
-    'peers': (peers, 6, 3),
+    'peers': (peers, 8, 4),
 }
 
 
