@@ -1,7 +1,7 @@
 # make train   trains LeNet-300-100 at 5% of its weights on real handwritten digits, into runs/mnist_lenet300
 # make test    runs all tests
 # make lint    checks style and types
-# make figures measures how reliable runs are: kills, signals, damaged files (twenty minutes); FLAGS=--reduced: seven
+# make figures measures how reliable runs are: kills, signals, damaged files (forty minutes); FLAGS=--reduced: seven
 # The first call makes a virtual environment in .venv and installs what requirements.txt pins. PYTHON=python3.12 picks another one.
 
 PYTHON ?= python3

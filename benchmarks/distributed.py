@@ -76,11 +76,11 @@ def update(rounds: int) -> dict[str, Any]:
 
 def pause(rounds: int) -> dict[str, Any]:
     """25 million weights with momenta and masks on one device: what a save keeps the loop waiting, and what it takes in all."""
-    params = {name: jnp.zeros(shape) + 0.01 for name, shape in mask_update.resnet50().items()}
+    shapes = mask_update.resnet50()
+    keys = jax.random.split(jax.random.key(0), len(shapes))  # no constants: those compress to nothing
+    params = {name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)}
     tx = sj.sparse_momentum(0.1, density=0.05, update_every=10**6, total_steps=10**7)
-    state = tx.init(params)
-    step = jax.jit(lambda p, s: tx.update(p, s, p)[1])
-    jax.block_until_ready(step(params, state))
+    state = jax.jit(lambda p: tx.update(p, tx.init(p), p)[1])(params)  # with momenta
     folder, row = FOLDER / 'pause', {'pause': [], 'all': [], 'fingerprint': []}
     checkpoints = checkpoint.Checkpoints(folder, keep=1)
     for number in range(rounds + 1):

@@ -1,6 +1,6 @@
 """Seven figures of reliability, each by real processes, kills, signals and files.
 
-    python -m benchmarks.reliability                     # all of them: twenty minutes on two cores
+    python -m benchmarks.reliability                     # all of them: forty minutes on two cores
     python -m benchmarks.reliability --reduced           # smaller counts: seven minutes
     python -m benchmarks.reliability --figure=kills,sigterm
 
@@ -300,12 +300,12 @@ def peers(counts: int, random_: random.Random) -> Figure:
 
 FIGURES: dict[str, tuple[Callable[[int, random.Random], Figure], int, int]] = {  # with counts: all, reduced
     'kills': (kills, 20, 2),
-    'determinism': (determinism, 8, 2),
+    'determinism': (determinism, 8, 1),
     'elastic': (elastic, 1, 1),
     'selection': (selection, 8, 2),
     'corruption': (corruption, 100, 40),
     'sigterm': (sigterm, 8, 2),
-    'peers': (peers, 8, 4),
+    'peers': (peers, 8, 3),
 }
 
 
