@@ -119,23 +119,23 @@ def test_a_host_killed_at_random_costs_no_bit(undisturbed, tmp_path):
     assert _outcome(folder) == _outcome(undisturbed), (victim, step)
 
 
-def test_sigterm_to_one_host_saves_the_same_step_on_both(undisturbed, tmp_path):
-    folder = tmp_path / 'preempted'
-    with Hosts(folder) as run:
+def test_sigterm_to_one_host_saves_the_same_step_on_both(tmp_path):
+    folder, longer = tmp_path / 'preempted', '--config.train.steps=800'
+    with Hosts(folder, longer) as run:
         run.until(60)
         run.processes[1].send_signal(signal.SIGTERM)
         assert run.wait() == [75, 75], run.said(0) + run.said(1)
         stopped = [line for i in range(2) for line in run.said(i).splitlines() if 'stopped by SIGTERM after step' in line]
     assert len(stopped) == 2 and stopped[0] == stopped[1]
     step = int(stopped[0].split('after step ')[1].split(',')[0])
-    assert 60 <= step < STEPS and (folder / 'checkpoints' / str(step)).exists()
+    assert 60 <= step < 800 and (folder / 'checkpoints' / str(step)).exists()
     # another number of hosts: one process of four devices goes on
-    command = [sys.executable, 'launch.py', *FLAGS, f'--workdir={folder}']
+    command = [sys.executable, 'launch.py', *FLAGS, longer, f'--workdir={folder}']
     done = subprocess.run(command, cwd=ROOT, env=_environment(JAX_NUM_CPU_DEVICES='4'), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads((folder / 'run.json').read_text())['resumed_at'] == step
     result = json.loads((folder / 'result.json').read_text())
-    assert result['nonzeros'] == 13_310 and abs(result['test_accuracy'] - _outcome(undisturbed)['test_accuracy']) < 0.05
+    assert result['nonzeros'] == 13_310 and result['test_accuracy'] > 0.85
 
 
 def test_a_hung_host_is_not_waited_for(tmp_path):
