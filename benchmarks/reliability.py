@@ -84,21 +84,24 @@ class Run:
         deadline = time.monotonic() + timeout
         return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
 
-    def last_step(self) -> int:
-        path = self.folder / 'metrics.jsonl'
-        lines = path.read_text().split('\n') if path.exists() else []
-        return json.loads(lines[-2])['step'] if len(lines) > 1 else -1
-
     def until(self, step: int) -> None:
         """Waits until a step's metrics are written; all processes are alive then."""
         begin = time.monotonic()
-        while self.last_step() < step:
+        while last_step(self.folder) < step:
             if time.monotonic() > begin + 180 or any(process.poll() is not None for process in self.processes):
                 raise SystemExit(f'error: the run in {self.folder} ended before step {step}: see {self.folder}.*.log')
             time.sleep(0.005)
 
-    def said(self) -> str:
-        return ''.join(pathlib.Path(f'{self.folder}.{i}.log').read_text() for i in range(len(self.processes)))
+    def said(self, i: int) -> str:
+        """What process i wrote to stderr."""
+        return pathlib.Path(f'{self.folder}.{i}.log').read_text()
+
+
+def last_step(folder: pathlib.Path) -> int:
+    """The last one whose metrics are written; -1: none."""
+    path = folder / 'metrics.jsonl'
+    lines = path.read_text().split('\n') if path.exists() else []
+    return json.loads(lines[-2])['step'] if len(lines) > 1 else -1
 
 
 def digest(folder: pathlib.Path) -> str:
@@ -132,7 +135,7 @@ def kills(counts: int, random_: random.Random) -> Figure:
         folder, own = FOLDER / f'kills/{trial}', 0
         for _ in range(min(5, counts - killed)):
             with Run(folder, *flags) as run:
-                before = max(run.last_step(), 0)
+                before = max(last_step(folder), 0)
                 run.until(min(before + random_.randrange(10, 200, 10), 940))
                 time.sleep(random_.random() * 0.3)
                 victims = random_.choice(([0], [1], [0, 1]))
@@ -239,7 +242,7 @@ def sigterm(counts: int, random_: random.Random) -> Figure:
             run.processes[random_.randrange(processes)].send_signal(signal.SIGTERM)
             codes = run.wait(60)
             times.append(time.monotonic() - begin)
-        told = [line for line in run.said().splitlines() if 'stopped by SIGTERM after step' in line]
+        told = [line for i in range(processes) for line in run.said(i).splitlines() if 'stopped by SIGTERM after step' in line]
         steps = {int(line.split('after step ')[1].split(',')[0]) for line in told}
         saved = {int(p.name) for p in (run.folder / 'checkpoints').glob('*') if p.name.isdigit()}
         good += codes == [75] * processes and len(told) == processes and saved == steps and len(steps) == 1

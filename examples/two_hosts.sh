@@ -47,7 +47,7 @@ until [ -e "$folder/disturbed/metrics.jsonl" ] && grep -q '"step": 300,.*"loss"'
 done
 kill -9 "${pids[1]}"
 code=0; wait "${pids[0]}" || code=$?
-wait "${pids[1]}" || true
+{ wait "${pids[1]}" || true; } 2> /dev/null # bash would tell that it was killed
 [ ! -e "$folder/disturbed/result.json" ] || { echo 'error: the run had ended before it was killed' >&2; exit 1; }
 echo "process 0 ended by itself, with exit code $code; the same command again ..."
 start disturbed

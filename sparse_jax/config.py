@@ -93,10 +93,8 @@ class Checkpoint:
 
 
 @dataclasses.dataclass
-class Mesh:
-    data: int = (
-        -1
-    )  # devices that a batch is divided over; -1: all that are left; with mesh.model=1 as well, 1 is one device of several
+class Mesh:  # data=1 and model=1: one device, whatever there are
+    data: int = -1  # devices that a batch is divided over; -1: all that are left
     model: int = 1  # devices that layers are divided over; -1: all that are left
     layout: str = 'data'  # which weights are divided, see sparse_jax.sharding: data, model, fsdp, model+fsdp
     rules: str = ''  # own rules, which come first: pattern of a path=axes;..., such as fc1/kernel=none,model

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import reliability
 from sparse_jax.train import checkpoint, hosts
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -38,52 +39,23 @@ def _port() -> int:
         return found.getsockname()[1]
 
 
-class Hosts:
-    """Processes of one run; killed at the end."""
+class Hosts(reliability.Run):
+    """Two processes, each with flags of its own too."""
 
-    def __init__(self, folder, *flags, own=((), ()), environments=None, explicit=True):
-        self.folder, port = folder, _port()
-        self.processes = []
+    def __init__(self, folder, *flags, own=((), ())):
+        self.folder, self.processes, port = folder, [], _port()
         for i, flags_of_one in enumerate(own):
-            known = (f'--coordinator=127.0.0.1:{port}', f'--num_processes={len(own)}', f'--process_id={i}') if explicit else ()
+            known = (f'--coordinator=127.0.0.1:{port}', f'--num_processes={len(own)}', f'--process_id={i}')
             command = [sys.executable, 'launch.py', *FLAGS, f'--workdir={folder}', '--distributed', *known, '--heartbeat_timeout=8']
-            environment = _environment(**(environments[i] if environments else {}))
             with open(f'{folder}.{i}.log', 'w') as log:
-                options = dict(cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=log)
+                options = dict(cwd=ROOT, env=_environment(), stdout=subprocess.DEVNULL, stderr=log)
                 self.processes.append(subprocess.Popen([*command, *flags, *flags_of_one], **options))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for process in self.processes:
-            process.kill()
-            process.wait()
-
-    def wait(self, timeout=180) -> list[int]:
-        return [process.wait(timeout) for process in self.processes]
-
-    def said(self, i: int) -> str:
-        return pathlib.Path(f'{self.folder}.{i}.log').read_text()
-
-    def until(self, step: int) -> None:
-        """Waits for a step's metrics."""
-        deadline = time.monotonic() + 120
-        while not (self.folder / 'metrics.jsonl').exists() or _last_step(self.folder) < step:
-            assert time.monotonic() < deadline and all(p.poll() is None for p in self.processes), self.said(0) + self.said(1)
-            time.sleep(0.005)
-
-
-def _last_step(folder) -> int:
-    lines = (folder / 'metrics.jsonl').read_text().split('\n')
-    return json.loads(lines[-2])['step'] if len(lines) > 1 else -1
 
 
 def _outcome(folder):
     """What must be equal: results, and the fingerprint of every array at the end."""
     result = json.loads((folder / 'result.json').read_text())
-    meta = json.loads((folder / 'checkpoints' / str(result['steps']) / 'meta' / 'metadata').read_text())
-    return {k: v for k, v in result.items() if 'second' not in k and 'time' not in k} | {'fingerprint': meta['fingerprint']}
+    return {k: v for k, v in result.items() if 'second' not in k and 'time' not in k} | {'fingerprint': reliability.digest(folder)}
 
 
 @pytest.fixture(scope='module')
@@ -154,7 +126,7 @@ def test_one_process_alone_stops_and_goes_on(tmp_path):
     process = subprocess.Popen(
         command, cwd=ROOT, env=_environment(JAX_NUM_CPU_DEVICES='1'), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
-    while not (folder / 'metrics.jsonl').exists() or _last_step(folder) < 100:
+    while reliability.last_step(folder) < 100:
         assert process.poll() is None
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
