@@ -20,7 +20,7 @@ needs_compiler = pytest.mark.skipif(bool(cpu.unavailable()), reason='needs a C++
 
 @needs_compiler
 @settings(max_examples=20)
-@given(st.sampled_from(kernel_cases.CASES), st.integers(0, 2**31 - 1), st.sampled_from(kernels.IMPLEMENTATIONS))
+@given(st.sampled_from(kernel_cases.CASES), st.integers(0, 2**31 - 1), st.sampled_from(('reference', 'cpu')))
 def test_products_and_both_gradients_equal_float64(case, seed, implementation):
     _, wrong = kernel_cases.errors(case, implementation, seed)
     assert max(wrong) < 2e-6
@@ -52,7 +52,7 @@ def test_any_convolution_by_the_c_kernels(seed, batch, inputs, outputs, taps, st
 
 
 @needs_compiler
-@pytest.mark.parametrize('implementation', kernels.IMPLEMENTATIONS)
+@pytest.mark.parametrize('implementation', ('reference', 'cpu'))
 def test_gradients_are_those_of_finite_differences(implementation):
     mask = np.random.default_rng(0).random((3, 3, 4, 5)) < 0.3
     pattern = kernels.make_pattern(mask)
@@ -84,7 +84,7 @@ def test_matrix_products_of_any_rank_and_in_scans():
         return (jax.lax.scan(layer, x, (w, patterns))[0] ** 2).sum()
 
     dense = jax.grad(lambda w: (jax.lax.scan(lambda x, w: (x + x @ w, None), x, w)[0] ** 2).sum())(w)
-    for implementation in kernels.IMPLEMENTATIONS:
+    for implementation in ('reference', 'cpu'):
         got = jax.jit(jax.grad(loss), static_argnums=1)(w, implementation)
         np.testing.assert_allclose(got, np.where(masks, dense, 0), rtol=1e-4, atol=1e-4)
 
@@ -93,7 +93,7 @@ def test_matrix_products_of_any_rank_and_in_scans():
 def test_dense_gradients_differ_off_the_pattern_only():
     mask = np.random.default_rng(0).random((12, 7)) < 0.3
     w, x = jnp.where(mask, 0.5, 0.0), jax.random.normal(jax.random.key(0), (9, 12))
-    for implementation in kernels.IMPLEMENTATIONS:
+    for implementation in ('reference', 'cpu'):
         pattern = kernels.make_pattern(mask, implementation=implementation)
         loss = lambda w, p, **options: (kernels.sparse_dot(x, w, p, **options) ** 2).sum()
         sparse, whole = (np.asarray(jax.grad(loss)(w, pattern, dense_gradient=dense)) for dense in (False, True))

@@ -6,8 +6,6 @@ import hashlib
 import json
 import math
 import os
-import pathlib
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -16,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax.kernels import compiler, cpu, products
+from sparse_jax.kernels import compiler, cpu, products, stored
 from sparse_jax.kernels.pattern import make_pattern, with_dense_gradients
 from sparse_jax.kernels.reference import Geometry
+
+_FILE = 'measured.json'
 
 
 class Call(NamedTuple):
@@ -179,11 +179,10 @@ def _measured_once(call: Call, density: float, dense_gradient: bool) -> dict[str
         call.input_gradient,
     ]
     key = json.dumps([machine, *what, density, dense_gradient, list(names)])
-    path = compiler.cache_folder() / 'measured.json'
-    known = _read(path)
+    known = _read()
     if key not in known:
         seconds = measure(call, density, dense_gradient=dense_gradient)
-        _write(path, _read(path) | {key: seconds})
+        stored.write(_FILE, _read() | {key: seconds})
         return seconds
     return known[key]
 
@@ -192,27 +191,9 @@ def _plain(value):
     return list(value) if isinstance(value, tuple) else value
 
 
-def _read(path: pathlib.Path) -> dict[str, dict[str, float]]:
-    """What is kept; nothing where the file is absent or damaged, since it can be measured again."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
+def _read() -> dict[str, dict[str, float]]:
     numbers = lambda row: isinstance(row, dict) and row and all(isinstance(s, float) and math.isfinite(s) for s in row.values())
-    return {key: row for key, row in content.items() if numbers(row)} if isinstance(content, dict) else {}
-
-
-def _write(path: pathlib.Path, content: dict[str, dict[str, float]]) -> None:
-    """Whole or not at all. Of two processes that write at once one wins, and the other's is measured again some time."""
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs a measurement next time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, suffix='.json.partial')
-        try:
-            with os.fdopen(handle, 'w') as file:
-                json.dump(content, file)
-            os.replace(partial, path)
-        finally:
-            pathlib.Path(partial).unlink(missing_ok=True)
+    return {key: row for key, row in stored.read(_FILE).items() if numbers(row)}
 
 
 def fastest(seconds: dict[str, float]) -> str:

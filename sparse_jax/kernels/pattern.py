@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from sparse_jax import _names
 from sparse_jax import masks as masks_lib
+from sparse_jax.kernels import rules
 from sparse_jax.kernels import split as split_lib
 
 
@@ -31,7 +32,8 @@ class Pattern:
       shape: of the weight: [in, out], or [height, width, in, out].
       block: inputs and outputs of a unit; (1, 1) where single weights are units.
       implementation: which backend the layer takes; None: the one below, where it runs.
-      by_rule: the backend that its density suggests: ``'cpu'`` at 20% or less, else ``'reference'``.
+      by_rule: the backend that its density suggests: on CPU ``'cpu'`` at 20% or less, elsewhere as measured (see rules.py), else
+        ``'reference'``.
       dense_gradient: whether the weight's gradient is wanted at all positions.
       name: of the layer, for messages.
       split: how the layer lies on a mesh, and then, where that divides the weight, each array has a row for each part; None: one device.
@@ -75,10 +77,6 @@ def capacity(count: int, most: int) -> int:
     (2048, 2000, 9)
     """
     return min(most, max(16, 1 << max(2 * count - 1, 0).bit_length()))
-
-
-# Up to this density the kernel was faster than XLA's dense product in every shape of benchmarks/layers.py.
-_BY_RULE = 0.2
 
 
 def make_pattern(
@@ -132,7 +130,7 @@ def make_pattern(
     units = mask.reshape(-1, *mask.shape[-2:])  # [taps, inputs, outputs]
     count = int(np.count_nonzero(units))
     room = max(at_least, capacity(count, units.size))
-    by_rule = 'cpu' if count <= _BY_RULE * units.size else 'reference'
+    by_rule = rules.by_rule(count / units.size, block or (1, 1))
 
     def listed(axes):
         """Units in compressed rows, in the order of these axes."""

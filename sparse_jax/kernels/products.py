@@ -4,7 +4,6 @@ import functools
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,56 +11,19 @@ import numpy as np
 from jax import lax
 
 from sparse_jax import _names
-from sparse_jax.kernels import cpu, lanes, reference
+from sparse_jax.kernels import dispatch, lanes, reference
 from sparse_jax.kernels import split as split_lib
 from sparse_jax.kernels.pattern import Pattern
 from sparse_jax.kernels.reference import Geometry
-
-
-class _Backend(NamedTuple):
-    forward: Callable[..., jax.Array]
-    input_gradient: Callable[..., jax.Array]
-    weight_gradient: Callable[..., jax.Array]
-
-
-_BACKENDS = {
-    'reference': _Backend(reference.forward, reference.input_gradient, reference.weight_gradient),
-    'cpu': _Backend(cpu.forward, cpu.input_gradient, cpu.weight_gradient),
-}
-IMPLEMENTATIONS = tuple(_BACKENDS)
 
 # Functions (x, w, pattern, geometry) that are told of each product while it is traced: see choice.py.
 observers: list[Callable[..., None]] = []
 
 
-def _choose(implementation: str | None, x: jax.Array, w: jax.Array, pattern: Pattern) -> str:
-    """The backend that runs; NotImplementedError where a named one cannot, ValueError where there is none of that name."""
-    named = implementation or pattern.implementation
-    if named is not None and named not in _BACKENDS:
-        raise _names.unknown('implementation', named, IMPLEMENTATIONS)
-    if named == 'reference':
-        return named
-    platform = jax.default_backend()
-    if not x.size or (named is None and (platform != 'cpu' or pattern.by_rule == 'reference')):
-        return 'reference'
-    reason = f'it runs on CPU, not on {platform}' if platform != 'cpu' else cpu.unsupported(x.dtype, w.dtype) or cpu.unavailable()
-    if not reason:
-        return 'cpu'
-    if implementation == 'cpu':
-        raise NotImplementedError(f"implementation='cpu' does not run here: {reason}. Take implementation=None or 'reference'.")
-    return 'reference'
-
-
-def _run(name: str, implementation: str, pattern: Pattern, *operands) -> jax.Array:
-    """A backend's product, on a mesh by its parts."""
-    function = getattr(_BACKENDS[implementation], name)
-    return function(*operands) if pattern.split is None else getattr(split_lib, name)(function, *operands)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _product(x, w, pattern: Pattern, geometry: Geometry, implementation: str, dense_gradient: bool):
     del dense_gradient
-    return _run('forward', implementation, pattern, x, w, pattern, geometry)
+    return dispatch.run('forward', implementation, pattern, x, w, pattern, geometry)
 
 
 def _product_forward(x, w, pattern, geometry, implementation, dense_gradient):
@@ -70,11 +32,11 @@ def _product_forward(x, w, pattern, geometry, implementation, dense_gradient):
 
 def _product_backward(geometry, implementation, dense_gradient, residuals, dy):
     x, w, pattern = residuals
-    dx = _run('input_gradient', implementation, pattern, dy, w, pattern, geometry, x.shape)
+    dx = dispatch.run('input_gradient', implementation, pattern, dy, w, pattern, geometry, x.shape)
     if dense_gradient:
         dw = reference.dense_weight_gradient(x, dy, w.shape, geometry)
     else:
-        dw = _run('weight_gradient', implementation, pattern, x, dy, pattern, geometry, w.shape)
+        dw = dispatch.run('weight_gradient', implementation, pattern, x, dy, pattern, geometry, w.shape)
     return dx, dw, None
 
 
@@ -120,7 +82,7 @@ def _check_zeros(w: jax.Array, pattern: Pattern) -> None:
 
 
 def _apply(x, w, pattern, geometry, dense_gradient, implementation):
-    chosen = _choose(implementation, x, w, pattern)
+    chosen = dispatch.choose(implementation, x, pattern)
     if os.environ.get('SPARSE_JAX_DEBUG') == '1':
         _check_zeros(w, pattern)
     shape = x.shape

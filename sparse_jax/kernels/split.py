@@ -128,7 +128,7 @@ def make(mask: Any, split: Split, build: Callable[[np.ndarray], Any], rows: bool
     most = np.array([max(p.capacity for p in own.values()), max(p.by_rule == 'reference' for p in own.values())])
     if jax.process_count() > 1:
         most = np.asarray(multihost_utils.process_allgather(most)).reshape(-1, 2).max(0)
-    by_rule = 'reference' if most[1] else 'cpu'
+    by_rule = 'reference' if most[1] else next(iter(own.values())).by_rule
     own = {start: dataclasses.replace(p.with_capacity(int(most[0])), by_rule=by_rule) for start, p in own.items()}
     width = 1 if split.axis is None else np.shape(mask)[split.axis] // split.parts
     lead = 1 if rows else 0

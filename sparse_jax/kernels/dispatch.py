@@ -1,0 +1,87 @@
+"""The backends, and which of them runs a product."""
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from sparse_jax import _names
+from sparse_jax.kernels import cpu, gpu, target, tpu
+from sparse_jax.kernels import split as split_lib
+from sparse_jax.kernels.pattern import Pattern
+
+_LOG = logging.getLogger('sparse_jax')
+
+
+def _on_cpu(dtype, block: tuple[int, int]) -> str:
+    del block
+    platform = target.platform()
+    return f'it runs on CPU, not on {platform}' if platform != 'cpu' else cpu.unsupported(dtype, dtype) or cpu.unavailable()
+
+
+class _Backend(NamedTuple):
+    module: str  # with forward, input_gradient and weight_gradient; imported when one runs
+    unsupported: Callable[..., str]  # (dtype, block): why it does not run a layer, where programs are traced for
+
+
+_BACKENDS = {
+    'reference': _Backend('reference', lambda dtype, block: ''),
+    'cpu': _Backend('cpu', _on_cpu),
+    'gpu': _Backend('gpu.operations', gpu.unsupported),
+    'tpu': _Backend('tpu.operations', tpu.unsupported),
+}
+IMPLEMENTATIONS = tuple(_BACKENDS)
+
+
+def unsupported(implementation: str, dtype, block: tuple[int, int]) -> str:
+    """Why an implementation cannot run a layer where programs are traced for, and what would work; empty where it can.
+
+    Args:
+      implementation: one of IMPLEMENTATIONS.
+      dtype: of x and w.
+      block: of the pattern; (1, 1): single weights.
+
+    Raises:
+      ValueError: if there is no such implementation.
+
+    Example:
+      >>> unsupported('gpu', 'bfloat16', (64, 64))
+      'it runs on an NVIDIA GPU, not on cpu'
+    """
+    if implementation not in _BACKENDS:
+        raise _names.unknown('implementation', implementation, IMPLEMENTATIONS)
+    return _BACKENDS[implementation].unsupported(dtype, block)
+
+
+def choose(implementation: str | None, x: jax.Array, pattern: Pattern) -> str:
+    """The backend that runs; NotImplementedError where one named here cannot, ValueError where there is none of that name.
+
+    A pattern may name one too, or have one by rule; where that cannot run, the reference does, and says so once.
+    """
+    wanted = implementation or pattern.implementation or pattern.by_rule
+    if not x.size and wanted in _BACKENDS:
+        return 'reference'
+    reason = unsupported(wanted, x.dtype, pattern.block)
+    if not reason:
+        return wanted
+    if implementation:
+        raise NotImplementedError(
+            f'implementation={wanted!r} does not run here: {reason}. Take implementation=None or \'reference\'.'
+        )
+    if wanted != pattern.by_rule or target.platform() != 'cpu':
+        _say_once(wanted, pattern.name, reason)
+    return 'reference'
+
+
+@functools.cache
+def _say_once(wanted: str, name: str, reason: str) -> None:
+    _LOG.warning("sparse_jax: the reference multiplies%s instead of '%s': %s.", f' {name}' if name else '', wanted, reason)
+
+
+def run(name: str, implementation: str, pattern: Pattern, *operands) -> jax.Array:
+    """A backend's product, on a mesh by its parts."""
+    function = getattr(importlib.import_module(f'sparse_jax.kernels.{_BACKENDS[implementation].module}'), name)
+    return function(*operands) if pattern.split is None else getattr(split_lib, name)(function, *operands)

@@ -1,0 +1,203 @@
+"""Weight gradient at the units of a block pattern, and the size of the dense gradient in each block, on the tensor cores of Hopper.
+
+A program owns up to `group` units that share a block of outputs, so that a tile of dy is read once for all of them:
+
+    sums[unit] += x[images, pixel(tap), rows].T @ dy[images, pixel, columns]   over all images and pixels
+
+The gradient is a dense array with zeros off the pattern, as the optimizer takes it. Units are listed in ascending order, so the program
+that owns a unit also writes the zeros between it and the unit before: each block is written once, by one program, and no pass over the
+weight is made beforehand.
+
+Growth wants to know in which missing blocks the gradient is large. :func:`scores` computes that for all blocks and keeps the sum of each
+row's absolute values only: the dense gradient itself is never in memory.
+
+A tensor core's result has 64 rows. A block with 32 inputs is multiplied together with the one beside it, which is then left out.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sparse_jax.kernels.gpu.config import Config, swizzled
+
+LEAST_ROWS = 64
+
+
+def gradient(
+    x: jax.Array,
+    dy: jax.Array,
+    units: jax.Array,
+    pointers: jax.Array,
+    pixels: jax.Array,
+    *,
+    taps: int,
+    inputs: int,
+    block: tuple[int, int],
+    config: Config,
+    interpret=None,
+) -> jax.Array:
+    """The weight gradient; all sides are multiples of their tiles.
+
+    Args:
+      x: [images, pixels, in], whose last pixel is all zeros where `pixels` points there; `in` is a multiple of 64 too.
+      dy: [images, pixels of the result, out].
+      units: int32[capacity]: block of inputs * taps + tap, by block of outputs, ascending.
+      pointers: int32[blocks of outputs + 1] into `units`.
+      pixels: int32[pixels of the result, taps]: the pixel of x that a tap reads.
+      taps: of the convolution.
+      inputs: blocks of inputs.
+      block: inputs and outputs.
+      config: tiles.
+      interpret: parameters of the interpreter; None: compile.
+
+    Returns:
+      [taps, inputs * rows of a block, out], of x's type; zero where there is no unit.
+    """
+    rows, columns = block
+    wide = max(rows, LEAST_ROWS)
+    group, number = config.group, inputs * taps  # of units that a block of outputs can have
+    programs = pl.cdiv(number, group)
+
+    def kernel(x_gmem, dy_gmem, units_gmem, pointers_gmem, pixels_gmem, dw_gmem, zeros_smem, *dw_smems):
+        channel, place = lax.axis_index('channel'), lax.axis_index('place')
+        first, end = pointers_gmem[channel], pointers_gmem[channel + 1]
+        begin = first + place * group
+
+        def target(unit):
+            source = lax.div(unit, taps)
+            return dw_gmem.at[lax.rem(unit, taps), pl.ds(source * rows, rows), pl.ds(channel * columns, columns)]
+
+        def window(i):
+            def index(pixel, tokens):
+                unit = units_gmem[lax.min(begin + i, end - 1)]  # past the list's end the last one once more, which is not stored
+                return tokens, pixels_gmem[pixel, lax.rem(unit, taps)], lax.div(lax.div(unit, taps) * rows, wide)
+
+            return index
+
+        def write_zeros(low, high):
+            def one(unit, carry):
+                plgpu.copy_smem_to_gmem(zeros_smem.at[:rows], target(unit))
+                return carry
+
+            lax.fori_loop(low, high, one, 0)
+
+        @pl.when(place * group < lax.max(end - first, 1))
+        def _():
+            zeros_smem[...] = plgpu.layout_cast(jnp.zeros((wide, columns), x.dtype), plgpu.Layout.WGMMA)
+            plgpu.commit_smem()
+
+            @pl.when(end > first)
+            def _():
+                windows = [window(i) for i in range(group)]
+                results = _sums(x_gmem, dy_gmem, windows, channel, pixels.shape[0], (wide, columns), config)
+                for dw_smem, result in zip(dw_smems, results, strict=True):
+                    dw_smem[...] = result.astype(x.dtype)
+                plgpu.commit_smem()
+                for i, dw_smem in enumerate(dw_smems):
+
+                    @pl.when(begin + i < end)
+                    def _(i=i, dw_smem=dw_smem):
+                        unit = units_gmem[begin + i]
+                        write_zeros(jnp.where(begin + i > first, units_gmem[lax.max(begin + i - 1, 0)], -1) + 1, unit)
+                        for part in range(wide // rows):
+
+                            @pl.when(lax.rem(lax.div(unit, taps), wide // rows) == part)
+                            def _(part=part):
+                                plgpu.copy_smem_to_gmem(dw_smem.at[part * rows : (part + 1) * rows], target(unit))
+
+            @pl.when(begin + group >= end)
+            def _():
+                write_zeros(jnp.where(end > first, units_gmem[lax.max(end - 1, 0)], -1) + 1, number)
+
+            plgpu.wait_smem_to_gmem(0)
+
+    kernel.__name__ = 'sparse_jax_weight_gradient'
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((taps, inputs * rows, dy.shape[-1]), x.dtype),
+        scratch_types=[plgpu.SMEM((wide, columns), x.dtype, transforms=swizzled(x.dtype, columns))] * (1 + group),
+        grid=(programs, dy.shape[-1] // columns),  # the first programs of each list, which all have work, come first
+        grid_names=('place', 'channel'),
+        **({} if interpret is None else dict(interpret=interpret)),
+    )(x, dy, units, pointers, pixels)
+
+
+def scores(
+    x: jax.Array,
+    dy: jax.Array,
+    pixels: jax.Array,
+    *,
+    block: tuple[int, int],
+    config: Config,
+    interpret=None,
+) -> jax.Array:
+    """Sums of each row's absolute values, in each block of the dense weight gradient; arguments as in :func:`gradient`.
+
+    Returns:
+      float32[windows, taps, blocks of outputs, rows of a window]; a window is a block of inputs, or of at least 64 rows.
+    """
+    rows, columns = block
+    wide = max(rows, LEAST_ROWS)
+    group, taps = config.group, pixels.shape[1]
+    windows, channels = x.shape[-1] // wide, dy.shape[-1] // columns
+    number = windows * taps
+
+    def kernel(x_gmem, dy_gmem, pixels_gmem, sums_gmem, *sums_smems):
+        channel, place = lax.axis_index('channel'), lax.axis_index('place')
+        unit = lambda i: lax.min(place * group + i, number - 1)
+
+        def window(i):
+            return lambda pixel, tokens: (tokens, pixels_gmem[pixel, lax.rem(unit(i), taps)], lax.div(unit(i), taps))
+
+        indices = [window(i) for i in range(group)]
+        results = _sums(x_gmem, dy_gmem, indices, channel, pixels.shape[0], (wide, columns), config)
+        for sums_smem, result in zip(sums_smems, results, strict=True):
+            sums_smem[...] = jnp.sum(jnp.abs(result), axis=1)
+        plgpu.commit_smem()
+        for i, sums_smem in enumerate(sums_smems):
+
+            @pl.when(place * group + i < number)
+            def _(i=i, sums_smem=sums_smem):
+                plgpu.copy_smem_to_gmem(sums_smem, sums_gmem.at[place * group + i, channel])
+
+        plgpu.wait_smem_to_gmem(0)
+
+    kernel.__name__ = 'sparse_jax_scores'
+    sums = plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((number, channels, wide), jnp.float32),
+        scratch_types=[plgpu.SMEM((wide,), jnp.float32)] * group,
+        grid=(pl.cdiv(number, group), channels),
+        grid_names=('place', 'channel'),
+        **({} if interpret is None else dict(interpret=interpret)),
+    )(x, dy, pixels)
+    return sums.reshape(windows, taps, channels, wide)
+
+
+def _sums(x_gmem, dy_gmem, windows: Sequence[Callable], channel, pixels: int, tile: tuple[int, int], config: Config) -> list:
+    """x.T @ dy over all images and pixels, for each window of x and one block of dy: float32 of this tile, in registers."""
+    rows, columns = tile
+    own = dict(transforms=swizzled(x_gmem.dtype, rows, columns), delay_release=1)
+
+    def body(_, dy_smem, *x_smems, sums):
+        for acc, x_smem in zip(sums, x_smems, strict=True):
+            plgpu.wgmma(acc, plgpu.transpose_ref(x_smem, (1, 0)), dy_smem)
+        plgpu.wgmma_wait(len(sums))  # the products of the step before are done: its stage may be filled again
+
+    def main(*sums):
+        of_dy = plgpu.BlockSpec((config.tokens, None, columns), lambda pixel, tokens: (tokens, pixel, channel), **own)
+        of_x = [plgpu.BlockSpec((config.tokens, None, rows), window, **own) for window in windows]
+        plgpu.emit_pipeline(
+            functools.partial(body, sums=sums),
+            in_specs=[of_dy, *of_x],
+            grid=(pixels, x_gmem.shape[0] // config.tokens),
+            max_concurrent_steps=config.stages,
+        )(dy_gmem, *[x_gmem] * len(windows))
+        return [acc[...] for acc in sums]
+
+    return pl.run_scoped(main, *[plgpu.ACC(tile, jnp.float32)] * len(windows))

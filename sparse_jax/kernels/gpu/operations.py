@@ -1,0 +1,180 @@
+"""The products of reference.py on the kernels.
+
+Images [batch, height, width, channels] are read as [batch, pixels, channels], of a matrix product with one pixel. A tap that lies outside
+an image reads one more pixel of zeros, which is all the padding there is.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_jax.kernels import target
+from sparse_jax.kernels.gpu import config as config_lib
+from sparse_jax.kernels.gpu.config import Config
+from sparse_jax.kernels.gpu.gradient import LEAST_ROWS, gradient, scores
+from sparse_jax.kernels.gpu.product import product
+from sparse_jax.kernels.pattern import Pattern
+from sparse_jax.kernels.reference import Geometry
+
+
+def forward(x, w, pattern: Pattern, geometry: Geometry, config: Config | None = None) -> jax.Array:
+    """As in reference.py."""
+    config = config or config_lib.choose('forward', x.shape, w.shape, pattern.block, x.dtype)
+    result = geometry.output_shape(x.shape, w.shape)
+    pixels = _pixels(geometry, x.shape[1:3], result[1:3], w.shape[:2])
+    y = product(
+        _images(x, pixels, config.tokens, pattern.block[0]),
+        _weight(w, pattern.block),
+        jnp.asarray(pattern.indices),
+        jnp.asarray(pattern.pointers),
+        jnp.asarray(pixels),
+        jnp.zeros(len(pixels), jnp.int32),
+        block=pattern.block,
+        transposed=False,
+        config=config,
+        interpret=_interpreter(),
+    )
+    return y[: x.shape[0], :, : w.shape[-1]].reshape(result)
+
+
+def input_gradient(dy, w, pattern: Pattern, geometry: Geometry, x_shape: tuple[int, ...], config: Config | None = None) -> jax.Array:
+    """As in reference.py."""
+    config = config or config_lib.choose('input_gradient', x_shape, w.shape, pattern.block, dy.dtype)
+    pixels = _pixels_of_gradient(geometry, x_shape[1:3], dy.shape[1:3], w.shape[:2])
+    units, pointers = _by_phase(pattern, geometry, w.shape[:2])
+    height, width = geometry.strides
+    at = np.arange(x_shape[1])[:, None] % height * width + np.arange(x_shape[2]) % width
+    dx = product(
+        _images(dy, pixels, config.tokens, pattern.block[1]),
+        _weight(w, pattern.block),
+        units,
+        pointers,
+        jnp.asarray(pixels),
+        jnp.asarray(at.reshape(-1), jnp.int32),
+        block=pattern.block,
+        transposed=True,
+        config=config,
+        interpret=_interpreter(),
+    )
+    return dx[: x_shape[0], :, : x_shape[-1]].reshape(x_shape)
+
+
+def weight_gradient(
+    x, dy, pattern: Pattern, geometry: Geometry, w_shape: tuple[int, ...], config: Config | None = None
+) -> jax.Array:
+    """As in reference.py."""
+    config = config or config_lib.choose('weight_gradient', x.shape, w_shape, pattern.block, x.dtype)
+    rows, columns = pattern.block
+    taps = math.prod(w_shape[:-2])
+    pixels = _pixels(geometry, x.shape[1:3], dy.shape[1:3], w_shape[:2])
+    dw = gradient(
+        _images(x, pixels, config.tokens, max(rows, LEAST_ROWS)),
+        _images(dy, None, config.tokens, columns),
+        jnp.asarray(pattern.indices),
+        jnp.asarray(pattern.pointers),
+        jnp.asarray(pixels),
+        taps=taps,
+        inputs=-(-w_shape[-2] // rows),
+        block=pattern.block,
+        config=config,
+        interpret=_interpreter(),
+    )
+    return dw[:, : w_shape[-2], : w_shape[-1]].reshape(w_shape)
+
+
+def block_scores(x, dy, w_shape: tuple[int, ...], geometry: Geometry, block: tuple[int, int], config: Config | None = None) -> jax.Array:
+    """Sums of the absolute values of the dense weight gradient, float32[taps..., blocks of inputs, blocks of outputs]."""
+    config = config or config_lib.choose('scores', x.shape, w_shape, block, x.dtype)
+    taps = math.prod(w_shape[:-2])
+    pixels = _pixels(geometry, x.shape[1:3], dy.shape[1:3], w_shape[:2])
+    sums = scores(
+        _images(x, pixels, config.tokens, max(block[0], LEAST_ROWS)),
+        _images(dy, None, config.tokens, block[1]),
+        jnp.asarray(pixels),
+        block=block,
+        config=config,
+        interpret=_interpreter(),
+    )
+    windows, _, columns, wide = sums.shape
+    sums = sums.reshape(windows, taps, columns, wide // block[0], block[0]).sum(-1)
+    sums = sums.transpose(1, 0, 3, 2).reshape(taps, -1, columns)[:, : -(-w_shape[-2] // block[0])]
+    return sums.reshape(*w_shape[:-2], -1, columns)
+
+
+def _interpreter():
+    if not target.interpret():
+        return None
+    from jax._src.pallas.mosaic_gpu.interpret import params  # not public yet: of the tests only
+
+    return params.InterpretGPUParams(detect_races=True)
+
+
+def _images(x, pixels: np.ndarray | None, tokens: int, channels: int) -> jax.Array:
+    """[images, pixels, channels] of whole tiles, with a pixel of zeros at the end where one is read."""
+    batch, height, width, features = x.shape
+    more = int(pixels is not None and pixels.max() == height * width)
+    x = x.reshape(batch, height * width, features)
+    widths = (0, -batch % tokens), (0, more), (0, -features % channels)
+    return jnp.pad(x, widths) if any(high for _, high in widths) else x
+
+
+def _weight(w, block: tuple[int, int]) -> jax.Array:
+    """[taps, in, out] of whole blocks."""
+    w = w.reshape(-1, *w.shape[-2:])
+    widths = (0, 0), (0, -w.shape[1] % block[0]), (0, -w.shape[2] % block[1])
+    return jnp.pad(w, widths) if any(high for _, high in widths) else w
+
+
+def _pixels(geometry: Geometry, inputs: tuple[int, int], outputs: tuple[int, int], taps: tuple[int, int]) -> np.ndarray:
+    """int32[pixels of the result, taps]: which pixel of the images a tap reads; outside them the one after the last.
+
+    >>> _pixels(Geometry(padding=((0, 0), (1, 1))), (1, 3), (1, 3), (1, 3))
+    array([[3, 0, 1],
+           [0, 1, 2],
+           [1, 2, 3]], dtype=int32)
+    """
+    (top, _), (left, _) = geometry.padding
+    h = np.arange(outputs[0])[:, None] * geometry.strides[0] - top + np.arange(taps[0]) * geometry.dilation[0]
+    w = np.arange(outputs[1])[:, None] * geometry.strides[1] - left + np.arange(taps[1]) * geometry.dilation[1]
+    return _inside(h, w, inputs)
+
+
+def _pixels_of_gradient(geometry: Geometry, inputs: tuple[int, int], outputs: tuple[int, int], taps: tuple[int, int]) -> np.ndarray:
+    """int32[pixels of the images, taps]: which pixel of the result a tap wrote to; where there is none the one after the last."""
+
+    def side(n, k, s, pad, d):
+        at = np.arange(n)[:, None] + pad[0] - np.arange(k) * d
+        return np.where(at % s, -1, at // s)
+
+    sides = zip(inputs, taps, *geometry, strict=True)
+    return _inside(*(side(*of) for of in sides), outputs)
+
+
+def _inside(h: np.ndarray, w: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Numbers of pixels from rows [pixel rows, tap rows] and columns likewise."""
+    h, w = h[:, None, :, None], w[None, :, None, :]
+    inside = (h >= 0) & (h < size[0]) & (w >= 0) & (w < size[1])
+    numbers = np.where(inside, h * size[1] + w, size[0] * size[1])
+    return numbers.reshape(numbers.shape[0] * numbers.shape[1], -1).astype(np.int32)
+
+
+def _by_phase(pattern: Pattern, geometry: Geometry, taps: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+    """The transposed lists, each sorted by which pixels of the input a tap meets; as they are without strides."""
+    units, pointers = jnp.asarray(pattern.transposed_indices), jnp.asarray(pattern.transposed_pointers)
+    height, width = geometry.strides
+    phases = height * width
+    if phases == 1:
+        return units, pointers
+    (top, _), (left, _) = geometry.padding
+    h = (np.arange(taps[0]) * geometry.dilation[0] - top) % height
+    w = (np.arange(taps[1]) * geometry.dilation[1] - left) % width
+    of_tap = jnp.asarray((h[:, None] * width + w).reshape(-1), jnp.int32)
+    number = jnp.arange(len(units))
+    row = jnp.searchsorted(pointers, number, side='right') - 1
+    last = jnp.iinfo(jnp.int32).max
+    keys = jnp.where(number < pointers[-1], row * phases + of_tap[units % len(of_tap)], last).astype(jnp.int32)
+    order = jnp.argsort(keys, stable=True)  # some hundred units
+    starts = jnp.searchsorted(keys[order], jnp.arange((len(pointers) - 1) * phases + 1, dtype=jnp.int32))
+    return units[order], starts.astype(jnp.int32)

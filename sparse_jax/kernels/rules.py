@@ -1,0 +1,60 @@
+"""Which backend a pattern's density suggests on a platform, from measurements made beforehand."""
+
+import functools
+import logging
+
+import jax
+
+from sparse_jax.kernels import stored, target
+
+_LOG = logging.getLogger('sparse_jax')
+_FILE = 'crossovers.json'
+
+# Up to this density the C++ kernel was faster than XLA's dense product in every shape of benchmarks/layers.py.
+_ON_CPU = 0.2
+
+
+def by_rule(density: float, block: tuple[int, int]) -> str:
+    """The backend that this density suggests where programs are traced for: 'cpu', 'gpu', 'tpu' or 'reference'.
+
+    On a GPU or a TPU it is the platform's up to the density at which ``benchmarks.gpu`` measured it to be as fast as the dense product, on
+    this kind of device and for this block; the reference where that was not measured, which is said once.
+
+    >>> by_rule(0.05, (1, 1)), by_rule(0.5, (1, 1))
+    ('cpu', 'reference')
+    """
+    platform = target.platform()
+    if platform == 'cpu':
+        return 'cpu' if density <= _ON_CPU else 'reference'
+    if target.is_elsewhere() or block == (1, 1):
+        return 'reference'
+    most = stored.read(_FILE).get(_device(), {}).get(_name(block))
+    if most is None:
+        _say_once(_device(), _name(block))
+        return 'reference'
+    return platform if density <= most else 'reference'
+
+
+def store(block: tuple[int, int], density: float) -> None:
+    """Keeps up to which density a block's kernels were the faster ones on this device."""
+    content = stored.read(_FILE)
+    content.setdefault(_device(), {})[_name(block)] = density
+    stored.write(_FILE, content)
+
+
+def _device() -> str:
+    return jax.devices()[0].device_kind
+
+
+def _name(block: tuple[int, int]) -> str:
+    return f'{block[0]}x{block[1]}'
+
+
+@functools.cache
+def _say_once(device: str, block: str) -> None:
+    _LOG.warning(
+        'sparse_jax: blocks of %s were not measured on %s, so that sparse products are masked dense ones: measure them with '
+        'python -m benchmarks.gpu, name the implementation, or train with sparsity.kernels=auto, which measures the layers of a run.',
+        block,
+        device,
+    )

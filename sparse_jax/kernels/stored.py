@@ -1,0 +1,33 @@
+"""Measurements kept on disk for this user's next processes, as JSON in the cache's folder."""
+
+import contextlib
+import json
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+from sparse_jax.kernels import compiler
+
+
+def read(name: str) -> dict[str, Any]:
+    """What is kept under this name; nothing where the file is absent or damaged, since it can be measured again."""
+    try:
+        content = json.loads((compiler.cache_folder() / name).read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write(name: str, content: dict[str, Any]) -> None:
+    """Whole or not at all. Of two processes that write at once one wins, and the other's is measured again some time."""
+    path = compiler.cache_folder() / name
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs a measurement next time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=path.parent, suffix='.json.partial')
+        try:
+            with os.fdopen(handle, 'w') as file:
+                json.dump(content, file)
+            os.replace(partial, path)
+        finally:
+            pathlib.Path(partial).unlink(missing_ok=True)

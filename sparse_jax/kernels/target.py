@@ -1,0 +1,83 @@
+"""For which platform programs are being traced: this process's own, or one that it compiles for without having it."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+
+from sparse_jax import _names
+
+PLATFORMS = ('cpu', 'gpu', 'tpu')
+
+
+class Target(NamedTuple):
+    """A platform that is not here."""
+
+    platform: str
+    capability: str  # of a GPU
+    interpret: bool
+
+
+_TARGET: contextvars.ContextVar[Target | None] = contextvars.ContextVar('target', default=None)
+
+
+@contextlib.contextmanager
+def lowering_for(platform: str, *, capability: str = '9.0', interpret: bool = False) -> Iterator[None]:
+    """Within it, sparse products are traced for this platform, whatever runs here: to lower or export programs for a GPU or a TPU on a
+    machine without one.
+
+    Functions that were jitted and traced before keep what they were traced for: jit them inside.
+
+    Args:
+      platform: ``'cpu'``, ``'gpu'`` or ``'tpu'``.
+      capability: of the GPU.
+      interpret: whether Pallas kernels run in their interpreter, so that they can be executed here: slowly, to test them.
+
+    Raises:
+      ValueError: for another platform.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, numpy as np
+      >>> from sparse_jax import kernels
+      >>> pattern = kernels.make_pattern(np.kron(np.eye(2, dtype=bool), np.ones((64, 64), bool)), block=(64, 64))
+      >>> x, w = jnp.ones((64, 128), jnp.bfloat16), jnp.ones((128, 128), jnp.bfloat16)
+      >>> with lowering_for('gpu'):
+      ...     step = jax.jit(lambda x, w: kernels.sparse_dot(x, w, pattern, implementation='gpu'))
+      ...     text = step.trace(x, w).lower(lowering_platforms=('cuda',)).as_text()
+      >>> 'mosaic_gpu' in text
+      True
+    """
+    if platform not in PLATFORMS:
+        raise _names.unknown('platform', platform, PLATFORMS)
+    token = _TARGET.set(Target(platform, capability, interpret))
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
+
+
+def platform() -> str:
+    """'cpu', 'gpu' or 'tpu', as jax calls them."""
+    own = _TARGET.get()
+    return own.platform if own else jax.default_backend()
+
+
+def is_elsewhere() -> bool:
+    """Whether programs are traced for a machine that is not this one."""
+    return _TARGET.get() is not None
+
+
+def interpret() -> bool:
+    """Whether Pallas kernels are to be interpreted."""
+    own = _TARGET.get()
+    return own is not None and own.interpret
+
+
+def capability() -> tuple[int, int]:
+    """Of the GPU: (9, 0) is Hopper."""
+    own = _TARGET.get()
+    text = own.capability if own else str(getattr(jax.devices()[0], 'compute_capability', '0.0'))
+    major, _, minor = text.partition('.')
+    return int(major), int(minor or 0)
