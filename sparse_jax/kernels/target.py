@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from sparse_jax import _names
 
@@ -21,6 +22,15 @@ class Target(NamedTuple):
 
 
 _TARGET: contextvars.ContextVar[Target | None] = contextvars.ContextVar('target', default=None)
+
+
+# Pallas asks for which device it lowers: kind and number of multiprocessors or cores.
+_DEVICES = {'gpu': ('NVIDIA H100 80GB HBM3', 132), 'tpu': ('TPU v5 lite', 1)}
+
+
+def _abstract(platform: str) -> AbstractMesh:
+    kind, cores = _DEVICES[platform]
+    return AbstractMesh((), (), abstract_device=AbstractDevice(device_kind=kind, num_cores=cores, platform=platform))
 
 
 @contextlib.contextmanager
@@ -53,7 +63,8 @@ def lowering_for(platform: str, *, capability: str = '9.0', interpret: bool = Fa
         raise _names.unknown('platform', platform, PLATFORMS)
     token = _TARGET.set(Target(platform, capability, interpret))
     try:
-        yield
+        with contextlib.nullcontext() if interpret or platform == 'cpu' else use_abstract_mesh(_abstract(platform)):
+            yield
     finally:
         _TARGET.reset(token)
 

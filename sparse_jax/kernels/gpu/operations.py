@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparse_jax.kernels import pixels as pixels_lib
 from sparse_jax.kernels import target
 from sparse_jax.kernels.gpu import config as config_lib
 from sparse_jax.kernels.gpu.config import Config
@@ -23,7 +24,7 @@ def forward(x, w, pattern: Pattern, geometry: Geometry, config: Config | None = 
     """As in reference.py."""
     config = config or config_lib.choose('forward', x.shape, w.shape, pattern.block, x.dtype)
     result = geometry.output_shape(x.shape, w.shape)
-    pixels = _pixels(geometry, x.shape[1:3], result[1:3], w.shape[:2])
+    pixels = pixels_lib.of_product(geometry, x.shape[1:3], result[1:3], w.shape[:2])
     y = product(
         _images(x, pixels, config.tokens, pattern.block[0]),
         _weight(w, pattern.block),
@@ -42,7 +43,7 @@ def forward(x, w, pattern: Pattern, geometry: Geometry, config: Config | None = 
 def input_gradient(dy, w, pattern: Pattern, geometry: Geometry, x_shape: tuple[int, ...], config: Config | None = None) -> jax.Array:
     """As in reference.py."""
     config = config or config_lib.choose('input_gradient', x_shape, w.shape, pattern.block, dy.dtype)
-    pixels = _pixels_of_gradient(geometry, x_shape[1:3], dy.shape[1:3], w.shape[:2])
+    pixels = pixels_lib.of_gradient(geometry, x_shape[1:3], dy.shape[1:3], w.shape[:2])
     units, pointers = _by_phase(pattern, geometry, w.shape[:2])
     height, width = geometry.strides
     at = np.arange(x_shape[1])[:, None] % height * width + np.arange(x_shape[2]) % width
@@ -68,7 +69,7 @@ def weight_gradient(
     config = config or config_lib.choose('weight_gradient', x.shape, w_shape, pattern.block, x.dtype)
     rows, columns = pattern.block
     taps = math.prod(w_shape[:-2])
-    pixels = _pixels(geometry, x.shape[1:3], dy.shape[1:3], w_shape[:2])
+    pixels = pixels_lib.of_product(geometry, x.shape[1:3], dy.shape[1:3], w_shape[:2])
     dw = gradient(
         _images(x, pixels, config.tokens, max(rows, LEAST_ROWS)),
         _images(dy, None, config.tokens, columns),
@@ -88,7 +89,7 @@ def block_scores(x, dy, w_shape: tuple[int, ...], geometry: Geometry, block: tup
     """Sums of the absolute values of the dense weight gradient, float32[taps..., blocks of inputs, blocks of outputs]."""
     config = config or config_lib.choose('scores', x.shape, w_shape, block, x.dtype)
     taps = math.prod(w_shape[:-2])
-    pixels = _pixels(geometry, x.shape[1:3], dy.shape[1:3], w_shape[:2])
+    pixels = pixels_lib.of_product(geometry, x.shape[1:3], dy.shape[1:3], w_shape[:2])
     sums = scores(
         _images(x, pixels, config.tokens, max(block[0], LEAST_ROWS)),
         _images(dy, None, config.tokens, block[1]),
@@ -125,39 +126,6 @@ def _weight(w, block: tuple[int, int]) -> jax.Array:
     w = w.reshape(-1, *w.shape[-2:])
     widths = (0, 0), (0, -w.shape[1] % block[0]), (0, -w.shape[2] % block[1])
     return jnp.pad(w, widths) if any(high for _, high in widths) else w
-
-
-def _pixels(geometry: Geometry, inputs: tuple[int, int], outputs: tuple[int, int], taps: tuple[int, int]) -> np.ndarray:
-    """int32[pixels of the result, taps]: which pixel of the images a tap reads; outside them the one after the last.
-
-    >>> _pixels(Geometry(padding=((0, 0), (1, 1))), (1, 3), (1, 3), (1, 3))
-    array([[3, 0, 1],
-           [0, 1, 2],
-           [1, 2, 3]], dtype=int32)
-    """
-    (top, _), (left, _) = geometry.padding
-    h = np.arange(outputs[0])[:, None] * geometry.strides[0] - top + np.arange(taps[0]) * geometry.dilation[0]
-    w = np.arange(outputs[1])[:, None] * geometry.strides[1] - left + np.arange(taps[1]) * geometry.dilation[1]
-    return _inside(h, w, inputs)
-
-
-def _pixels_of_gradient(geometry: Geometry, inputs: tuple[int, int], outputs: tuple[int, int], taps: tuple[int, int]) -> np.ndarray:
-    """int32[pixels of the images, taps]: which pixel of the result a tap wrote to; where there is none the one after the last."""
-
-    def side(n, k, s, pad, d):
-        at = np.arange(n)[:, None] + pad[0] - np.arange(k) * d
-        return np.where(at % s, -1, at // s)
-
-    sides = zip(inputs, taps, *geometry, strict=True)
-    return _inside(*(side(*of) for of in sides), outputs)
-
-
-def _inside(h: np.ndarray, w: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Numbers of pixels from rows [pixel rows, tap rows] and columns likewise."""
-    h, w = h[:, None, :, None], w[None, :, None, :]
-    inside = (h >= 0) & (h < size[0]) & (w >= 0) & (w < size[1])
-    numbers = np.where(inside, h * size[1] + w, size[0] * size[1])
-    return numbers.reshape(numbers.shape[0] * numbers.shape[1], -1).astype(np.int32)
 
 
 def _by_phase(pattern: Pattern, geometry: Geometry, taps: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
