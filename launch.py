@@ -6,6 +6,8 @@
     python launch.py --mode=report --workdir=runs
     python launch.py --distributed --config=... --workdir=...   # on every host: SLURM, Open MPI, Kubernetes, TPU and xpk are detected
 
+    python launch.py --config=... --lower_only=cuda   # or tpu: what its step becomes there; runs nothing and needs no such device
+
 Any setting can be changed on the command line, such as --config.sparsity.density=0.1; sparse_jax/config.py lists them. The same
 command goes on where it stopped; in a finished workdir it prints the result. Exit codes: 0 done, 2 wrong input (do not restart), 70
 failed, 75 stopped by SIGTERM, and saved (restart).
@@ -56,6 +58,9 @@ _JOBS = flags.DEFINE_integer(
 _RUNS = flags.DEFINE_multi_string(
     'runs', [], 'Folders with runs to report on, in place of --workdir, which the report is written to.'
 )
+_LOWER_ONLY = flags.DEFINE_string(
+    'lower_only', None, 'With --mode=train: cuda or tpu. Prints kernels, memory and collectives of the step on that platform; runs nothing.'
+)
 _DISTRIBUTED = flags.DEFINE_boolean('distributed', False, 'Train on many hosts, this command running on each.')
 _COORDINATOR = flags.DEFINE_string('coordinator', None, 'With --distributed, where no cluster is detected: host:port of process 0.')
 _PROCESSES = flags.DEFINE_integer('num_processes', None, 'Likewise: how many processes there are.')
@@ -96,7 +101,11 @@ def main(argv) -> int:
             hosts.initialize(known, initialization_timeout=_INITIALIZATION.value, heartbeat_timeout=_HEARTBEAT.value)
             if not hosts.is_first():
                 logging.getLogger('sparse_jax').setLevel(logging.WARNING)
-        if _MODE.value == 'report':
+        if _LOWER_ONLY.value:
+            from sparse_jax.train import lowering
+
+            lowering.run(_CONFIG.value, _LOWER_ONLY.value)
+        elif _MODE.value == 'report':
             from sparse_jax.train import summary
 
             summary.report(folder, [pathlib.Path(path) for path in _RUNS.value])
@@ -163,9 +172,16 @@ def _parse(argv):
             hint = f' Did you mean {near[0]}?' if near else ''
             raise ValueError(f'--mode={_MODE.value} does not exist.{hint} Known: {", ".join(MODES)}.')
         wanted = ((_CONFIG, 'configs/mnist_lenet300.py:offline'), (_WORKDIR, 'runs/mnist_lenet300'), (_SWEEP, "'seed=0,1,2'"))
+        if _LOWER_ONLY.value is not None:
+            if _MODE.value != 'train' or _DISTRIBUTED.value:
+                other = '--distributed' if _DISTRIBUTED.value else f'--mode={_MODE.value}'
+                raise ValueError(f'--lower_only has no meaning with {other}: leave one of them out.')
+            if _LOWER_ONLY.value not in ('cuda', 'tpu'):
+                raise ValueError(f'--lower_only={_LOWER_ONLY.value!r}: must be cuda or tpu.')
+            os.environ['JAX_PLATFORMS'] = 'cpu'  # nothing runs, on no accelerator
         unwanted = {'report': ('config', 'sweep', 'jobs'), 'sweep': ('runs',)}.get(_MODE.value, ('sweep', 'jobs', 'runs'))
         for flag, example in wanted:
-            if not flag.value and flag.name not in unwanted:
+            if not flag.value and flag.name not in unwanted and (flag is _CONFIG or not _LOWER_ONLY.value):
                 raise ValueError(f'--{flag.name} is missing: give for instance --{flag.name}={example}.')
         for flag in (_CONFIG, _SWEEP, _JOBS, _RUNS):
             if flag.value and flag.name in unwanted:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax.kernels import compiler, cpu, products, stored
+from sparse_jax.kernels import compiler, dispatch, products, stored, target
 from sparse_jax.kernels.pattern import make_pattern, with_dense_gradients
 from sparse_jax.kernels.reference import Geometry
 
@@ -60,8 +60,8 @@ def recorded() -> Iterator[list[Call]]:
 
 def candidates(call: Call) -> tuple[str, ...]:
     """What can run a call here: always 'dense', the product with the masked weight: by lanes on the C++ kernels, else XLA's."""
-    sparse = jax.default_backend() == 'cpu' and not cpu.unsupported(call.dtype, call.dtype) and not cpu.unavailable()
-    return ('dense', 'cpu') if sparse else ('dense',)
+    own = target.platform()
+    return ('dense',) if dispatch.unsupported(own, call.dtype, call.block) else ('dense', own)
 
 
 def rounded(density: float) -> float:
@@ -112,7 +112,7 @@ def measure(
       rounds: of calls at most, after a first that compiles.
 
     Returns:
-      Seconds by name: 'dense', and 'cpu' where it runs.
+      Seconds by name: 'dense', and the platform's kernels where they run.
     """
     random = np.random.default_rng(0)
     linear = call.x[1:3] == call.w[:2] == (1, 1)  # the rival of a matrix product is one
@@ -169,7 +169,8 @@ def _threads() -> int:
 def _measured_once(call: Call, density: float, dense_gradient: bool) -> dict[str, float]:
     density, names = rounded(density), candidates(call)
     kernels = compiler.key() if 'cpu' in names else ''
-    machine = hashlib.sha256(f'{compiler.processor()} {_threads()} {jax.__version__} {kernels}'.encode()).hexdigest()[:12]
+    device = f'{compiler.processor()} {_threads()}' if jax.default_backend() == 'cpu' else jax.devices()[0].device_kind
+    machine = hashlib.sha256(f'{device} {jax.__version__} {kernels}'.encode()).hexdigest()[:12]
     what = [
         list(call.x),
         list(call.w),

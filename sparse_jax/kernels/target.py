@@ -3,7 +3,7 @@
 import contextlib
 import contextvars
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
@@ -34,7 +34,7 @@ def _abstract(platform: str) -> AbstractMesh:
 
 
 @contextlib.contextmanager
-def lowering_for(platform: str, *, capability: str = '9.0', interpret: bool = False) -> Iterator[None]:
+def lowering_for(platform: str, *, capability: str = '9.0', interpret: bool = False, mesh: Any = None) -> Iterator[None]:
     """Within it, sparse products are traced for this platform, whatever runs here: to lower or export programs for a GPU or a TPU on a
     machine without one.
 
@@ -44,6 +44,7 @@ def lowering_for(platform: str, *, capability: str = '9.0', interpret: bool = Fa
       platform: ``'cpu'``, ``'gpu'`` or ``'tpu'``.
       capability: of the GPU.
       interpret: whether Pallas kernels run in their interpreter, so that they can be executed here: slowly, to test them.
+      mesh: of the program, where it has one; its devices say what they are.
 
     Raises:
       ValueError: for another platform.
@@ -63,7 +64,7 @@ def lowering_for(platform: str, *, capability: str = '9.0', interpret: bool = Fa
         raise _names.unknown('platform', platform, PLATFORMS)
     token = _TARGET.set(Target(platform, capability, interpret))
     try:
-        with contextlib.nullcontext() if interpret or platform == 'cpu' else use_abstract_mesh(_abstract(platform)):
+        with contextlib.nullcontext() if interpret or mesh is not None or platform == 'cpu' else use_abstract_mesh(_abstract(platform)):
             yield
     finally:
         _TARGET.reset(token)

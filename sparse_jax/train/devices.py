@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,18 +27,22 @@ def check(config: config_lib.Config) -> None:
 class Devices:
     """One device, or a mesh of several; then all arrays of a run are spread over it."""
 
-    def __init__(self, config: config_lib.Config, experiment: state_lib.Experiment):
-        """Raises ValueError for a mesh that does not fit the devices, or a batch that does not divide over it."""
+    def __init__(self, config: config_lib.Config, experiment: state_lib.Experiment, devices: Sequence[Any] | None = None):
+        """Raises ValueError for a mesh that does not fit the devices, or a batch that does not divide over it.
+
+        Args: devices: None: this job's, all of them.
+        """
         check(config)
         m, one = config.mesh, jax.process_count() == 1
+        own = jax.devices() if devices is None else list(devices)
         rules = sharding.parse_rules(m.rules)
         self.mesh = None
-        if jax.device_count() > 1 and not (one and m.data == m.model == 1):  # 1 x 1: one device, whatever there are
-            self.mesh = sharding.make_mesh(m.data, m.model)
+        if len(own) > 1 and not (one and m.data == m.model == 1):  # 1 x 1: one device, whatever there are
+            self.mesh = sharding.make_mesh(m.data, m.model, devices=devices)
         elif m.data * m.model not in (1, -1):
-            sharding.make_mesh(m.data, m.model, devices=jax.devices()[:1])  # raises
+            sharding.make_mesh(m.data, m.model, devices=own[:1])  # raises
         self._shapes = jax.eval_shape(experiment.init, jax.random.key(0))
-        some = self.mesh or sharding.make_mesh(devices=jax.devices()[:1])
+        some = self.mesh or sharding.make_mesh(devices=own[:1])
         self._placed = sharding.place(self._shapes.params, some, m.layout, rules=rules)
         parts = some.shape['data'] * config.train.accumulate
         if config.data.batch_size % parts:

@@ -18,7 +18,7 @@ from rich.table import Table
 import sparse_jax as sj
 from sparse_jax import config as config_lib
 from sparse_jax import masks as masks_lib
-from sparse_jax.kernels import choice, cpu
+from sparse_jax.kernels import choice, target
 from sparse_jax.train import devices as devices_lib
 from sparse_jax.train import hosts, workdir
 from sparse_jax.train import state as state_lib
@@ -29,17 +29,22 @@ _MUCH = 1.5  # a density that has changed by this factor since a layer's choice 
 _SPARSE = 0.9  # above this density no sparse kernel is tried
 
 
+def block_of(config: config_lib.Config) -> tuple[int, int]:
+    """The block of a config's units; (1, 1): single weights."""
+    granularity = sj.granularity.get(config.sparsity.granularity)
+    return (granularity.rows, granularity.columns) if isinstance(granularity, sj.granularity.Block) else (1, 1)
+
+
 def check(config: config_lib.Config) -> None:
     """ValueError where sparsity.kernels asks for a backend that does not run here; compiles it if need be."""
-    if config.sparsity.kernels == 'cpu' and config.sparsity.method != 'dense' and (reason := _unavailable(config)):
-        raise ValueError(f"config.sparsity.kernels='cpu' does not run here: {reason}. Take 'auto', 'reference' or 'dense'.")
+    named = config.sparsity.kernels
+    if named in sj.kernels.IMPLEMENTATIONS and config.sparsity.method != 'dense' and (reason := _unavailable(config, named)):
+        raise ValueError(f"config.sparsity.kernels={named!r} does not run here: {reason}. Take 'auto', 'reference' or 'dense'.")
 
 
-def _unavailable(config: config_lib.Config) -> str:
-    """Why the C++ kernels cannot run this; empty where they can."""
-    if jax.default_backend() != 'cpu':
-        return f'it runs on CPU, not on {jax.default_backend()}'
-    return cpu.unsupported(config.model.dtype, config.model.dtype) or cpu.unavailable()
+def _unavailable(config: config_lib.Config, name: str) -> str:
+    """Why a backend cannot run this; empty where it can."""
+    return sj.kernels.unsupported(name, config.model.dtype, block_of(config))
 
 
 class LayerKernels:
@@ -58,9 +63,8 @@ class LayerKernels:
         self._mesh = self._places = None
         if devices is not None and devices.mesh is not None:
             self._mesh, self._places = devices.mesh, devices.state_shardings.params
-        granularity = sj.granularity.get(config.sparsity.granularity)
-        block = isinstance(granularity, sj.granularity.Block)
-        self._block = (granularity.rows, granularity.columns) if block else None
+        block = block_of(config)
+        self._block = None if block == (1, 1) else block
         self._experiment = experiment
         self._examples = config.data.batch_size // config.train.accumulate
         self._path = folder / FILE
@@ -76,8 +80,9 @@ class LayerKernels:
         self._chosen: dict[str, Any] = {}
         for step in before:
             self._chosen |= self._history[str(step)]
-        if any(row['implementation'] == 'cpu' for row in self._chosen.values()) and (reason := _unavailable(config)):
-            _LOG.warning("kernels: %s says 'cpu', which does not run here (%s): the reference does.", self._path, reason)
+        for name in sorted({row['implementation'] for row in self._chosen.values()} - {'dense'}):
+            if reason := _unavailable(config, name):
+                _LOG.warning("kernels: %s says '%s', which does not run here (%s): the reference does.", self._path, name, reason)
 
     def patterns(self, step: int, state: state_lib.TrainState) -> Any:
         """The patterns of a state's masks, as ``train_step`` takes them; None where all layers are dense.
@@ -138,7 +143,7 @@ class LayerKernels:
         """The products that a device makes in a step with each sparse leaf, by tracing one."""
         experiment = self._experiment
         leaves = {path for path, mask in masks_lib.leaf_paths(masks) if np.ndim(mask)}
-        options: dict[str, Any] = dict(block=self._block, stacked=experiment.stacked, implementations=dict.fromkeys(leaves, 'cpu'))
+        options: dict[str, Any] = dict(block=self._block, stacked=experiment.stacked, implementations=dict.fromkeys(leaves, target.platform()))
         patterns = sj.kernels.make_patterns(masks, **options, shardings=self._places)
         x = jax.ShapeDtypeStruct((self._examples, *experiment.example.shape[1:]), experiment.example.dtype)
         with choice.recorded() as calls:
@@ -162,6 +167,8 @@ def print_table(config: config_lib.Config, folder: pathlib.Path) -> None:
     for column in ('layer', 'density', 'dense', 'sparse', 'takes'):
         table.add_column(column, justify='left' if column in ('layer', 'takes') else 'right')
     for name, row in rows.items():
-        times = [f'{1e3 * row["seconds"][key]:.2f} ms' if key in row['seconds'] else '' for key in ('dense', 'cpu')]
+        dense = row['seconds'].get('dense')
+        sparse = next((seconds for key, seconds in row['seconds'].items() if key != 'dense'), None)
+        times = ['' if seconds is None else f'{1e3 * seconds:.2f} ms' for seconds in (dense, sparse)]
         table.add_row(name, f'{row["density"]:.2%}', *times, row['implementation'])
     Console().print(table)

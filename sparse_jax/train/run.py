@@ -28,13 +28,18 @@ def create_experiment(config: config_lib.Config, data: data_lib.Dataset) -> stat
     return state_lib.create(config, num_examples=len(data.train.labels), input_shape=data.input_shape, num_outputs=data.num_outputs)
 
 
-def check(config: config_lib.Config, folder: pathlib.Path) -> None:
-    """What can be told to be wrong without the data; ValueError."""
+def check_settings(config: config_lib.Config) -> None:
+    """What can be told to be wrong from the settings alone; ValueError."""
     config_lib.validate(config)
     state_lib.check_names(config)
-    workdir.check(config, folder)
     layer_kernels.check(config)
     devices_lib.check(config)
+
+
+def check(config: config_lib.Config, folder: pathlib.Path) -> None:
+    """What can be told to be wrong without the data; ValueError."""
+    check_settings(config)
+    workdir.check(config, folder)
     if config.log.tensorboard:
         metrics.check_tensorboard()
 

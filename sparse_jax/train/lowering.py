@@ -1,0 +1,207 @@
+"""A run's training step as a program for a GPU or a TPU that is not here: its kernels, memory and collectives. Nothing is run or written."""
+
+import collections
+import math
+import os
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+from rich.table import Table
+
+import sparse_jax as sj
+from sparse_jax import config as config_lib
+from sparse_jax import masks as masks_lib
+from sparse_jax import sharding
+from sparse_jax.kernels import compile_only, target
+from sparse_jax.kernels import pattern as pattern_lib
+from sparse_jax.kernels import split as split_lib
+from sparse_jax.train import collectives, layer_kernels
+from sparse_jax.train import devices as devices_lib
+from sparse_jax.train import run as run_lib
+from sparse_jax.train import state as state_lib
+
+PLATFORMS = {'cuda': 'gpu', 'tpu': 'tpu'}  # as jax's lowering calls them, and as it calls backends
+_KERNEL = re.compile(r'sparse_jax_(forward|input_gradient|weight_gradient)')
+
+
+class Lowered(NamedTuple):
+    """What a training step became."""
+
+    platform: str
+    layers: dict[str, tuple[str, str]]  # of each sparse leaf: what multiplies it, and the reason where that is not the platform's
+    kernels: dict[str, int]  # calls in the program by name; one in a loop over layers counts once
+    state_bytes: int  # of the training state, on one device
+    memory: dict[str, int] | None  # bytes on one device, as the compiler says; None: only lowered
+    collectives: list[collectives.Collective] | None  # None: only lowered
+    why_not_compiled: str
+    text: str  # the lowered program
+
+
+def lower(config: config_lib.Config, platform: str) -> Lowered:
+    """Lowers a config's ordinary training step, and compiles it where the platform's compiler is installed.
+
+    Args:
+      config: the settings. Its mesh says for how many devices (-1: one). With ``sparsity.kernels`` of 'auto' every layer that the
+        platform's kernels can take takes them, as nothing can be measured.
+      platform: 'cuda' or 'tpu'.
+
+    Raises:
+      ValueError: for anything wrong with the settings, and where there are too few devices to stand in for those of the mesh.
+    """
+    backend = PLATFORMS[platform]
+    with target.lowering_for(backend):
+        run_lib.check_settings(config)
+        experiment = run_lib.create_experiment(config, run_lib.load_data(config))
+        count = max(1, config.mesh.data) * max(1, config.mesh.model)
+        reason = compile_only.unavailable(backend)
+        if not reason:
+            own = compile_only.devices(backend, count)
+        elif count <= jax.device_count():
+            own = jax.devices()[:count]
+        else:
+            raise ValueError(
+                f'config.mesh asks for {count} devices, and this process has {jax.device_count()} to stand in for them: '
+                f'set JAX_NUM_CPU_DEVICES={count}.'
+            )
+        devices = devices_lib.Devices(config, experiment, own)
+    with target.lowering_for(backend, mesh=devices.mesh):
+        patterns, layers = _patterns(config, experiment, devices, backend)
+        arguments = _placed(devices, own[0]), _batch(config, experiment, devices, own[0]), _on(patterns, devices, own[0])
+        placed = devices.replicated if devices.mesh is None else (devices.state_shardings, devices.replicated)
+        step = devices.jit(experiment.train_step, placed, donate_argnums=0, static_argnames='dense_gradients')
+        dense = experiment.dense_gradient_steps is None
+        lowered = step.trace(*arguments, dense_gradients=dense).lower(lowering_platforms=(platform,))
+        text = lowered.as_text()
+        memory = found = None
+        if not reason:
+            compiled = lowered.compile()
+            found, memory = collectives.find(compiled.as_text() or ''), _memory(compiled)
+    calls = [line for line in text.splitlines() if 'custom_call' in line]
+    kernels = collections.Counter(match[1] for line in calls if (match := _KERNEL.search(line)))
+    each = sum(math.prod(_shard(x)) * x.dtype.itemsize for x in jax.tree.leaves(arguments[0]))
+    return Lowered(platform, layers, dict(kernels), each, memory, found, reason, text)
+
+
+def _memory(compiled) -> dict[str, int]:
+    stats = compiled.memory_analysis()
+    parts = {'arguments': 'argument', 'results': 'output', 'of these in place': 'alias', 'temporary': 'temp'}
+    return {name: int(getattr(stats, f'{key}_size_in_bytes')) for name, key in parts.items()}
+
+
+def _shard(x) -> tuple[int, ...]:
+    return x.sharding.shard_shape(x.shape)
+
+
+def _placed(devices: devices_lib.Devices, one: Any) -> Any:
+    """The state's shapes on their devices."""
+    return devices.shapes if devices.mesh is not None else _on(devices.shapes, devices, one)
+
+
+def _on(tree: Any, devices: devices_lib.Devices, one: Any) -> Any:
+    """Shapes without a sharding on one device."""
+    place = SingleDeviceSharding(one)
+    return tree if devices.mesh else jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+
+def _batch(config, experiment: state_lib.Experiment, devices: devices_lib.Devices, one: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    example = experiment.example
+    place = SingleDeviceSharding(one) if devices.mesh is None else sharding.batch_sharding(devices.mesh)
+    size = config.data.batch_size
+    labels = (size, *example.shape[1:]) if example.dtype == jnp.int32 else (size,)
+    return {
+        'input': jax.ShapeDtypeStruct((size, *example.shape[1:]), example.dtype, sharding=place),
+        'label': jax.ShapeDtypeStruct(labels, jnp.int32, sharding=place),
+    }
+
+
+def _patterns(config, experiment: state_lib.Experiment, devices: devices_lib.Devices, backend: str) -> tuple[Any, dict]:
+    """Shapes of the patterns that the run begins with, and what multiplies each sparse leaf."""
+    sparsity = config.sparsity
+    masks = sj.get_masks(devices.shapes.opt_state) if sparsity.method != 'dense' else {}
+    leaves = masks_lib.leaf_paths(masks)
+    block = layer_kernels.block_of(config)
+    wanted = backend if sparsity.kernels == 'auto' else sparsity.kernels
+    layers, made = {}, []
+    for path, mask in leaves:
+        pattern, layer = None, ('dense', '')
+        rows = experiment.stacked is not None and mask.ndim > 0 and experiment.stacked(path, mask)
+        if mask.ndim - rows in (2, 4):
+            reason = 'config' if wanted == 'dense' else sj.kernels.unsupported(wanted, config.model.dtype, block)
+            if not reason:
+                pattern = _pattern(path, mask, rows, block, wanted, sparsity.density, devices)
+                reason = '' if pattern else 'its blocks are cut by the mesh'
+            layer = (wanted, '') if pattern else ('dense', reason)
+        if mask.ndim:
+            layers[path] = layer
+        made.append(pattern)
+    if not any(made):
+        return None, layers
+    return jax.tree.unflatten(jax.tree.structure(masks), made), layers
+
+
+def _pattern(path, mask, rows: bool, block, implementation: str, density: float, devices: devices_lib.Devices):
+    shape = mask.shape[int(rows) :]
+    split = None
+    if devices.mesh is not None:
+        split = split_lib.split_of(mask.sharding, mask.ndim)
+        if split is None or (split.axis is not None and shape[split.axis] // split.parts % block[split.axis]):
+            return None
+    local = split.shape(shape) if split else shape
+    units = tuple(-(-n // side) for n, side in zip(local[-2:], block, strict=True))
+    most = math.prod(local[:-2]) * math.prod(units)
+    room = pattern_lib.capacity(round(density * most), most)
+    lead = (mask.shape[0],) if rows else ()
+    parts, spec = ((split.parts,), P(*[None] * len(lead), 'model')) if split and split.axis is not None else ((), P())
+    place = NamedSharding(split.mesh, spec) if split else None
+    arrays = [jax.ShapeDtypeStruct((*lead, *parts, n), np.int32, sharding=place) for n in (room, units[1] + 1, room, units[0] + 1)]
+    return pattern_lib.Pattern(*arrays, shape, block, implementation, implementation, name=path, split=split)  # type: ignore[arg-type]
+
+
+def print_tables(lowered: Lowered) -> None:
+    """Kernels, memory and collectives, for people."""
+    console = Console()
+    table = Table(title=f'a training step for {lowered.platform}, {"lowered" if lowered.memory is None else "compiled"}')
+    for column in ('layer', 'takes', ''):
+        table.add_column(column)
+    for path, (name, reason) in lowered.layers.items():
+        table.add_row(path, name, reason)
+    console.print(table)
+    table = Table(title='kernels of block-sparse products in the program (one in a loop over layers counts once)')
+    table.add_column('kernel')
+    table.add_column('calls', justify='right')
+    for name, count in sorted(lowered.kernels.items()):
+        table.add_row(name, str(count))
+    console.print(table)
+    table = Table(title='memory of one device')
+    table.add_column('')
+    table.add_column('bytes', justify='right')
+    for name, size in {'training state': lowered.state_bytes, **(lowered.memory or {})}.items():
+        table.add_row(name, f'{size:,}')
+    console.print(table)
+    if lowered.collectives is None:
+        console.print(f'Only lowered: temporary memory and collectives are known after compiling. {lowered.why_not_compiled}', soft_wrap=True)
+        return
+    groups = collections.defaultdict(list)
+    for one in lowered.collectives:
+        groups[one.kind, bool(one.loop)].append(one.bytes)
+    table = Table(title='collectives of one device')
+    for column in ('kind', 'in a loop', 'calls', 'bytes together, each time'):
+        table.add_column(column, justify='right' if column[:2] in ('ca', 'by') else 'left')
+    for (kind, loop), sizes in groups.items():
+        table.add_row(kind, 'yes' if loop else 'no', str(len(sizes)), f'{sum(sizes):,}')
+    console.print(table if groups else 'collectives: none')
+
+
+def run(config: config_lib.Config, platform: str) -> Lowered:
+    """:func:`lower`, and prints it."""
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+    jax.config.update('jax_platforms', 'cpu')
+    lowered = lower(config, platform)
+    print_tables(lowered)
+    return lowered
