@@ -17,14 +17,18 @@ from sparse_jax.kernels.dispatch import IMPLEMENTATIONS, unsupported
 from sparse_jax.kernels.lanes import from_lanes, lanes_unavailable, to_lanes
 from sparse_jax.kernels.pattern import Pattern, make_pattern, make_patterns, with_dense_gradients
 from sparse_jax.kernels.products import convolve, convolve_by_lanes, max_pool_by_lanes, sparse_conv, sparse_dot
+from sparse_jax.kernels.scores import block_scores
+from sparse_jax.kernels.target import lowering_for
 
 __all__ = [
     'IMPLEMENTATIONS',
     'Pattern',
+    'block_scores',
     'convolve',
     'convolve_by_lanes',
     'from_lanes',
     'lanes_unavailable',
+    'lowering_for',
     'make_pattern',
     'make_patterns',
     'max_pool_by_lanes',

@@ -20,7 +20,10 @@ NEEDS = {
 }
 
 # Name, bytes of memory, bytes a second: from the data sheets. What else the compiler asks is one for the Hopper family.
-_GPUS = {'h100': ('NVIDIA H100 80GB HBM3', 84_942_979_072, 3_352_320_000_000), 'h200': ('NVIDIA H200', 151_397_597_184, 4_800_000_000_000)}
+_GPUS = {
+    'h100': ('NVIDIA H100 80GB HBM3', 84_942_979_072, 3_352_320_000_000),
+    'h200': ('NVIDIA H200', 151_397_597_184, 4_800_000_000_000),
+}
 _SPECIFICATION = """gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
   shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
@@ -54,7 +57,7 @@ def unavailable(platform: str) -> str:
         if importlib.util.find_spec('jax_plugins.xla_cuda13'):
             missing = [name for name in ('ptxas', 'nvlink') if not shutil.which(name)]
             return f'there is no {" and no ".join(missing)} on the PATH: {NEEDS["gpu"]}' if missing else ''
-    return f"there is no CUDA plugin for jax: {NEEDS['gpu']}"
+    return f'there is no CUDA plugin for jax: {NEEDS["gpu"]}'
 
 
 def devices(platform: str, count: int = 1, *, gpu: str = 'h100') -> list[Any]:
@@ -88,7 +91,12 @@ def devices(platform: str, count: int = 1, *, gpu: str = 'h100') -> list[Any]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """libtpu looks for the machine's own TPUs, writes pages when there are none, and waits for a server that would know."""
-    own = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-1', 'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_WORKER_ID': '0'}
+    own = {
+        'TPU_SKIP_MDS_QUERY': '1',
+        'TPU_ACCELERATOR_TYPE': 'v5litepod-1',
+        'TPU_WORKER_HOSTNAMES': 'localhost',
+        'TPU_WORKER_ID': '0',
+    }
     before = {name: os.environ.get(name) for name in own}
     os.environ.update({name: value for name, value in own.items() if before[name] is None})
     try:

@@ -69,7 +69,7 @@ def choose(implementation: str | None, x: jax.Array, pattern: Pattern) -> str:
         return wanted
     if implementation:
         raise NotImplementedError(
-            f'implementation={wanted!r} does not run here: {reason}. Take implementation=None or \'reference\'.'
+            f"implementation={wanted!r} does not run here: {reason}. Take implementation=None or 'reference'."
         )
     if wanted != pattern.by_rule or target.platform() != 'cpu':
         _say_once(wanted, pattern.name, reason)

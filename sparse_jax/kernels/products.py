@@ -113,8 +113,10 @@ def sparse_dot(
       w: [in, out], of x's type, and zero off the pattern (checked at run time with SPARSE_JAX_DEBUG=1 in the environment).
       pattern: of w: see :func:`make_pattern`.
       dense_gradient: whether the gradient with respect to w is wanted at all positions; so too if the pattern says so.
-      implementation: ``'reference'`` (plain XLA) or ``'cpu'`` (C++); None: the one that the pattern names, or else by rule: on CPU, in
-        float32, where there is a C++ compiler, ``'cpu'`` for patterns at 20% or less, otherwise the reference.
+      implementation: ``'reference'`` (plain XLA), ``'cpu'`` (C++, float32), ``'gpu'`` (Hopper, blocks with sides of 32, 64 or 128, bfloat16
+        or float16) or ``'tpu'`` (blocks of 128x128, bfloat16 or float32); None: the one that the pattern names, or else by rule: on CPU
+        ``'cpu'`` for patterns at 20% or less, on GPU and TPU their own up to the density at which it was measured to win (see
+        ``benchmarks.gpu``), otherwise the reference.
 
     Returns:
       [..., out], of x's type.
@@ -184,7 +186,7 @@ def sparse_conv(
     if x.ndim != 4:
         raise ValueError(f'sparse_conv: x must be [batch, height, width, in], got shape {tuple(x.shape)}.')
     _check('sparse_conv', x, w, pattern, 4)
-    geometry = _geometry('sparse_conv', x.shape, w.shape, strides, padding, dilation)
+    geometry = geometry_of('sparse_conv', x.shape, w.shape, strides, padding, dilation)
     if w.shape[:2] == (1, 1) and geometry.padding == ((0, 0), (0, 0)):  # only every s-th pixel is read
         x, geometry = x[:, :: geometry.strides[0], :: geometry.strides[1]], Geometry()
     return _apply(x, w, pattern, geometry, dense_gradient or pattern.dense_gradient, implementation)
@@ -218,7 +220,7 @@ def convolve(
       >>> convolve(jnp.ones((1, 4, 4, 3)), jnp.ones((3, 3, 3, 8)), strides=(2, 2)).shape
       (1, 2, 2, 8)
     """
-    return reference.convolve_dense(x, w, _geometry('convolve', x.shape, w.shape, strides, padding, dilation))
+    return reference.convolve_dense(x, w, geometry_of('convolve', x.shape, w.shape, strides, padding, dilation))
 
 
 def convolve_by_lanes(
@@ -262,7 +264,7 @@ def convolve_by_lanes(
         _check('convolve_by_lanes', jax.ShapeDtypeStruct(shape, x.dtype), w, pattern, 4)
         if os.environ.get('SPARSE_JAX_DEBUG') == '1':
             _check_zeros(w, pattern)
-    geometry = _geometry('convolve_by_lanes', shape, w.shape, strides, padding, (1, 1))
+    geometry = geometry_of('convolve_by_lanes', shape, w.shape, strides, padding, (1, 1))
     if pattern is not None:
         for observer in observers:
             observer(x, w, pattern, geometry)
@@ -312,7 +314,8 @@ def _check_lanes(name: str, x: jax.Array, activation: jax.Array | None) -> None:
         )
 
 
-def _geometry(name: str, x: tuple[int, ...], w: tuple[int, ...], strides, padding, dilation) -> Geometry:
+def geometry_of(name: str, x: tuple[int, ...], w: tuple[int, ...], strides, padding, dilation) -> Geometry:
+    """Checked; ValueError for strides, padding or dilation that make no convolution."""
     pairs = {'strides': strides, 'dilation': dilation}
     for key, value in pairs.items():
         if not isinstance(value, Sequence) or len(value) != 2 or not all(_is_integer(v) and v >= 1 for v in value):

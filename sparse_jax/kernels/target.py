@@ -64,7 +64,11 @@ def lowering_for(platform: str, *, capability: str = '9.0', interpret: bool = Fa
         raise _names.unknown('platform', platform, PLATFORMS)
     token = _TARGET.set(Target(platform, capability, interpret))
     try:
-        with contextlib.nullcontext() if interpret or mesh is not None or platform == 'cpu' else use_abstract_mesh(_abstract(platform)):
+        with (
+            contextlib.nullcontext()
+            if interpret or mesh is not None or platform == 'cpu'
+            else use_abstract_mesh(_abstract(platform))
+        ):
             yield
     finally:
         _TARGET.reset(token)

@@ -43,7 +43,7 @@ class Config:
             depth, width = (rows, columns) if kernel == 'forward' else (columns, rows)
             depth = min(depth, self.depth)
             return size * (self.stages * depth * (self.tokens + width) + self.tokens * width)
-        wide = max(rows, 64)
+        wide = window(kernel, rows)
         result = wide * columns * (1 + self.group) if kernel == 'weight_gradient' else 2 * wide * self.group
         return size * (self.stages * self.tokens * (columns + self.group * wide) + result)
 
@@ -52,12 +52,16 @@ class Config:
         rows, columns = block
         if kernel in ('forward', 'input_gradient'):
             return self.tokens * (columns if kernel == 'forward' else rows) // 128
-        return max(rows, 64) * columns * self.group // 128
-
+        return window(kernel, rows) * columns * self.group // 128
 
     def fits(self, kernel: str, block: tuple[int, int]) -> bool:
         """Whether a program may have that much shared memory, and its threads that many registers beside what else they need."""
         return self.bytes(kernel, block) + _BARRIERS <= SHARED_MEMORY and self.registers(kernel, block) <= 128
+
+
+def window(kernel: str, rows: int) -> int:
+    """Rows of a result of the weight gradient: a tensor core's has 64 at least. Scores are of all blocks, so that several share a window."""
+    return max(rows, 128 if kernel == 'scores' else 64)
 
 
 def candidates(kernel: str, block: tuple[int, int], images: int) -> list[Config]:
@@ -97,7 +101,7 @@ def rule(kernel: str, block: tuple[int, int], images: int) -> Config:
     ]
     fitting = [config for config in own if config.fits(kernel, block)]
     # few wasted rows first, then the least traffic, then two programs a multiprocessor, then more in flight
-    return max(fitting, key=lambda c: (-(-images % c.tokens), c.group, c.bytes(kernel, block) <= _OF_TWO, c.stages, c.tokens))
+    return max(fitting, key=lambda c: (-(-images % c.tokens), c.group, c.tokens, c.bytes(kernel, block) <= _OF_TWO, c.stages))
 
 
 def key(kernel: str, x: tuple[int, ...], w: tuple[int, ...], block: tuple[int, int], dtype) -> str:

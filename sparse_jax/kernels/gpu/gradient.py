@@ -24,8 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparse_jax.kernels.gpu.config import Config, swizzled
-
-LEAST_ROWS = 64
+from sparse_jax.kernels.gpu.config import window as window_rows
 
 
 def gradient(
@@ -44,7 +43,7 @@ def gradient(
     """The weight gradient; all sides are multiples of their tiles.
 
     Args:
-      x: [images, pixels, in], whose last pixel is all zeros where `pixels` points there; `in` is a multiple of 64 too.
+      x: [images, pixels, in], whose last pixel is all zeros where `pixels` points there; `in` is a multiple of a window's rows too.
       dy: [images, pixels of the result, out].
       units: int32[capacity]: block of inputs * taps + tap, by block of outputs, ascending.
       pointers: int32[blocks of outputs + 1] into `units`.
@@ -59,7 +58,7 @@ def gradient(
       [taps, inputs * rows of a block, out], of x's type; zero where there is no unit.
     """
     rows, columns = block
-    wide = max(rows, LEAST_ROWS)
+    wide = window_rows('weight_gradient', rows)
     group, number = config.group, inputs * taps  # of units that a block of outputs can have
     programs = pl.cdiv(number, group)
 
@@ -139,10 +138,10 @@ def scores(
     """Sums of each row's absolute values, in each block of the dense weight gradient; arguments as in :func:`gradient`.
 
     Returns:
-      float32[windows, taps, blocks of outputs, rows of a window]; a window is a block of inputs, or of at least 64 rows.
+      float32[windows, taps, blocks of outputs, rows of a window]; a window has one or several blocks of inputs.
     """
     rows, columns = block
-    wide = max(rows, LEAST_ROWS)
+    wide = window_rows('scores', rows)
     group, taps = config.group, pixels.shape[1]
     windows, channels = x.shape[-1] // wide, dy.shape[-1] // columns
     number = windows * taps

@@ -14,7 +14,7 @@ from sparse_jax.kernels import pixels as pixels_lib
 from sparse_jax.kernels import target
 from sparse_jax.kernels.gpu import config as config_lib
 from sparse_jax.kernels.gpu.config import Config
-from sparse_jax.kernels.gpu.gradient import LEAST_ROWS, gradient, scores
+from sparse_jax.kernels.gpu.gradient import gradient, scores
 from sparse_jax.kernels.gpu.product import product
 from sparse_jax.kernels.pattern import Pattern
 from sparse_jax.kernels.reference import Geometry
@@ -40,7 +40,9 @@ def forward(x, w, pattern: Pattern, geometry: Geometry, config: Config | None = 
     return y[: x.shape[0], :, : w.shape[-1]].reshape(result)
 
 
-def input_gradient(dy, w, pattern: Pattern, geometry: Geometry, x_shape: tuple[int, ...], config: Config | None = None) -> jax.Array:
+def input_gradient(
+    dy, w, pattern: Pattern, geometry: Geometry, x_shape: tuple[int, ...], config: Config | None = None
+) -> jax.Array:
     """As in reference.py."""
     config = config or config_lib.choose('input_gradient', x_shape, w.shape, pattern.block, dy.dtype)
     pixels = pixels_lib.of_gradient(geometry, x_shape[1:3], dy.shape[1:3], w.shape[:2])
@@ -71,7 +73,7 @@ def weight_gradient(
     taps = math.prod(w_shape[:-2])
     pixels = pixels_lib.of_product(geometry, x.shape[1:3], dy.shape[1:3], w_shape[:2])
     dw = gradient(
-        _images(x, pixels, config.tokens, max(rows, LEAST_ROWS)),
+        _images(x, pixels, config.tokens, config_lib.window('weight_gradient', rows)),
         _images(dy, None, config.tokens, columns),
         jnp.asarray(pattern.indices),
         jnp.asarray(pattern.pointers),
@@ -85,13 +87,15 @@ def weight_gradient(
     return dw[:, : w_shape[-2], : w_shape[-1]].reshape(w_shape)
 
 
-def block_scores(x, dy, w_shape: tuple[int, ...], geometry: Geometry, block: tuple[int, int], config: Config | None = None) -> jax.Array:
+def block_scores(
+    x, dy, w_shape: tuple[int, ...], geometry: Geometry, block: tuple[int, int], config: Config | None = None
+) -> jax.Array:
     """Sums of the absolute values of the dense weight gradient, float32[taps..., blocks of inputs, blocks of outputs]."""
     config = config or config_lib.choose('scores', x.shape, w_shape, block, x.dtype)
     taps = math.prod(w_shape[:-2])
     pixels = pixels_lib.of_product(geometry, x.shape[1:3], dy.shape[1:3], w_shape[:2])
     sums = scores(
-        _images(x, pixels, config.tokens, max(block[0], LEAST_ROWS)),
+        _images(x, pixels, config.tokens, config_lib.window('scores', block[0])),
         _images(dy, None, config.tokens, block[1]),
         jnp.asarray(pixels),
         block=block,

@@ -1,0 +1,226 @@
+"""Block-sparse kernels on a Hopper GPU: predicted, compiled, checked, measured.
+
+    python -m benchmarks.gpu --predict    # by a model, on any machine: see benchmarks/gpu_model.py for what it assumes
+    python -m benchmarks.gpu --compile    # by the real compiler, without a GPU: registers, spills, shared memory (make test-gpu-aot has it)
+    python -m benchmarks.gpu --check      # on a GPU: every kernel against the reference, then the sweep
+    python -m benchmarks.gpu              # on a GPU: the sweep
+
+The sweep tries each kernel's tile sizes for each shape and block, keeps the best for this kind of device (the user's cache folder, where
+the kernels find them), and measures forward and both gradients against XLA's dense ones (cuBLAS, cuDNN), all taking turns; predictions
+stand beside. It also keeps up to which density each block wins, which ``sparse_dot`` asks when nobody names an implementation.
+--dry_run does all that with small shapes in Pallas' interpreter, where times mean nothing, and keeps nothing. Cost: half an hour.
+"""
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import gpu_compile, gpu_model
+from benchmarks.gpu_model import Shape
+from sparse_jax import kernels
+from sparse_jax.kernels import products, reference, rules, target
+from sparse_jax.kernels.gpu import config as config_lib
+from sparse_jax.kernels.reference import Geometry
+
+BLOCKS = ((32, 32), (64, 64), (128, 128))
+_PRODUCTS = gpu_model.KERNELS[:3]
+_SMALL = (Shape((64, 1, 1, 128), (1, 1, 128, 128)), Shape((64, 2, 2, 64), (3, 3, 64, 64), Geometry(padding=((1, 1), (1, 1)))))
+
+# What --check runs: edges, strides, images that fill no tile, one of each kind.
+CHECKED = (
+    Shape((1000, 1, 1, 1000), (1, 1, 1000, 600)),
+    Shape((128, 1, 1, 512), (1, 1, 512, 256)),
+    Shape((48, 9, 7, 96), (3, 3, 96, 160), Geometry(padding=((1, 1), (1, 1)))),
+    Shape((64, 8, 8, 128), (3, 3, 128, 128), Geometry((2, 2), ((1, 1), (1, 1)))),
+    Shape((64, 8, 8, 128), (1, 1, 128, 256), Geometry((2, 2))),
+)
+
+
+def operands(shape: Shape, block: tuple[int, int], sparsity: float, dtype: Any = jnp.bfloat16) -> tuple[Any, ...]:
+    """x, w, dy and the pattern."""
+    random, mask = np.random.default_rng(0), gpu_model.random_mask(shape, block, 1 - sparsity)
+    draw = lambda s: jnp.asarray(random.standard_normal(s, np.float32), dtype)
+    pattern = jax.device_put(kernels.make_pattern(mask, block=block, implementation='gpu'))
+    return draw(shape.x), draw(shape.w) * mask.astype(dtype), draw(shape.y), pattern
+
+
+def arguments(kernel: str, x, w, dy, pattern) -> tuple[Any, ...]:
+    return {'forward': (x, w, pattern), 'input_gradient': (dy, w, pattern)}.get(kernel, (x, dy, pattern))
+
+
+def expected(kernel: str, shape: Shape, x, w, dy, pattern, block: tuple[int, int]) -> jax.Array:
+    """What the reference gives in float32, for the same rounded operands."""
+    x, w, dy = (value.astype(jnp.float32) for value in (x, w, dy))
+    with jax.default_matmul_precision('highest'):
+        if kernel == 'forward':
+            return reference.forward(x, w, pattern, shape.geometry)
+        if kernel == 'input_gradient':
+            return reference.input_gradient(dy, w, pattern, shape.geometry, shape.x)
+        if kernel == 'weight_gradient':
+            return reference.weight_gradient(x, dy, pattern, shape.geometry, shape.w)
+        own: dict[str, Any] = dict(strides=shape.geometry.strides, padding=shape.geometry.padding, block=block)
+        return kernels.block_scores(x, dy, shape.w, **own, implementation='reference')
+
+
+def error(kernel: str, shape: Shape, block: tuple[int, int], sparsity: float = 0.7, dtype: Any = jnp.bfloat16) -> float:
+    """Largest difference of a kernel from the reference, as a part of the largest value."""
+    own = operands(shape, block, sparsity, dtype)
+    run, _ = gpu_model.function(kernel, shape, block)
+    got = np.asarray(jax.jit(run)(*arguments(kernel, *own)), np.float64)
+    want = np.asarray(expected(kernel, shape, *own, block), np.float64)
+    if got.shape != want.shape:
+        raise AssertionError(f'{kernel} of {shape.name}: shape {got.shape} instead of {want.shape}')
+    return float(np.abs(got - want).max() / max(np.abs(want).max(), 1e-30))
+
+
+BOUNDS = {jnp.bfloat16: 2**-7, jnp.float16: 2**-10}  # one rounding of the result, at the largest value
+
+
+def check(shapes: tuple[Shape, ...], blocks=BLOCKS, names=gpu_model.KERNELS) -> None:
+    """Every kernel against the reference; AssertionError where one is wrong."""
+    print('| shape | block | type | ' + ' | '.join(names) + ' |\n|---|---|---|' + '---:|' * len(names))
+    wrong = []
+    for shape in shapes:
+        for block in blocks:
+            for dtype, bound in BOUNDS.items():
+                errors = [error(kernel, shape, block, dtype=dtype) for kernel in names]
+                wrong += [
+                    f'{kernel}, {shape.name}, {block}: {e:.1e}' for kernel, e in zip(names, errors, strict=True) if not e <= bound
+                ]
+                cells = ' | '.join(f'{e:.1e}' for e in errors)
+                print(f'| {shape.name} | {block[0]}x{block[1]} | {jnp.dtype(dtype).name} | {cells} |', flush=True)
+    if wrong:
+        raise AssertionError('not equal to the reference: ' + '; '.join(wrong))
+    print('\nall equal to the reference within one rounding\n')
+
+
+def seconds(run: Callable, *operands, rounds: int) -> float:
+    """Median time of a call among several that are queued, after two that compile and warm up."""
+    for _ in range(2):
+        jax.block_until_ready(run(*operands))
+    times = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        results = [run(*operands) for _ in range(10 if rounds > 1 else 1)]
+        jax.block_until_ready(results)
+        times.append((time.perf_counter() - begin) / len(results))
+    return statistics.median(times)
+
+
+@functools.cache
+def _dense(kernel: str, shape: Shape) -> Callable:
+    """XLA's dense product of the same operands."""
+    geometry = shape.geometry
+    if kernel == 'forward':
+        return jax.jit(lambda x, w, _: products.reference.convolve_dense(x, w, geometry))
+    if kernel == 'input_gradient':
+        return jax.jit(lambda dy, w, p: reference.input_gradient(dy, w, p, geometry, shape.x))
+    return jax.jit(lambda x, dy, _: reference.dense_weight_gradient(x, dy, shape.w, geometry))
+
+
+def sweep(
+    shapes: tuple[Shape, ...], blocks, sparsities: tuple[float, ...], names=_PRODUCTS, *, rounds: int = 7, keep: bool = True
+) -> None:
+    """Measures all configs at 90%, keeps the best, then measures all sparsities with it; prints a row for each."""
+    gpu = 'H200' if 'H200' in jax.devices()[0].device_kind else 'H100'
+    print('| kernel | shape | block | sparsity | tiles | dense | sparse | measured | predicted low, high |')
+    print('|---|---|---|---:|---|---:|---:|---:|---:|')
+    won: dict[tuple[int, int], list[float]] = {}
+    for shape in shapes:
+        for block in blocks:
+            best = {}
+            own = operands(shape, block, 0.9)
+            for kernel in names:
+                known = [config_lib.rule(kernel, block, shape.x[0])]
+                if rounds > 1:
+                    known = config_lib.candidates(kernel, block, shape.x[0])
+                times = {}
+                for config in known:
+                    run = jax.jit(gpu_model.function(kernel, shape, block, config)[0])
+                    times[config] = seconds(run, *arguments(kernel, *own), rounds=min(rounds, 3))
+                best[kernel] = min(times, key=lambda config: times[config])
+            if keep:
+                config_lib.store({config_lib.key(k, shape.x, shape.w, block, jnp.bfloat16): c for k, c in best.items()})
+            for sparsity in sparsities:
+                own, totals = operands(shape, block, sparsity), [0.0, 0.0]
+                for kernel in names:
+                    given = arguments(kernel, *own)
+                    run = jax.jit(gpu_model.function(kernel, shape, block, best[kernel])[0])
+                    dense, sparse = (seconds(f, *given, rounds=rounds) for f in (_dense(kernel, shape), run))
+                    totals = [totals[0] + dense, totals[1] + sparse]
+                    cost = gpu_model.cost(kernel, shape, block, sparsity, best[kernel])
+                    ratios = [gpu_model.dense_seconds(shape, gpu) / cost.seconds(rate, gpu) for rate in gpu_model.FEED]
+                    tiles = f'{best[kernel].tokens}, {best[kernel].depth}, {best[kernel].stages}, {best[kernel].group}'
+                    cells = (kernel, shape.name, f'{block[0]}x{block[1]}', f'{sparsity:.0%}', tiles, f'{1e6 * dense:.0f} us')
+                    more = f'{1e6 * sparse:.0f} us', f'{dense / sparse:.2f}x', f'{ratios[0]:.2f}x, {ratios[1]:.2f}x'
+                    print('| ' + ' | '.join((*cells, *more)) + ' |', flush=True)
+                won.setdefault(block, []).append(1 - sparsity if totals[0] > totals[1] else 0.0)
+    if keep:
+        for block, densities in won.items():  # up to which density all measured shapes win
+            by_shape = np.array(densities).reshape(len(shapes), -1).max(1)
+            rules.store(block, float(by_shape.min()))
+
+
+def predicted(shapes: tuple[Shape, ...], blocks=BLOCKS, sparsities=gpu_model.SPARSITIES) -> Iterator[str]:
+    """The table of predictions, line by line."""
+    columns = 'shape', 'block', 'sparsity', 'kernel', 'GFLOP', 'memory MB', 'cache MB', 'limit low, high'
+    yield '| ' + ' | '.join((*columns, 'H100 low', 'H100 high', 'ratio to dense', 'H200 low', 'H200 high', 'ratio to dense')) + ' |'
+    yield '|---|---|---:|---|---:|---:|---:|---|' + '---:|' * 6
+    for shape in shapes:
+        for block in blocks:
+            for sparsity in sparsities:
+                costs = {kernel: gpu_model.cost(kernel, shape, block, sparsity) for kernel in gpu_model.KERNELS}
+                rows = {name: [cost] for name, cost in costs.items()}
+                rows['**all three products**'] = [costs[name] for name in _PRODUCTS]
+                for name, parts in rows.items():
+                    sums = [sum(getattr(cost, field) for cost in parts) for field in cost_fields()]
+                    cells = [shape.name, f'{block[0]}x{block[1]}', f'{sparsity:.0%}', name]
+                    cells += [f'{sums[0] / 1e9:.1f}', f'{sums[2] / 1e6:.0f}', f'{sums[1] / 1e6:.0f}']
+                    limits = [max(p := parts[0].parts(rate, 'H100'), key=lambda k, p=p: p[k]) for rate in gpu_model.FEED]
+                    cells.append(', '.join(limits) if len(parts) == 1 else '')
+                    for gpu in gpu_model.MEMORY:
+                        dense = len(parts) * gpu_model.dense_seconds(shape, gpu)
+                        times = [sum(cost.seconds(rate, gpu) for cost in parts) for rate in gpu_model.FEED]
+                        cells += [f'{1e6 * t:.0f} us' for t in times] + [', '.join(f'{dense / t:.2f}x' for t in times)]
+                    yield '| ' + ' | '.join(cells) + ' |'
+
+
+def cost_fields() -> tuple[str, ...]:
+    return gpu_model.Cost._fields
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ('predict', 'compile', 'check', 'dry_run'):
+        parser.add_argument(f'--{name}', action='store_true')
+    asked = parser.parse_args()
+    if asked.predict:
+        print('\n'.join(predicted(gpu_model.SHAPES)))
+        return
+    if asked.compile:
+        gpu_compile.print_report()
+        return
+    if asked.dry_run:
+        names: Any = (
+            _PRODUCTS if jax.__version_info__ >= (0, 11) else ('forward',)
+        )  # older interpreters know no transposed operands
+        with target.lowering_for('gpu', interpret=True):
+            check(_SMALL[:1], ((64, 64),), names)
+            sweep(_SMALL, ((64, 64),), (0.5,), names, rounds=1, keep=False)
+        return
+    if reason := kernels.unsupported('gpu', jnp.bfloat16, (64, 64)):
+        parser.error(f'no measurement here: {reason}. --predict and --compile need no GPU, --dry_run neither.')
+    if asked.check:
+        check(CHECKED)
+    sweep(gpu_model.SHAPES, BLOCKS, gpu_model.SPARSITIES)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,152 @@
+"""The block-sparse kernels as the real compiler makes them for Hopper (sm_90a), on a machine without a GPU: see compile_only.NEEDS."""
+
+import functools
+import glob
+import math
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from benchmarks import gpu_model
+from benchmarks.gpu_model import Shape
+from sparse_jax import kernels
+from sparse_jax.kernels import compile_only, target
+from sparse_jax.kernels.gpu import config as config_lib
+from sparse_jax.kernels.reference import Geometry
+
+# Matrix products with whole tiles and with edges; convolutions of 3x3 and 1x1 taps, with padding and stride.
+CASES = (
+    (Shape((8192, 1, 1, 4096), (1, 1, 4096, 4096)), ((32, 32), (64, 64), (128, 128), (64, 32))),
+    (Shape((1000, 1, 1, 1000), (1, 1, 1000, 600)), ((64, 64),)),
+    (Shape((128, 16, 16, 256), (3, 3, 256, 256), Geometry(padding=((1, 1), (1, 1)))), ((32, 32), (64, 64), (128, 128))),
+    (Shape((64, 16, 16, 256), (3, 3, 256, 256), Geometry((2, 2), ((1, 1), (1, 1)))), ((64, 64),)),
+    (Shape((64, 16, 16, 256), (1, 1, 256, 512), Geometry((2, 2))), ((64, 64),)),
+)
+_THREADS = 128  # of a program: each announces its part of the bytes that a stage waits for
+_DUMPS = tempfile.mkdtemp(prefix='sparse_jax_gpu_')
+
+
+class Compiled(NamedTuple):
+    """One kernel's machine code."""
+
+    registers: int
+    spills: int  # bytes written and read because registers did not suffice
+    shared_memory: int  # bytes
+    seconds: float  # to lower and compile the program that holds it
+    step_operations: int  # of the tensor cores in one step of its loop
+    step_bytes: int  # copied into shared memory in one step
+    tensor_core: str  # the instruction
+    bulk_loads: int  # by TMA, in the program
+
+
+@functools.cache
+def compiled(
+    kernel: str, shape: Shape, block: tuple[int, int], config: config_lib.Config, dtype: str = 'bfloat16', capacity: int = 0
+) -> Compiled:
+    """Compiles one kernel and reads what came of it; ValueError where the compiler refuses.
+
+    Args:
+      kernel: one of gpu_model.KERNELS.
+      shape: of the product.
+      block: inputs and outputs.
+      config: tiles.
+      dtype: of x and w.
+      capacity: least number of units that the pattern has room for.
+    """
+    os.environ['MOSAIC_GPU_DUMP_TO'] = _DUMPS
+    place = SingleDeviceSharding(compile_only.devices('gpu')[0])
+    of = lambda x, kind=None: jax.ShapeDtypeStruct(x.shape, kind or x.dtype, sharding=place)
+    mask = gpu_model.random_mask(shape, block, 0.1)
+    pattern = jax.tree.map(of, kernels.make_pattern(mask, block=block, implementation='gpu', at_least=capacity))
+    run, arrays = gpu_model.function(kernel, shape, block, config)
+    before, begin = set(glob.glob(f'{_DUMPS}/*.ptx')), time.perf_counter()
+    with target.lowering_for('gpu'):
+        jax.jit(run).trace(*(of(x, jnp.dtype(dtype)) for x in arrays), pattern).lower(lowering_platforms=('cuda',)).compile()
+    spent = time.perf_counter() - begin
+    (path,) = set(glob.glob(f'{_DUMPS}/*.ptx')) - before
+    return _read(path, spent)
+
+
+def _read(path: str, spent: float) -> Compiled:
+    text = open(path).read()
+    done = subprocess.run(['ptxas', '-v', '-arch=sm_90a', path, '-o', f'{path}.cubin'], capture_output=True, text=True, check=True)
+    stores, loads = map(int, re.findall(r'(\d+) bytes spill (?:stores|loads)', done.stderr)[:2])
+    registers = int(re.search(r'Used (\d+) registers', done.stderr)[1])  # type: ignore[index]
+    operations, moved = _loop(text)
+    return Compiled(
+        registers,
+        stores + loads,
+        _shared_memory(path),
+        spent,
+        operations,
+        moved,
+        next(iter(re.findall(r'wgmma\.mma_async\.\S+', text)), ''),
+        len(re.findall(r'cp\.async\.bulk\.tensor\.\dd\.shared', text)),
+    )
+
+
+def _shared_memory(path: str) -> int:
+    """What the launch asks for, from the compiler's notes beside the machine code."""
+    resources = path.removesuffix('.ptx') + '.resources.txt'
+    if os.path.exists(resources):
+        return int(re.search(r'smem_scratch_bytes=(\d+)', open(resources).read())[1])  # type: ignore[index]
+    notes = open(path.removesuffix('.ptx') + '.mlir-passes.log').read()
+    return int(re.search(r'dynamic_shared_memory_size %c(\d+)_i32', notes)[1])  # type: ignore[index]
+
+
+def _loop(text: str) -> tuple[int, int]:
+    """Operations and bytes of one turn of the innermost loop that multiplies, as the machine code has it."""
+    lines = text.splitlines()
+    labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r'(\$L\w+):', line))}
+    jumps = [(labels[match[1]], i) for i, line in enumerate(lines) if (match := re.search(r'bra(?:\.uni)?\s+(\$L\w+);', line))]
+    own = [lines[low:high] for low, high in jumps if low < high and any('wgmma.mma_async' in line for line in lines[low:high])]
+    loop = min((part for part in own if any('expect_tx' in line for line in part)), key=len)
+    shapes = [re.search(r'wgmma\.mma_async\S*\.m(\d+)n(\d+)k(\d+)\.', line) for line in loop]
+    operations = sum(2 * math.prod(map(int, match.groups())) for match in shapes if match)
+    constants = dict(re.findall(r'mov\.[bu]32\s+(%r\d+), (\d+);', text))
+    announced = [re.search(r'expect_tx\S* .*, (%r\d+|\d+);', line) for line in loop]
+    return operations, _THREADS * sum(int(constants.get(match[1], match[1])) for match in announced if match)
+
+
+def cases() -> Iterator[tuple[str, Shape, tuple[int, int], config_lib.Config]]:
+    """Every kernel at every shape and block, with the config that the rule gives."""
+    for shape, blocks in CASES:
+        for block in blocks:
+            for kernel in gpu_model.KERNELS:
+                yield kernel, shape, block, config_lib.rule(kernel, block, shape.x[0])
+
+
+def print_report(error: Any = None) -> None:
+    """A table of all cases, in Markdown."""
+    print(
+        f'jax {jax.__version__}, NumPy {np.__version__}, compiled for sm_90a; errors by the interpreter where it can run the kernel.\n'
+    )
+    print(
+        '| kernel | shape | block | tiles: tokens, depth, stages, group | registers | spills | shared memory | compiled in | instruction |'
+    )
+    print('|---|---|---|---|---:|---:|---:|---:|---|')
+    for kernel, shape, block, config in cases():
+        row = compiled(kernel, shape, block, config)
+        tiles = f'{config.tokens}, {config.depth}, {config.stages}, {config.group}'
+        name = row.tensor_core.split('.')[4]
+        cells = (
+            kernel,
+            shape.name,
+            f'{block[0]}x{block[1]}',
+            tiles,
+            row.registers,
+            row.spills,
+            f'{row.shared_memory:,}',
+            f'{row.seconds:.1f} s',
+            f'wgmma {name}',
+        )
+        print('| ' + ' | '.join(map(str, cells)) + ' |', flush=True)
