@@ -2,13 +2,14 @@
 # make test    runs all tests
 # make lint    checks style and types
 # make figures measures how reliable runs are: kills, signals, damaged files (forty minutes); FLAGS=--reduced: seven
+# make test-gpu-aot, make test-tpu-aot   compile the kernels for a GPU and a TPU that need not be there, and run them in the interpreter
 # The first call makes a virtual environment in .venv and installs what requirements.txt pins. PYTHON=python3.12 picks another one.
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test test-core lint figures clean
+.PHONY: train test test-core test-gpu-aot test-tpu-aot lint figures clean
 
 train: $(VENV)/installed
 	$(RUN) launch.py --config=configs/mnist_lenet300.py:offline --workdir=runs/mnist_lenet300
@@ -19,6 +20,15 @@ test: $(VENV)/installed
 test-core: $(VENV)/installed
 	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist loadfile -m core
 
+# Environments of their own, with what compiles for devices that are not there. PYTHON=python3.12: the newest jax.
+AOT = .venv-aot-$(notdir $(PYTHON))
+
+test-gpu-aot: $(AOT)/gpu-installed
+	JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest -n 2 tests/test_gpu_kernels.py tests/test_gpu_aot.py
+
+test-tpu-aot: $(AOT)/tpu-installed
+	JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest -n 2 tests/test_tpu_kernels.py tests/test_tpu_aot.py
+
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -28,7 +38,12 @@ figures: $(VENV)/installed
 	JAX_PLATFORMS=cpu $(RUN) -m benchmarks.reliability $(FLAGS)
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) .venv-aot-* runs build *.egg-info
+
+$(AOT)/%-installed: requirements-%-aot.txt
+	$(MAKE) VENV=$(AOT) PYTHON=$(PYTHON) $(AOT)/installed
+	$(AOT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \

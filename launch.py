@@ -59,7 +59,9 @@ _RUNS = flags.DEFINE_multi_string(
     'runs', [], 'Folders with runs to report on, in place of --workdir, which the report is written to.'
 )
 _LOWER_ONLY = flags.DEFINE_string(
-    'lower_only', None, 'With --mode=train: cuda or tpu. Prints kernels, memory and collectives of the step on that platform; runs nothing.'
+    'lower_only',
+    None,
+    'With --mode=train: cuda or tpu. Prints kernels, memory and collectives of the step on that platform; runs nothing.',
 )
 _DISTRIBUTED = flags.DEFINE_boolean('distributed', False, 'Train on many hosts, this command running on each.')
 _COORDINATOR = flags.DEFINE_string('coordinator', None, 'With --distributed, where no cluster is detected: host:port of process 0.')

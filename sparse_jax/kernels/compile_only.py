@@ -7,7 +7,9 @@ process must run with ``JAX_PLATFORMS=cpu``: the plugin, started as usual, looks
 import contextlib
 import importlib.util
 import os
+import pathlib
 import shutil
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,9 +57,18 @@ def unavailable(platform: str) -> str:
         return '' if importlib.util.find_spec('libtpu') else f'there is no libtpu: {NEEDS["tpu"]}'
     with contextlib.suppress(ImportError):
         if importlib.util.find_spec('jax_plugins.xla_cuda13'):
+            _find_tools()
             missing = [name for name in ('ptxas', 'nvlink') if not shutil.which(name)]
             return f'there is no {" and no ".join(missing)} on the PATH: {NEEDS["gpu"]}' if missing else ''
     return f'there is no CUDA plugin for jax: {NEEDS["gpu"]}'
+
+
+def _find_tools() -> None:
+    """Puts the programs of NVIDIA's wheel on the PATH, where it has none."""
+    places = (pathlib.Path(folder) / 'nvidia' for folder in sys.path)
+    folders = [str(folder) for place in places for folder in place.glob('*/bin') if (folder / 'ptxas').exists()]
+    if folders and not (shutil.which('ptxas') and shutil.which('nvlink')):
+        os.environ['PATH'] = os.pathsep.join([os.environ.get('PATH', ''), *folders])
 
 
 def devices(platform: str, count: int = 1, *, gpu: str = 'h100') -> list[Any]:

@@ -32,7 +32,7 @@ class Pattern:
       shape: of the weight: [in, out], or [height, width, in, out].
       block: inputs and outputs of a unit; (1, 1) where single weights are units.
       implementation: which backend the layer takes; None: the one below, where it runs.
-      by_rule: the backend that its density suggests: on CPU ``'cpu'`` at 20% or less, elsewhere as measured (see rules.py), else
+      by_rule: where none is named, the backend that its density suggests: on CPU ``'cpu'`` at 20% or less, elsewhere as measured (see rules.py), else
         ``'reference'``.
       dense_gradient: whether the weight's gradient is wanted at all positions.
       name: of the layer, for messages.
@@ -130,7 +130,7 @@ def make_pattern(
     units = mask.reshape(-1, *mask.shape[-2:])  # [taps, inputs, outputs]
     count = int(np.count_nonzero(units))
     room = max(at_least, capacity(count, units.size))
-    by_rule = rules.by_rule(count / units.size, block or (1, 1))
+    by_rule = 'reference' if implementation else rules.by_rule(count / units.size, block or (1, 1))
 
     def listed(axes):
         """Units in compressed rows, in the order of these axes."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from sparse_jax import _names
 from sparse_jax.kernels import dispatch, lanes, reference
@@ -52,6 +53,11 @@ def _check(name: str, x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array, pattern
     split = pattern.split
     if pattern.indices.ndim != 1 + (split is not None and split.axis is not None):
         raise ValueError(f'{name}: the pattern holds several layers, one a row{where}: take one row, as lax.scan does.')
+    if not isinstance(pattern.pointers, Tracer) and (units := int(np.max(pattern.pointers))) > pattern.capacity:
+        raise ValueError(
+            f'{name}: the pattern lists {units} units and has room for {pattern.capacity}{where}: make it anew with make_pattern, whose '
+            'at_least= keeps a capacity that suffices.'
+        )
     if x.shape[-1] != w.shape[-2]:
         raise ValueError(
             f'{name}: x of shape {tuple(x.shape)} has {x.shape[-1]} features, w of shape {tuple(w.shape)} takes {w.shape[-2]}{where}.'

@@ -143,7 +143,9 @@ class LayerKernels:
         """The products that a device makes in a step with each sparse leaf, by tracing one."""
         experiment = self._experiment
         leaves = {path for path, mask in masks_lib.leaf_paths(masks) if np.ndim(mask)}
-        options: dict[str, Any] = dict(block=self._block, stacked=experiment.stacked, implementations=dict.fromkeys(leaves, target.platform()))
+        options: dict[str, Any] = dict(
+            block=self._block, stacked=experiment.stacked, implementations=dict.fromkeys(leaves, target.platform())
+        )
         patterns = sj.kernels.make_patterns(masks, **options, shardings=self._places)
         x = jax.ShapeDtypeStruct((self._examples, *experiment.example.shape[1:]), experiment.example.dtype)
         with choice.recorded() as calls:

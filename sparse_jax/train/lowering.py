@@ -185,7 +185,9 @@ def print_tables(lowered: Lowered) -> None:
         table.add_row(name, f'{size:,}')
     console.print(table)
     if lowered.collectives is None:
-        console.print(f'Only lowered: temporary memory and collectives are known after compiling. {lowered.why_not_compiled}', soft_wrap=True)
+        console.print(
+            f'Only lowered: temporary memory and collectives are known after compiling. {lowered.why_not_compiled}', soft_wrap=True
+        )
         return
     groups = collections.defaultdict(list)
     for one in lowered.collectives:

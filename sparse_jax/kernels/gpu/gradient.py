@@ -185,7 +185,7 @@ def _sums(x_gmem, dy_gmem, windows: Sequence[Callable], channel, pixels: int, ti
 
     def body(_, dy_smem, *x_smems, sums):
         for acc, x_smem in zip(sums, x_smems, strict=True):
-            plgpu.wgmma(acc, plgpu.transpose_ref(x_smem, (1, 0)), dy_smem)
+            plgpu.wgmma(acc, x_smem.transpose((1, 0)), dy_smem)
         plgpu.wgmma_wait(len(sums))  # the products of the step before are done: its stage may be filled again
 
     def main(*sums):

@@ -87,7 +87,7 @@ def product(
             return (tap, channel, source) if transposed else (tap, source, channel)
 
         def body(_, x_smem, w_smem, *, sums):
-            plgpu.wgmma(sums, x_smem, plgpu.transpose_ref(w_smem, (1, 0)) if transposed else w_smem)
+            plgpu.wgmma(sums, x_smem, w_smem.transpose((1, 0)) if transposed else w_smem)
             plgpu.wgmma_wait(1)  # the step before has been multiplied: its stage may be filled again
 
         def main(sums):

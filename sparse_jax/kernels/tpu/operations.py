@@ -45,7 +45,7 @@ def weight_gradient(x, dy, pattern: Pattern, geometry: Geometry, w_shape: tuple[
     pixels = pixels_lib.of_product(geometry, x.shape[1:3], dy.shape[1:3], w_shape[:2])
     padded = taps, *(-(-n // BLOCK) * BLOCK for n in w_shape[-2:])
     units, pointers = jnp.asarray(pattern.indices), jnp.asarray(pattern.pointers)
-    place = lambda units, outputs, unit: (units[unit] % taps, units[unit] // taps, outputs[unit])
+    place = lambda units, outputs, unit: (lax.rem(units[unit], taps), lax.div(units[unit], taps), outputs[unit])
     dw = _gradient(x, dy, units, _owners(pointers, len(units)), pointers[-1], pixels, jnp.zeros(padded, x.dtype), place)
     return dw[:, : w_shape[-2], : w_shape[-1]].reshape(w_shape)
 
@@ -111,7 +111,7 @@ def _product(x, w, units, pointers, pixels: np.ndarray, *, transposed: bool) -> 
         def _():
             sums_ref[...] = jnp.zeros_like(sums_ref)
 
-        @pl.when((unit < pointers[own + 1]) & (of_pixels[pixel * taps + units[unit] % taps] != zero))
+        @pl.when((unit < pointers[own + 1]) & (of_pixels[pixel * taps + lax.rem(units[unit], taps)] != zero))
         def _():
             over = ((1,), (1 if transposed else 0,)), ((), ())
             sums_ref[...] += lax.dot_general(x_ref[0], w_ref[0], over, preferred_element_type=jnp.float32)
@@ -121,11 +121,11 @@ def _product(x, w, units, pointers, pixels: np.ndarray, *, transposed: bool) -> 
             y_ref[0] = sums_ref[...].astype(y_ref.dtype)
 
     def of_x(tokens, pixel, unit, units, lists, pointers, of_pixels):
-        return of_pixels[pixel * taps + units[unit] % taps], tokens, units[unit] // taps
+        return of_pixels[pixel * taps + lax.rem(units[unit], taps)], tokens, lax.div(units[unit], taps)
 
     def of_w(tokens, pixel, unit, units, lists, pointers, of_pixels):
-        source = units[unit] // taps, lists[unit]
-        return units[unit] % taps, *(reversed(source) if transposed else source)
+        source = lax.div(units[unit], taps), lists[unit]
+        return lax.rem(units[unit], taps), *(reversed(source) if transposed else source)
 
     blocks = len(pointers) - 1
     grid = images.shape[1] // tile, len(pixels), jnp.maximum(pointers[-1], 1)
@@ -161,7 +161,7 @@ def _gradient(x, dy, units, outputs, count, pixels: np.ndarray, zeros, place, *,
         def _():
             sums_ref[...] = jnp.zeros_like(sums_ref)
 
-        @pl.when((unit < count[0]) & (of_pixels[step // tiles * taps + units[unit] % taps] != zero))
+        @pl.when((unit < count[0]) & (of_pixels[lax.div(step, tiles) * taps + lax.rem(units[unit], taps)] != zero))
         def _():
             over = ((0,), (0,)), ((), ())
             sums_ref[...] += lax.dot_general(x_ref[0], dy_ref[0], over, preferred_element_type=jnp.float32)
@@ -172,10 +172,10 @@ def _gradient(x, dy, units, outputs, count, pixels: np.ndarray, zeros, place, *,
             dw_ref[0] = sums.astype(dw_ref.dtype)
 
     def of_x(unit, step, units, outputs, of_pixels, count):
-        return of_pixels[step // tiles * taps + units[unit] % taps], step % tiles, units[unit] // taps
+        return of_pixels[lax.div(step, tiles) * taps + lax.rem(units[unit], taps)], lax.rem(step, tiles), lax.div(units[unit], taps)
 
     def of_dy(unit, step, units, outputs, of_pixels, count):
-        return step // tiles, step % tiles, outputs[unit]
+        return lax.div(step, tiles), lax.rem(step, tiles), outputs[unit]
 
     result = (1, 8, BLOCK) if summed else (1, BLOCK, BLOCK)
     dw = _call(

@@ -1,0 +1,24 @@
+"""Training steps with block patterns, as programs for a platform that is not here."""
+
+from configs import cifar10_vgg_d, lm_tiny
+from sparse_jax.train import lowering
+
+_BLOCK = {'cuda': 'block:64x64', 'tpu': 'block:128x128'}
+
+
+def transformer(platform: str) -> lowering.Lowered:
+    config = lm_tiny.get_config()
+    config.model.dtype, config.model.features, config.model.depth = 'bfloat16', 256, 2
+    config.sparsity.granularity, config.sparsity.density = _BLOCK[platform], 0.3
+    return lowering.lower(config, platform)
+
+
+def vgg_on_two_devices(platform: str) -> lowering.Lowered:
+    config = cifar10_vgg_d.get_config('offline')
+    config.model.dtype = 'bfloat16'
+    config.sparsity.granularity, config.mesh.data = _BLOCK[platform], 2
+    config.sparsity.dense = 'conv1_1/*,out/*' if platform == 'cuda' else 'conv1_*,conv2_1/*,out/*'
+    return lowering.lower(config, platform)
+
+
+steps = {'transformer': transformer, 'vgg on two devices': vgg_on_two_devices}

@@ -1,0 +1,122 @@
+"""Which backend runs a product: every refusal has its reason, and nothing runs elsewhere without a word."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_jax import kernels
+from sparse_jax.kernels import choice, dispatch, rules
+from sparse_jax.kernels.reference import Geometry
+
+pytestmark = pytest.mark.core
+
+
+def _operands(block=(64, 64), dtype=jnp.bfloat16, size=128, **options):
+    mask = np.kron(np.eye(size // block[0], dtype=bool), np.ones(block, bool))
+    w = jnp.asarray(mask, dtype)
+    return jnp.ones((64, size), dtype), w, kernels.make_pattern(mask, block=None if block == (1, 1) else block, **options)
+
+
+@pytest.mark.parametrize(
+    'platform, capability, block, dtype, implementation, reason',
+    [
+        ('cpu', '', (64, 64), 'bfloat16', 'gpu', 'it runs on an NVIDIA GPU, not on cpu'),
+        ('cpu', '', (128, 128), 'bfloat16', 'tpu', 'it runs on a TPU, not on cpu'),
+        ('gpu', '9.0', (128, 128), 'bfloat16', 'tpu', 'it runs on a TPU, not on gpu'),
+        ('gpu', '9.0', (64, 64), 'float32', 'cpu', 'it runs on CPU, not on gpu'),
+        ('gpu', '8.0', (64, 64), 'bfloat16', 'gpu', r'needs a Hopper GPU \(compute capability 9.0.*this one has 8.0'),
+        ('gpu', '10.0', (64, 64), 'bfloat16', 'gpu', 'needs a Hopper GPU .* this one has 10.0'),
+        ('gpu', '9.0', (64, 64), 'float32', 'gpu', 'bfloat16 and float16, got float32: set config.model.dtype=bfloat16'),
+        ('gpu', '9.0', (16, 16), 'bfloat16', 'gpu', 'sides of 32, 64, 128, got blocks of 16x16: .*block:64x64'),
+        ('gpu', '9.0', (1, 1), 'bfloat16', 'gpu', 'got single weights: train with sparsity.granularity=block:64x64'),
+        ('tpu', '', (64, 64), 'bfloat16', 'tpu', 'blocks of 128x128, as the compiler wants .* got blocks of 64x64'),
+        ('tpu', '', (128, 128), 'float16', 'tpu', 'bfloat16 and float32, got float16'),
+    ],
+)
+def test_a_named_implementation_is_refused_with_the_reason(platform, capability, block, dtype, implementation, reason):
+    x, w, pattern = _operands(block, jnp.dtype(dtype))
+    with kernels.lowering_for(platform, capability=capability), pytest.raises(NotImplementedError, match=reason):
+        kernels.sparse_dot(x, w, pattern, implementation=implementation)
+
+
+def test_float64_is_refused():
+    with jax.enable_x64(True):
+        x, w, pattern = _operands(dtype=jnp.float64)
+        with kernels.lowering_for('gpu'), pytest.raises(NotImplementedError, match='got float64'):
+            kernels.sparse_dot(x, w, pattern, implementation='gpu')
+
+
+def test_a_pattern_of_another_block_size_and_one_too_small_are_refused():
+    x, w, pattern = _operands(size=128)
+    with pytest.raises(ValueError, match='does not consist of whole blocks of 128x128'):
+        kernels.make_pattern(np.asarray(w, bool), block=(128, 128))
+    with pytest.raises(ValueError, match=r'w has shape \(128, 128\), its pattern is of shape \(64, 64\)'):
+        kernels.sparse_dot(x, w, kernels.make_pattern(np.ones((64, 64), bool), block=(64, 64)))
+    short = pattern.__class__(pattern.indices[:1], *jax.tree.leaves(pattern)[1:], pattern.shape, pattern.block)
+    with pytest.raises(ValueError, match='lists 2 units and has room for 1.*make_pattern'):
+        kernels.sparse_dot(x, w, short)
+
+
+def test_unknown_names_are_told():
+    x, w, pattern = _operands()
+    with pytest.raises(ValueError, match="implementation='gpus' does not exist. Did you mean 'gpu'"):
+        kernels.sparse_dot(x, w, pattern, implementation='gpus')
+    with pytest.raises(ValueError, match="platform='cuda' does not exist.*cpu, gpu, tpu"), kernels.lowering_for('cuda'):
+        pass
+
+
+def _fresh():
+    dispatch._say_once.cache_clear()
+    rules._say_once.cache_clear()
+
+
+def test_a_pattern_that_names_what_does_not_run_takes_the_reference_and_says_so_once(caplog):
+    _fresh()
+    x, w, pattern = _operands(implementation='gpu', name='fc1')
+    with caplog.at_level(logging.WARNING, 'sparse_jax'):
+        for _ in range(3):
+            got = kernels.sparse_dot(x, w, pattern)
+    np.testing.assert_array_equal(got, x @ w)
+    assert [r.getMessage() for r in caplog.records] == [
+        "sparse_jax: the reference multiplies fc1 instead of 'gpu': it runs on an NVIDIA GPU, not on cpu."
+    ]
+
+
+def test_none_takes_a_gpus_kernels_up_to_the_density_that_was_measured(tmp_path, monkeypatch, caplog):
+    """The table is a file of this user's, by kind of device; this machine's device stands in for a GPU's name."""
+    _fresh()
+    monkeypatch.setenv('SPARSE_JAX_CACHE', str(tmp_path))
+    monkeypatch.setattr(rules.target, 'platform', lambda: 'gpu')
+    with caplog.at_level(logging.WARNING, 'sparse_jax'):
+        assert rules.by_rule(0.1, (64, 64)) == 'reference'
+        assert rules.by_rule(0.1, (64, 64)) == 'reference'
+    assert len(caplog.records) == 1 and 'blocks of 64x64 were not measured on cpu' in caplog.text
+    rules.store((64, 64), 0.25)
+    assert [rules.by_rule(density, (64, 64)) for density in (0.1, 0.25, 0.3)] == ['gpu', 'gpu', 'reference']
+    assert rules.by_rule(0.01, (1, 1)) == 'reference'  # single weights: masked dense products, always
+
+
+def test_the_launchers_candidates_are_those_of_the_platform():
+    call = choice.Call('fc', (64, 1, 1, 128), (1, 1, 128, 128), Geometry(), (64, 64), 'bfloat16')
+    with kernels.lowering_for('gpu'):
+        assert choice.candidates(call) == ('dense', 'gpu')
+        assert choice.candidates(call._replace(block=(8, 8))) == ('dense',)
+        assert choice.candidates(call._replace(dtype='float32')) == ('dense',)
+    with kernels.lowering_for('tpu'):
+        assert choice.candidates(call._replace(block=(128, 128))) == ('dense', 'tpu')
+    assert choice.candidates(call) == ('dense',)
+
+
+def test_block_scores_of_the_reference_and_its_refusals():
+    random = np.random.default_rng(0)
+    x, dy = random.standard_normal((2, 3, 5)).astype(np.float32), random.standard_normal((2, 3, 7)).astype(np.float32)
+    dense = np.abs(np.tensordot(x, dy, ((0, 1), (0, 1))))
+    want = [[dense[i : i + 2, o : o + 4].sum() for o in (0, 4)] for i in (0, 2, 4)]
+    np.testing.assert_allclose(kernels.block_scores(x, dy, (5, 7), block=(2, 4)), want, rtol=1e-5)
+    with pytest.raises(NotImplementedError, match="implementation='gpu' does not run here: it runs on an NVIDIA GPU"):
+        kernels.block_scores(x, dy, (5, 7), block=(64, 64), implementation='gpu')
+    with pytest.raises(ValueError, match='do not fit'):
+        kernels.block_scores(x, dy, (5, 8), block=(2, 4))

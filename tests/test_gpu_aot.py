@@ -1,0 +1,71 @@
+"""The Hopper kernels by the real compiler, without a GPU: machine code, registers, spills, shared memory, and whole training steps.
+
+make test-gpu-aot [PYTHON=python3.12] installs what that takes.
+"""
+
+import jax
+import pytest
+
+from benchmarks import gpu_compile, gpu_model
+from sparse_jax.kernels import compile_only
+from sparse_jax.kernels.gpu import config as config_lib
+from tests.lowered import steps
+
+reason = compile_only.unavailable('gpu')
+pytestmark = pytest.mark.skipif(bool(reason), reason=f'{reason}: make test-gpu-aot')
+CASES = list(gpu_compile.cases())
+PRODUCT = {'forward': 'product', 'input_gradient': 'product'}
+
+
+@pytest.mark.parametrize('case', CASES, ids=lambda case: f'{case[0]} {case[1].name} {case[2][0]}x{case[2][1]}')
+def test_no_spills_tensor_cores_and_bytes_as_modelled(case):
+    kernel, shape, block, config = case
+    code = gpu_compile.compiled(*case)
+    assert code.spills == 0 and code.registers <= 255
+    assert config.bytes(kernel, block) <= code.shared_memory <= config_lib.SHARED_MEMORY
+    assert code.tensor_core.startswith('wgmma.mma_async.sync.aligned.m64n') and '.f32.bf16.bf16' in code.tensor_core
+    assert code.bulk_loads >= 2 and config.stages >= 3
+    traced = gpu_model.step(kernel, shape, block, config)
+    assert (code.step_operations, code.step_bytes) == (traced.operations, traced.bytes)
+    # kernels.md's model: both tiles of a step, and the products of all their elements
+    rows, columns = block
+    if kernel in PRODUCT:
+        depth, width = (rows, columns) if kernel == 'forward' else (columns, rows)
+        depth = min(depth, config.depth)
+        model = 2 * config.tokens * depth * width, 2 * depth * (config.tokens + width)
+    else:
+        wide = config_lib.window(kernel, rows) * config.group
+        model = 2 * config.tokens * wide * columns, 2 * config.tokens * (wide + columns)
+    for counted, expected in zip((code.step_operations, code.step_bytes), model, strict=True):
+        assert abs(counted - expected) <= 0.1 * expected
+
+
+@pytest.mark.parametrize('block', ((32, 32), (64, 64), (128, 128)))
+@pytest.mark.parametrize('kernel', gpu_model.KERNELS)
+def test_every_config_of_the_sweep_compiles_without_spills(kernel, block):
+    shape = gpu_model.SHAPES[0]
+    for config in config_lib.candidates(kernel, block, shape.x[0])[::3]:  # a third of them here; the sweep on a GPU has all
+        code = gpu_compile.compiled(kernel, shape, block, config, 'float16')
+        assert code.spills == 0, config
+        assert code.shared_memory <= config_lib.SHARED_MEMORY
+
+
+def test_too_large_tiles_are_refused_by_the_compiler_as_by_the_rule():
+    config = config_lib.Config(tokens=256, stages=6)
+    assert not config.fits('forward', (128, 128))
+    with pytest.raises(ValueError, match='shared memory'):
+        gpu_compile.compiled('forward', gpu_model.SHAPES[0], (128, 128), config)
+
+
+@pytest.mark.parametrize('name', steps)
+def test_whole_training_steps_compile_and_their_collectives_are_counted(name):
+    lowered = steps[name]('cuda')
+    assert lowered.memory is not None and lowered.memory['temporary'] > 0 and lowered.collectives is not None
+    sums = [c for c in lowered.collectives if c.kind == 'all-reduce']
+    if name == 'transformer':
+        assert not lowered.collectives
+    else:  # gradients are summed over the parts of a batch
+        least = 4 * sum(leaf for leaf in (3 * 3 * 64 * 64, 512 * 512))
+        assert sum(c.bytes for c in sums) > least
+        assert not [c for c in lowered.collectives if c.kind == 'all-to-all']
+    assert jax.default_backend() == 'cpu'

@@ -1,0 +1,126 @@
+"""The Hopper kernels in Mosaic GPU's interpreter, which simulates copies, barriers and tensor cores and looks for races, against float64.
+
+The interpreter of jax before 0.11 knows no transposed operands, which both gradients have: make test-gpu-aot PYTHON=python3.12.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_jax import kernels
+from sparse_jax.kernels.gpu import config as config_lib
+from tests.block_cases import NONE, SAME, errors, matrix, rounding, score_error
+
+BF16, F16 = jnp.bfloat16, jnp.float16
+gradients = jax.__version_info__ >= (0, 11)
+needs_gradients = pytest.mark.skipif(
+    not gradients, reason='the interpreter of jax before 0.11: make test-gpu-aot PYTHON=python3.12'
+)
+
+# Of a third list nothing is there, and a fourth is full: see kernel_cases.make.
+CASES = {
+    'whole tiles': (matrix(128, 128, 256), (64, 64), BF16),
+    'edges, tokens that fill no tile': (matrix(100, 150, 200), (64, 64), BF16),
+    'float16': (matrix(64, 192, 256), (64, 64), F16),
+    'small blocks': (matrix(64, 100, 160), (32, 32), BF16),
+    'large blocks': (matrix(130, 256, 384), (128, 128), BF16),
+    'blocks of other sides': (matrix(64, 128, 160), (64, 32), BF16),
+    'nothing at all': (matrix(64, 64, 64, 0.0), (64, 64), BF16),
+    'everything': (matrix(64, 192, 64, 1.0), (64, 64), BF16),
+    'one token': (matrix(1, 64, 192), (64, 64), BF16),
+    '3x3': ((16, 4, 3, 64, 200, (3, 3), (1, 1), SAME, (1, 1), 0.4), (64, 64), BF16),
+    '3x3 at a stride': ((20, 5, 4, 64, 96, (3, 3), (2, 2), ((1, 1), (0, 1)), (1, 1), 0.4), (32, 32), BF16),
+    '1x1 at a stride': ((16, 4, 4, 64, 192, (1, 1), (2, 2), NONE, (1, 1), 0.5), (64, 64), F16),
+    'dilated, wide padding': ((64, 4, 4, 64, 64, (2, 2), (1, 2), ((2, 1), (1, 0)), (2, 1), 0.5), (64, 64), BF16),
+}
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_products_and_both_gradients_equal_float64(name):
+    case, block, dtype = CASES[name]
+    assert max(errors(case, block, 'gpu', dtype, 3 if gradients else 1)) <= rounding(dtype)
+
+
+@needs_gradients
+@pytest.mark.parametrize('name', ('edges, tokens that fill no tile', 'small blocks', 'large blocks', '3x3 at a stride'))
+def test_block_scores_equal_float64(name):
+    case, block, dtype = CASES[name]
+    assert score_error(case, block, 'gpu', dtype) < 1e-6
+
+
+@pytest.mark.parametrize('counts', ([4, 0, 1], [1, 1, 1], [4, 4, 4]))
+@pytest.mark.parametrize('group', (1, 4))
+def test_unbalanced_lists_whatever_a_program_owns(counts, group):
+    """Units of three blocks of outputs, by the longest, shortest and full lists; forward alone has no groups."""
+    if group > 1 and not gradients:
+        pytest.skip('the interpreter of jax before 0.11: make test-gpu-aot PYTHON=python3.12')
+    from sparse_jax.kernels.gpu import operations
+    from sparse_jax.kernels.reference import Geometry
+
+    random, size = np.random.default_rng(0), 32
+    units = np.stack([random.permutation(4) < count for count in counts], axis=1)
+    mask = np.kron(units, np.ones((size, size))).astype(bool)
+    x, dy = (jnp.asarray(random.standard_normal((64, 1, 1, n)), BF16) for n in mask.shape)
+    w = jnp.asarray(random.standard_normal((1, 1, *mask.shape)) * mask, BF16)
+    pattern = kernels.make_pattern(mask, block=(size, size))
+    with kernels.lowering_for('gpu', interpret=True):
+        if group == 1:
+            got, want = operations.forward(x, w, pattern, Geometry()), np.float64(x[:, 0, 0]) @ np.float64(w[0, 0])
+        else:
+            config = config_lib.Config(tokens=64, stages=3, group=group)
+            got = operations.weight_gradient(x, dy, pattern, Geometry(), w.shape, config)
+            want = np.float64(x[:, 0, 0]).T @ np.float64(dy[:, 0, 0]) * mask
+    assert np.abs(np.float64(got).reshape(want.shape) - want).max() <= rounding(BF16) * np.abs(want).max()
+
+
+def test_other_contents_and_a_grown_capacity_are_right_and_compile_once_a_capacity():
+    block, shape = (64, 64), (192, 128)
+    mask = lambda units: np.kron(np.array(units), np.ones(block)).astype(bool)
+    few, others = mask([[1, 0], [0, 0], [0, 0]]), mask([[0, 1], [1, 0], [1, 1]])
+    x = jax.random.normal(jax.random.key(0), (64, shape[0]), BF16)
+    w = jax.random.normal(jax.random.key(1), shape, BF16)
+    own_pattern = functools.partial(kernels.make_pattern, block=block, implementation='gpu')
+    first = own_pattern(few)
+    with kernels.lowering_for('gpu', interpret=True):
+        run = jax.jit(lambda w, pattern: kernels.sparse_dot(x, w, pattern))
+        wide = own_pattern(others, at_least=first.capacity + 4)
+        for own, pattern, programs in (
+            (few, first, 1),
+            (others, own_pattern(others, at_least=first.capacity), 1),
+            (others, wide, 2),
+        ):
+            got, want = run(w * own, pattern), np.float64(x) @ (np.float64(w) * own)
+            assert np.abs(np.float64(got) - want).max() <= rounding(BF16) * np.abs(want).max()
+            assert run._cache_size() == programs
+
+
+@needs_gradients
+def test_gradients_inside_a_scan_over_stacked_layers_and_on_a_mesh():
+    from sparse_jax import sharding
+
+    random, block = np.random.default_rng(0), (32, 32)
+    masks = np.kron(random.random((2, 2, 4)) < 0.5, np.ones(block)).astype(bool).reshape(2, 64, 128)
+    w = jnp.asarray(random.standard_normal(masks.shape) * masks, BF16)
+    x = jnp.asarray(random.standard_normal((64, 64)), BF16)
+    stacked = kernels.make_patterns({'w': masks}, block=block, stacked=lambda *_: True, implementations={'w': 'gpu'})['w']
+
+    def loss(w):
+        return jax.lax.scan(
+            lambda total, row: (total + kernels.sparse_dot(x, row[0], row[1]).astype(jnp.float32).sum(), None), 0.0, (w, stacked)
+        )[0]
+
+    with kernels.lowering_for('gpu', interpret=True):
+        got = np.asarray(jax.jit(jax.grad(loss))(w), np.float64)
+    want = np.broadcast_to(np.float64(x).sum(0)[:, None], masks.shape) * masks
+    assert np.abs(got - want).max() <= rounding(BF16) * np.abs(want).max()
+
+    mesh = sharding.make_mesh(1, 2, devices=jax.devices()[:2])
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, 'model'))
+    divided = kernels.make_patterns({'w': masks[0]}, block=block, implementations={'w': 'gpu'}, shardings={'w': place})['w']
+    with kernels.lowering_for('gpu', interpret=True):
+        y = jax.jit(lambda w: kernels.sparse_dot(x, w, divided))(jax.device_put(w[0], place))
+    want = np.float64(x) @ np.float64(w[0])
+    assert divided.split is not None and np.abs(np.float64(y) - want).max() <= rounding(BF16) * np.abs(want).max()

@@ -1,0 +1,70 @@
+"""Training steps lowered for platforms that are not here, by the launcher."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from sparse_jax.kernels import compile_only
+from tests.lowered import steps
+
+_ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize('name', steps)
+@pytest.mark.parametrize('platform', ('cuda', 'tpu'))
+def test_every_sparse_layer_of_the_step_is_on_the_platforms_kernels(name, platform, monkeypatch):
+    monkeypatch.setattr(compile_only, 'unavailable', lambda platform: 'of the test')  # to lower takes seconds, to compile a minute
+    lowered = steps[name](platform)
+    backend = {'cuda': 'gpu', 'tpu': 'tpu'}[platform]
+    assert set(lowered.layers.values()) == {(backend, '')}
+    layers = {'transformer': 7, 'vgg on two devices': 14 if platform == 'cuda' else 12}[name]
+    assert lowered.kernels == dict.fromkeys(('forward', 'input_gradient', 'weight_gradient'), layers)
+    assert lowered.text.count('mosaic_gpu' if platform == 'cuda' else '@tpu_custom_call') >= 3 * layers
+    assert lowered.memory is None and lowered.collectives is None and lowered.why_not_compiled == 'of the test'
+    assert lowered.state_bytes > 10**6 and jax.default_backend() == 'cpu'
+
+
+def _launch(*arguments):
+    command = [sys.executable, 'launch.py', '--config=configs/lm_tiny.py', *arguments]
+    return subprocess.run(command, cwd=_ROOT, env=os.environ | {'JAX_PLATFORMS': 'cpu'}, capture_output=True, text=True)
+
+
+def test_the_launcher_prints_tables_and_makes_nothing(tmp_path):
+    own = ('--config.model.dtype=bfloat16', '--config.model.depth=1', '--config.sparsity.granularity=block:64x64')
+    done = _launch('--mode=train', '--lower_only=cuda', f'--workdir={tmp_path}/x', *own)
+    assert done.returncode == 0, done.stderr
+    for words in ('layers/mlp/up/kernel', 'gpu', 'weight_gradient', 'training state'):
+        assert words in done.stdout
+    assert 'collectives' in done.stdout and not (tmp_path / 'x').exists()
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (('--lower_only=rocm',), "--lower_only='rocm': must be cuda or tpu."),
+        (('--lower_only=cuda', '--mode=evaluate'), '--lower_only has no meaning with --mode=evaluate'),
+        (
+            ('--lower_only=cuda', '--config.sparsity.kernels=tpu'),
+            "config.sparsity.kernels='tpu' does not run here: it runs on a TPU",
+        ),
+        (('--lower_only=cuda', '--config.sparsity.kernels=gpu'), 'got float32: set config.model.dtype=bfloat16'),
+    ],
+)
+def test_wrong_flags_are_told_in_one_line(arguments, message):
+    done = _launch(*arguments)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_what_cannot_be_compiled_for_says_what_is_missing(monkeypatch):
+    monkeypatch.setenv('JAX_PLATFORMS', 'cuda')
+    assert compile_only.unavailable('gpu') == 'JAX_PLATFORMS must be cpu'
+    monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+    monkeypatch.setattr(compile_only.importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(ValueError, match='nothing can be compiled for a GPU here: there is no CUDA plugin for jax: pip install'):
+        compile_only.devices('gpu')
+    with pytest.raises(ValueError, match='there is no libtpu: pip install'):
+        compile_only.devices('tpu')
