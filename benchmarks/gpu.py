@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import gpu_compile, gpu_model
+from benchmarks.gpu_check import CHECKED, arguments, check, operands
 from benchmarks.gpu_model import Shape
 from sparse_jax import kernels
 from sparse_jax.kernels import products, reference, rules, target
@@ -32,73 +33,6 @@ from sparse_jax.kernels.reference import Geometry
 BLOCKS = ((32, 32), (64, 64), (128, 128))
 _PRODUCTS = gpu_model.KERNELS[:3]
 _SMALL = (Shape((64, 1, 1, 128), (1, 1, 128, 128)), Shape((64, 2, 2, 64), (3, 3, 64, 64), Geometry(padding=((1, 1), (1, 1)))))
-
-# What --check runs: edges, strides, images that fill no tile, one of each kind.
-CHECKED = (
-    Shape((1000, 1, 1, 1000), (1, 1, 1000, 600)),
-    Shape((128, 1, 1, 512), (1, 1, 512, 256)),
-    Shape((48, 9, 7, 96), (3, 3, 96, 160), Geometry(padding=((1, 1), (1, 1)))),
-    Shape((64, 8, 8, 128), (3, 3, 128, 128), Geometry((2, 2), ((1, 1), (1, 1)))),
-    Shape((64, 8, 8, 128), (1, 1, 128, 256), Geometry((2, 2))),
-)
-
-
-def operands(shape: Shape, block: tuple[int, int], sparsity: float, dtype: Any = jnp.bfloat16) -> tuple[Any, ...]:
-    """x, w, dy and the pattern."""
-    random, mask = np.random.default_rng(0), gpu_model.random_mask(shape, block, 1 - sparsity)
-    draw = lambda s: jnp.asarray(random.standard_normal(s, np.float32), dtype)
-    pattern = jax.device_put(kernels.make_pattern(mask, block=block, implementation='gpu'))
-    return draw(shape.x), draw(shape.w) * mask.astype(dtype), draw(shape.y), pattern
-
-
-def arguments(kernel: str, x, w, dy, pattern) -> tuple[Any, ...]:
-    return {'forward': (x, w, pattern), 'input_gradient': (dy, w, pattern)}.get(kernel, (x, dy, pattern))
-
-
-def expected(kernel: str, shape: Shape, x, w, dy, pattern, block: tuple[int, int]) -> jax.Array:
-    """What the reference gives in float32, for the same rounded operands."""
-    x, w, dy = (value.astype(jnp.float32) for value in (x, w, dy))
-    with jax.default_matmul_precision('highest'):
-        if kernel == 'forward':
-            return reference.forward(x, w, pattern, shape.geometry)
-        if kernel == 'input_gradient':
-            return reference.input_gradient(dy, w, pattern, shape.geometry, shape.x)
-        if kernel == 'weight_gradient':
-            return reference.weight_gradient(x, dy, pattern, shape.geometry, shape.w)
-        own: dict[str, Any] = dict(strides=shape.geometry.strides, padding=shape.geometry.padding, block=block)
-        return kernels.block_scores(x, dy, shape.w, **own, implementation='reference')
-
-
-def error(kernel: str, shape: Shape, block: tuple[int, int], sparsity: float = 0.7, dtype: Any = jnp.bfloat16) -> float:
-    """Largest difference of a kernel from the reference, as a part of the largest value."""
-    own = operands(shape, block, sparsity, dtype)
-    run, _ = gpu_model.function(kernel, shape, block)
-    got = np.asarray(jax.jit(run)(*arguments(kernel, *own)), np.float64)
-    want = np.asarray(expected(kernel, shape, *own, block), np.float64)
-    if got.shape != want.shape:
-        raise AssertionError(f'{kernel} of {shape.name}: shape {got.shape} instead of {want.shape}')
-    return float(np.abs(got - want).max() / max(np.abs(want).max(), 1e-30))
-
-
-BOUNDS = {jnp.bfloat16: 2**-7, jnp.float16: 2**-10}  # one rounding of the result, at the largest value
-
-
-def check(shapes: tuple[Shape, ...], blocks=BLOCKS, names=gpu_model.KERNELS) -> None:
-    """Every kernel against the reference; AssertionError where one is wrong."""
-    print('| shape | block | type | ' + ' | '.join(names) + ' |\n|---|---|---|' + '---:|' * len(names))
-    wrong = []
-    for shape in shapes:
-        for block in blocks:
-            for dtype, bound in BOUNDS.items():
-                errors = [error(kernel, shape, block, dtype=dtype) for kernel in names]
-                wrong += [
-                    f'{kernel}, {shape.name}, {block}: {e:.1e}' for kernel, e in zip(names, errors, strict=True) if not e <= bound
-                ]
-                cells = ' | '.join(f'{e:.1e}' for e in errors)
-                print(f'| {shape.name} | {block[0]}x{block[1]} | {jnp.dtype(dtype).name} | {cells} |', flush=True)
-    if wrong:
-        raise AssertionError('not equal to the reference: ' + '; '.join(wrong))
-    print('\nall equal to the reference within one rounding\n')
 
 
 def seconds(run: Callable, *operands, rounds: int) -> float:
@@ -218,7 +152,7 @@ def main() -> None:
     if reason := kernels.unsupported('gpu', jnp.bfloat16, (64, 64)):
         parser.error(f'no measurement here: {reason}. --predict and --compile need no GPU, --dry_run neither.')
     if asked.check:
-        check(CHECKED)
+        check(CHECKED, BLOCKS)
     sweep(gpu_model.SHAPES, BLOCKS, gpu_model.SPARSITIES)
 
 

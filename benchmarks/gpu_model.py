@@ -35,8 +35,8 @@ KERNELS = ('forward', 'input_gradient', 'weight_gradient', 'scores')
 class Shape(NamedTuple):
     """A product to be made."""
 
-    x: tuple[int, int, int, int]  # [batch, height, width, in]; a matrix product has one pixel
-    w: tuple[int, int, int, int]  # [height, width, in, out]
+    x: tuple[int, ...]  # [batch, height, width, in]; a matrix product has one pixel
+    w: tuple[int, ...]  # [height, width, in, out]
     geometry: Geometry = Geometry()
 
     @property
@@ -45,7 +45,7 @@ class Shape(NamedTuple):
 
     @property
     def name(self) -> str:
-        if self.w[:2] == (1, 1):
+        if self.x[1:3] == (1, 1):
             return f'{self.x[0]} tokens, {self.w[2]} to {self.w[3]}'
         taps, stride = f'{self.w[0]}x{self.w[1]}', self.geometry.strides[0]
         images = f'{self.x[0]}x{self.x[1]}x{self.x[2]}'
@@ -81,7 +81,7 @@ class Cost(NamedTuple):
 
     operations: float  # of the tensor cores, those for tiles' empty parts too
     cache_bytes: float  # from the second-level cache into shared memory, and results
-    memory_bytes: float  # each operand that is needed and each result once; copies that zeros are added in
+    memory_bytes: float  # each operand that is needed and each result once; copies in which zeros are added
 
     def seconds(self, rate: str, gpu: str) -> float:
         return max(self.parts(rate, gpu).values())
@@ -186,7 +186,7 @@ def cost(kernel: str, shape: Shape, block: tuple[int, int], sparsity: float, con
         pixels = math.prod((shape.y if kernel == 'forward' else shape.x)[1:3])
         phases = math.prod(shape.geometry.strides) if kernel == 'input_gradient' else 1
         steps = int(counts.sum()) * (depth // min(depth, config.depth)) * images * pixels / phases
-        memory = size * (source + result + int(mask.sum()) + (2 * source if pads else 0))
+        memory = size * (source + result + int(mask.sum()) + (2 * mask.size if pads else 0))
         return Cost(steps * one.operations, steps * one.bytes + size * result, memory)
     loops = images * math.prod(shape.y[1:3])
     if kernel == 'weight_gradient':

@@ -10,7 +10,6 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 from jax.experimental import topologies
@@ -95,24 +94,19 @@ def devices(platform: str, count: int = 1, *, gpu: str = 'h100') -> list[Any]:
     most = next((name for size, name in _TPUS if size >= count), None)
     if most is None:
         raise ValueError(f'count={count} is more than the {_TPUS[-1][0]} TPUs of the largest topology.')
-    with _quiet():
-        return list(topologies.get_topology_desc(most, platform='tpu').devices)[:count]
+    _alone()
+    return list(topologies.get_topology_desc(most, platform='tpu').devices)[:count]
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """libtpu looks for the machine's own TPUs, writes pages when there are none, and waits for a server that would know."""
+def _alone() -> None:
+    """libtpu looks for the machine's own TPUs, writes pages when there are none, waits for a server that would know, and keeps other
+    processes from loading it; unless it is told."""
     own = {
         'TPU_SKIP_MDS_QUERY': '1',
         'TPU_ACCELERATOR_TYPE': 'v5litepod-1',
         'TPU_WORKER_HOSTNAMES': 'localhost',
         'TPU_WORKER_ID': '0',
+        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
     }
-    before = {name: os.environ.get(name) for name in own}
-    os.environ.update({name: value for name, value in own.items() if before[name] is None})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
+    for name, value in own.items():
+        os.environ.setdefault(name, value)

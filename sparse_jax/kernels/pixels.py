@@ -5,7 +5,7 @@ import numpy as np
 from sparse_jax.kernels.reference import Geometry
 
 
-def of_product(geometry: Geometry, inputs: tuple[int, int], outputs: tuple[int, int], taps: tuple[int, int]) -> np.ndarray:
+def of_product(geometry: Geometry, inputs: tuple[int, ...], outputs: tuple[int, ...], taps: tuple[int, ...]) -> np.ndarray:
     """int32[pixels of the result, taps]: which pixel of the images a tap reads; outside them the one after the last.
 
     >>> of_product(Geometry(padding=((0, 0), (1, 1))), (1, 3), (1, 3), (1, 3))
@@ -19,7 +19,7 @@ def of_product(geometry: Geometry, inputs: tuple[int, int], outputs: tuple[int, 
     return _inside(h, w, inputs)
 
 
-def of_gradient(geometry: Geometry, inputs: tuple[int, int], outputs: tuple[int, int], taps: tuple[int, int]) -> np.ndarray:
+def of_gradient(geometry: Geometry, inputs: tuple[int, ...], outputs: tuple[int, ...], taps: tuple[int, ...]) -> np.ndarray:
     """int32[pixels of the images, taps]: which pixel of the result a tap wrote to; where there is none the one after the last."""
 
     def side(n, k, s, pad, d):
@@ -27,10 +27,11 @@ def of_gradient(geometry: Geometry, inputs: tuple[int, int], outputs: tuple[int,
         return np.where(at % s, -1, at // s)
 
     sides = zip(inputs, taps, *geometry, strict=True)
-    return _inside(*(side(*of) for of in sides), outputs)
+    h, w = (side(*of) for of in sides)
+    return _inside(h, w, outputs)
 
 
-def _inside(h: np.ndarray, w: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _inside(h: np.ndarray, w: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """Numbers of pixels from rows [pixel rows, tap rows] and columns likewise."""
     h, w = h[:, None, :, None], w[None, :, None, :]
     inside = (h >= 0) & (h < size[0]) & (w >= 0) & (w < size[1])

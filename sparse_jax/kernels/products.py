@@ -53,7 +53,9 @@ def _check(name: str, x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array, pattern
     split = pattern.split
     if pattern.indices.ndim != 1 + (split is not None and split.axis is not None):
         raise ValueError(f'{name}: the pattern holds several layers, one a row{where}: take one row, as lax.scan does.')
-    if not isinstance(pattern.pointers, Tracer) and (units := int(np.max(pattern.pointers))) > pattern.capacity:
+    listed = pattern.pointers
+    known = not isinstance(listed, Tracer) and getattr(listed, 'is_fully_addressable', True)
+    if known and (units := int(np.asarray(listed).max())) > pattern.capacity:
         raise ValueError(
             f'{name}: the pattern lists {units} units and has room for {pattern.capacity}{where}: make it anew with make_pattern, whose '
             'at_least= keeps a capacity that suffices.'

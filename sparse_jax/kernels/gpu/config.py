@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparse_jax.kernels import stored, target
 
+ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]  # sums in registers
 SHARED_MEMORY = 232_448  # bytes that a program may have on Hopper
 _OF_TWO = 114_688  # bytes up to which two programs share a multiprocessor: one loads while the other multiplies
 _BARRIERS = 1024  # bytes at most

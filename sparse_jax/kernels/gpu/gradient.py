@@ -16,6 +16,7 @@ A tensor core's result has 64 rows. A block with 32 inputs is multiplied togethe
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparse_jax.kernels.gpu.config import Config, swizzled
+from sparse_jax.kernels.gpu.config import ACC, Config, swizzled
 from sparse_jax.kernels.gpu.config import window as window_rows
 
 
@@ -181,7 +182,7 @@ def scores(
 def _sums(x_gmem, dy_gmem, windows: Sequence[Callable], channel, pixels: int, tile: tuple[int, int], config: Config) -> list:
     """x.T @ dy over all images and pixels, for each window of x and one block of dy: float32 of this tile, in registers."""
     rows, columns = tile
-    own = dict(transforms=swizzled(x_gmem.dtype, rows, columns), delay_release=1)
+    own: Any = dict(transforms=swizzled(x_gmem.dtype, rows, columns), delay_release=1)
 
     def body(_, dy_smem, *x_smems, sums):
         for acc, x_smem in zip(sums, x_smems, strict=True):
@@ -199,4 +200,4 @@ def _sums(x_gmem, dy_gmem, windows: Sequence[Callable], channel, pixels: int, ti
         )(dy_gmem, *[x_gmem] * len(windows))
         return [acc[...] for acc in sums]
 
-    return pl.run_scoped(main, *[plgpu.ACC(tile, jnp.float32)] * len(windows))
+    return pl.run_scoped(main, *[ACC(tile, jnp.float32)] * len(windows))

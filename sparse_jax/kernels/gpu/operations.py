@@ -1,7 +1,7 @@
 """The products of reference.py on the kernels.
 
-Images [batch, height, width, channels] are read as [batch, pixels, channels], of a matrix product with one pixel. A tap that lies outside
-an image reads one more pixel of zeros, which is all the padding there is.
+Images [batch, height, width, channels] are read as [batch, pixels, channels], of a matrix product with one pixel. All the padding there is,
+where taps lie outside of images, is one more tap of zeros (in products) or one more pixel of zeros (in the weight gradient).
 """
 
 import math
@@ -26,8 +26,8 @@ def forward(x, w, pattern: Pattern, geometry: Geometry, config: Config | None = 
     result = geometry.output_shape(x.shape, w.shape)
     pixels = pixels_lib.of_product(geometry, x.shape[1:3], result[1:3], w.shape[:2])
     y = product(
-        _images(x, pixels, config.tokens, pattern.block[0]),
-        _weight(w, pattern.block),
+        _images(x, config.tokens, pattern.block[0]),
+        _weight(w, pattern.block, pixels.max() == x.shape[1] * x.shape[2]),
         jnp.asarray(pattern.indices),
         jnp.asarray(pattern.pointers),
         jnp.asarray(pixels),
@@ -50,8 +50,8 @@ def input_gradient(
     height, width = geometry.strides
     at = np.arange(x_shape[1])[:, None] % height * width + np.arange(x_shape[2]) % width
     dx = product(
-        _images(dy, pixels, config.tokens, pattern.block[1]),
-        _weight(w, pattern.block),
+        _images(dy, config.tokens, pattern.block[1]),
+        _weight(w, pattern.block, pixels.max() == dy.shape[1] * dy.shape[2]),
         units,
         pointers,
         jnp.asarray(pixels),
@@ -73,8 +73,8 @@ def weight_gradient(
     taps = math.prod(w_shape[:-2])
     pixels = pixels_lib.of_product(geometry, x.shape[1:3], dy.shape[1:3], w_shape[:2])
     dw = gradient(
-        _images(x, pixels, config.tokens, config_lib.window('weight_gradient', rows)),
-        _images(dy, None, config.tokens, columns),
+        _images(x, config.tokens, config_lib.window('weight_gradient', rows), pixels.max() == x.shape[1] * x.shape[2]),
+        _images(dy, config.tokens, columns),
         jnp.asarray(pattern.indices),
         jnp.asarray(pattern.pointers),
         jnp.asarray(pixels),
@@ -95,8 +95,8 @@ def block_scores(
     taps = math.prod(w_shape[:-2])
     pixels = pixels_lib.of_product(geometry, x.shape[1:3], dy.shape[1:3], w_shape[:2])
     sums = scores(
-        _images(x, pixels, config.tokens, config_lib.window('scores', block[0])),
-        _images(dy, None, config.tokens, block[1]),
+        _images(x, config.tokens, config_lib.window('scores', block[0]), pixels.max() == x.shape[1] * x.shape[2]),
+        _images(dy, config.tokens, block[1]),
         jnp.asarray(pixels),
         block=block,
         config=config,
@@ -116,20 +116,19 @@ def _interpreter():
     return params.InterpretGPUParams(detect_races=True)
 
 
-def _images(x, pixels: np.ndarray | None, tokens: int, channels: int) -> jax.Array:
-    """[images, pixels, channels] of whole tiles, with a pixel of zeros at the end where one is read."""
+def _images(x, tokens: int, channels: int, zeros: bool = False) -> jax.Array:
+    """[images, pixels, channels] of whole tiles, with a pixel of zeros at the end where that is wanted."""
     batch, height, width, features = x.shape
-    more = int(pixels is not None and pixels.max() == height * width)
-    x = x.reshape(batch, height * width, features)
-    widths = (0, -batch % tokens), (0, more), (0, -features % channels)
-    return jnp.pad(x, widths) if any(high for _, high in widths) else x
+    return _padded(x.reshape(batch, height * width, features), -batch % tokens, int(zeros), -features % channels)
 
 
-def _weight(w, block: tuple[int, int]) -> jax.Array:
-    """[taps, in, out] of whole blocks."""
-    w = w.reshape(-1, *w.shape[-2:])
-    widths = (0, 0), (0, -w.shape[1] % block[0]), (0, -w.shape[2] % block[1])
-    return jnp.pad(w, widths) if any(high for _, high in widths) else w
+def _weight(w, block: tuple[int, int], zeros: bool) -> jax.Array:
+    """[taps, in, out] of whole blocks, with a tap of zeros at the end where that is wanted."""
+    return _padded(w.reshape(-1, *w.shape[-2:]), int(zeros), -w.shape[-2] % block[0], -w.shape[-1] % block[1])
+
+
+def _padded(x, *more: int) -> jax.Array:
+    return jnp.pad(x, [(0, n) for n in more]) if any(more) else x
 
 
 def _by_phase(pattern: Pattern, geometry: Geometry, taps: tuple[int, int]) -> tuple[jax.Array, jax.Array]:

@@ -7,13 +7,15 @@ owns a tile of images at one pixel of the result and one block of its channels. 
 
 with both tiles brought by TMA in a ring of stages, read straight from the images and from the dense weight: nothing is packed, and no
 value is copied when masks change. Sums stay in registers; no two programs write to one place. The taps of a convolution are another
-index of pixels, nothing else; strides are too, so that images are never rearranged.
+index of pixels, nothing else; strides are too, so that images are never rearranged. Where a tap lies outside of an image some pixel is
+read and multiplied with a tap of zeros: that costs a copy of the weight, which is smaller than images with a frame of zeros.
 
 The input gradient is the same walk over the transposed lists, with w transposed as it is read. At a stride a pixel of the input is
 met by some of the taps only: its *phase*, (row mod stride, column mod stride), tells which, and lists are sorted by phase.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparse_jax.kernels.gpu.config import Config, swizzled
+from sparse_jax.kernels.gpu.config import ACC, Config, swizzled
 
 
 def product(
@@ -40,11 +42,11 @@ def product(
     """The walk above; all sides are multiples of their tiles.
 
     Args:
-      x: [images, pixels, channels], the factor; its last pixel is all zeros where `pixels` points there.
-      w: [taps, in, out], dense.
+      x: [images, pixels, channels], the factor.
+      w: [taps, in, out], dense, and one more tap of zeros where `pixels` points outside of x.
       units: int32[capacity]: block of x's channels * taps + tap, by block of the result's channels and then phase.
       pointers: int32[blocks * phases + 1] into `units`.
-      pixels: int32[pixels of the result, taps]: the pixel of x that a tap reads.
+      pixels: int32[pixels of the result, taps]: the pixel of x that a tap reads; the one after the last: none.
       phases: int32[pixels of the result].
       block: of the weight, inputs and outputs.
       transposed: whether w is read transposed, and the result has its inputs as channels.
@@ -54,8 +56,9 @@ def product(
     Returns:
       [images, pixels of the result, channels of the result], of x's type.
     """
-    images, _, _ = x.shape
-    taps, inputs, outputs = w.shape
+    images, last, taps = x.shape[0], x.shape[1] - 1, pixels.shape[1]
+    weights, inputs, outputs = w.shape
+    outside = weights > taps
     rows, columns = block
     depth, width = (columns, rows) if transposed else (rows, columns)
     part = min(config.depth, depth)  # of a unit, in a step
@@ -80,10 +83,12 @@ def product(
 
         def of_x(step):
             source, tap = place(step)
-            return tokens, pixels_gmem[pixel, tap], source
+            return tokens, lax.min(pixels_gmem[pixel, tap], last), source
 
         def of_w(step):
             source, tap = place(step)
+            if outside:
+                tap = jnp.where(pixels_gmem[pixel, tap] > last, taps, tap)
             return (tap, channel, source) if transposed else (tap, source, channel)
 
         def body(_, x_smem, w_smem, *, sums):
@@ -92,7 +97,7 @@ def product(
 
         def main(sums):
             of_part = (rows, part) if transposed else (part, columns)
-            of_stage = dict(transforms=swizzled(x.dtype, part, of_part[1]), delay_release=1)
+            of_stage: Any = dict(transforms=swizzled(x.dtype, part, of_part[1]), delay_release=1)
             plgpu.emit_pipeline(
                 functools.partial(body, sums=sums),
                 in_specs=[
@@ -104,7 +109,7 @@ def product(
             )(x_gmem, w_gmem)
             return sums[...]
 
-        y_smem[...] = pl.run_scoped(main, plgpu.ACC((tile, width), jnp.float32)).astype(x.dtype)
+        y_smem[...] = pl.run_scoped(main, ACC((tile, width), jnp.float32)).astype(x.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(y_smem, y_gmem.at[pl.ds(tokens * tile, tile), pixel, pl.ds(channel * width, width)])
         plgpu.wait_smem_to_gmem(0)

@@ -62,11 +62,11 @@ def block_scores(x, dy, w_shape: tuple[int, ...], geometry: Geometry, block: tup
     return sums.reshape(outputs, inputs, taps).transpose(2, 1, 0).reshape(*w_shape[:-2], inputs, outputs)
 
 
-def _images(x, zeros: bool) -> jax.Array:
-    """[pixels, images, channels] of whole tiles, with a pixel of zeros at the end where one is read."""
+def _images(x) -> jax.Array:
+    """[pixels, images, channels] of whole tiles."""
     batch, height, width, features = x.shape
     x = x.transpose(1, 2, 0, 3).reshape(height * width, batch, features)
-    return jnp.pad(x, ((0, int(zeros)), (0, -batch % _tile(batch)), (0, -features % BLOCK)))
+    return jnp.pad(x, ((0, 0), (0, -batch % _tile(batch)), (0, -features % BLOCK)))
 
 
 def _tile(batch: int) -> int:
@@ -96,8 +96,8 @@ def _call(kernel, **options):
 
 def _product(x, w, units, pointers, pixels: np.ndarray, *, transposed: bool) -> jax.Array:
     """y[pixel, images, columns] = sum over the units of a list of x[pixel(tap), images, rows] @ w[tap, rows, columns]."""
-    batch, zero, taps = x.shape[0], x.shape[1] * x.shape[2], math.prod(w.shape[:-2])
-    images, tile = _images(x, pixels.max() == zero), _tile(batch)
+    batch, outside, taps = x.shape[0], x.shape[1] * x.shape[2], math.prod(w.shape[:-2])
+    images, tile = _images(x), _tile(batch)
     w = w.reshape(taps, *w.shape[-2:])
     w = jnp.pad(w, ((0, 0), (0, -w.shape[1] % BLOCK), (0, -w.shape[2] % BLOCK)))
     units, pointers = jnp.asarray(units), jnp.asarray(pointers)
@@ -111,7 +111,7 @@ def _product(x, w, units, pointers, pixels: np.ndarray, *, transposed: bool) -> 
         def _():
             sums_ref[...] = jnp.zeros_like(sums_ref)
 
-        @pl.when((unit < pointers[own + 1]) & (of_pixels[pixel * taps + lax.rem(units[unit], taps)] != zero))
+        @pl.when((unit < pointers[own + 1]) & (of_pixels[pixel * taps + lax.rem(units[unit], taps)] != outside))
         def _():
             over = ((1,), (1 if transposed else 0,)), ((), ())
             sums_ref[...] += lax.dot_general(x_ref[0], w_ref[0], over, preferred_element_type=jnp.float32)
@@ -121,7 +121,7 @@ def _product(x, w, units, pointers, pixels: np.ndarray, *, transposed: bool) -> 
             y_ref[0] = sums_ref[...].astype(y_ref.dtype)
 
     def of_x(tokens, pixel, unit, units, lists, pointers, of_pixels):
-        return of_pixels[pixel * taps + lax.rem(units[unit], taps)], tokens, lax.div(units[unit], taps)
+        return lax.min(of_pixels[pixel * taps + lax.rem(units[unit], taps)], outside - 1), tokens, lax.div(units[unit], taps)
 
     def of_w(tokens, pixel, unit, units, lists, pointers, of_pixels):
         source = lax.div(units[unit], taps), lists[unit]
@@ -147,8 +147,8 @@ def _product(x, w, units, pointers, pixels: np.ndarray, *, transposed: bool) -> 
 
 def _gradient(x, dy, units, outputs, count, pixels: np.ndarray, zeros, place, *, summed: bool = False) -> jax.Array:
     """x.T @ dy for each of `count` units, into the block of `zeros` that `place` says, or (summed) the sums of its absolute values."""
-    batch, zero, taps = x.shape[0], x.shape[1] * x.shape[2], pixels.shape[1]
-    images, tile = _images(x, pixels.max() == zero), _tile(batch)
+    batch, outside, taps = x.shape[0], x.shape[1] * x.shape[2], pixels.shape[1]
+    images, tile = _images(x), _tile(batch)
     of_pixels = jnp.asarray(pixels.reshape(-1))
     tiles = images.shape[1] // tile
     steps = len(pixels) * tiles
@@ -161,7 +161,7 @@ def _gradient(x, dy, units, outputs, count, pixels: np.ndarray, zeros, place, *,
         def _():
             sums_ref[...] = jnp.zeros_like(sums_ref)
 
-        @pl.when((unit < count[0]) & (of_pixels[lax.div(step, tiles) * taps + lax.rem(units[unit], taps)] != zero))
+        @pl.when((unit < count[0]) & (of_pixels[lax.div(step, tiles) * taps + lax.rem(units[unit], taps)] != outside))
         def _():
             over = ((0,), (0,)), ((), ())
             sums_ref[...] += lax.dot_general(x_ref[0], dy_ref[0], over, preferred_element_type=jnp.float32)
@@ -172,7 +172,11 @@ def _gradient(x, dy, units, outputs, count, pixels: np.ndarray, zeros, place, *,
             dw_ref[0] = sums.astype(dw_ref.dtype)
 
     def of_x(unit, step, units, outputs, of_pixels, count):
-        return of_pixels[lax.div(step, tiles) * taps + lax.rem(units[unit], taps)], lax.rem(step, tiles), lax.div(units[unit], taps)
+        return (
+            lax.min(of_pixels[lax.div(step, tiles) * taps + lax.rem(units[unit], taps)], outside - 1),
+            lax.rem(step, tiles),
+            lax.div(units[unit], taps),
+        )
 
     def of_dy(unit, step, units, outputs, of_pixels, count):
         return lax.div(step, tiles), lax.rem(step, tiles), outputs[unit]
@@ -194,5 +198,5 @@ def _gradient(x, dy, units, outputs, count, pixels: np.ndarray, zeros, place, *,
         out_shape=jax.ShapeDtypeStruct(zeros.shape, zeros.dtype),
         input_output_aliases={6: 0},
         name='sparse_jax_scores' if summed else 'sparse_jax_weight_gradient',
-    )(units, outputs, of_pixels, count.reshape(1), images, _images(dy, False), zeros)
+    )(units, outputs, of_pixels, count.reshape(1), images, _images(dy), zeros)
     return dw if summed else jnp.where(count > 0, dw, jnp.zeros((), dw.dtype))
