@@ -13,7 +13,16 @@ from absl import flags
 import sparse_jax as sj
 
 ROOT = pathlib.Path(__file__).parent.parent
-DOCS = ('README.md', 'docs/speed.md', 'docs/experiments.md', 'docs/kernels.md', 'docs/training_step.md', 'docs/distributed.md')
+DOCS = (
+    'README.md',
+    'docs/speed.md',
+    'docs/experiments.md',
+    'docs/kernels.md',
+    'docs/training_step.md',
+    'docs/distributed.md',
+    'docs/gpu.md',
+    'docs/gpu_predicted.md',
+)
 README = '\n'.join((ROOT / name).read_text() for name in DOCS)
 
 

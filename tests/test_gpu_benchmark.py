@@ -1,0 +1,84 @@
+"""benchmarks.gpu where there is no GPU: its model, its sweep in the interpreter, and what it keeps."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import gpu, gpu_model
+from sparse_jax.kernels.gpu import config as config_lib
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_LAYER = gpu_model.SHAPES[0]
+
+
+def _run(*flags):
+    command = [sys.executable, '-m', 'benchmarks.gpu', *flags]
+    return subprocess.run(command, cwd=_ROOT, env=os.environ | {'JAX_PLATFORMS': 'cpu'}, capture_output=True, text=True)
+
+
+def test_dry_run_checks_and_measures_in_the_interpreter():
+    done = _run('--dry_run')
+    assert done.returncode == 0, done.stderr
+    assert 'all equal to the reference' in done.stdout and '| forward | 3x3 64 to 64, 64x2x2 | 64x64 | 50% |' in done.stdout
+
+
+def test_without_a_gpu_the_sweep_is_refused_in_a_line():
+    done = _run('--check')
+    assert done.returncode == 2 and 'no measurement here: it runs on an NVIDIA GPU, not on cpu' in done.stderr
+
+
+def test_steps_are_those_of_the_tiles():
+    """A 128x64 tile of tokens and a 64x64 block: two copies, and the products of all their elements."""
+    step = gpu_model.step('forward', _LAYER, (64, 64), config_lib.Config(128, 64, 4))
+    assert step == (2 * 128 * 64 * 64, 2 * (128 * 64 + 64 * 64), 2, 1)
+    step = gpu_model.step('weight_gradient', _LAYER, (64, 64), config_lib.Config(64, 64, 3, 2))
+    assert step == (2 * 2 * 64 * 64 * 64, 2 * 3 * 64 * 64, 3, 2)
+
+
+def test_costs_are_those_of_the_pattern():
+    """90% of 64 by 64 blocks: 410 units, 64 tiles of tokens; each unit of each tile is one step."""
+    cost = gpu_model.cost('forward', _LAYER, (64, 64), 0.9)
+    assert cost.operations == 410 * 64 * 2 * 128 * 64 * 64
+    assert cost.cache_bytes == 410 * 64 * 2 * (128 * 64 + 64 * 64) + 2 * 8192 * 4096
+    assert cost.memory_bytes == 2 * (2 * 8192 * 4096 + 410 * 64 * 64)
+    assert cost.parts('low', 'H100') == {
+        'tensor cores': cost.operations / 600e12,
+        'cache': cost.cache_bytes / (0.85 * 5.5e12),
+        'memory': cost.memory_bytes / 3.35e12,
+    }
+
+
+def test_the_aims_of_64_blocks_at_90_percent_are_predicted():
+    parts = [gpu_model.cost(kernel, _LAYER, (64, 64), 0.9) for kernel in gpu_model.KERNELS[:3]]
+    for gpu_name in gpu_model.MEMORY:
+        dense = 3 * gpu_model.dense_seconds(_LAYER, gpu_name)
+        assert dense == pytest.approx(3 * 2 * 8192 * 4096 * 4096 / 700e12)
+        assert dense / sum(cost.seconds('low', gpu_name) for cost in parts) >= 2
+        assert dense / sum(cost.seconds('high', gpu_name) for cost in parts) >= 3
+
+
+def test_the_table_has_a_row_for_every_kernel_and_all_three():
+    lines = list(gpu.predicted((_LAYER,), ((64, 64),), (0.9,)))
+    assert len(lines) == 2 + 4 + 1 and '**all three products**' in lines[-1] and '2.56x, 5.97x' in lines[-1]
+
+
+def test_the_best_configs_are_kept_for_this_kind_of_device(tmp_path, monkeypatch):
+    monkeypatch.setenv('SPARSE_JAX_CACHE', str(tmp_path))
+    arguments = ('forward', _LAYER.x, _LAYER.w, (64, 64), jnp.bfloat16)
+    assert config_lib.choose(*arguments) == config_lib.rule('forward', (64, 64), 8192)
+    best = config_lib.Config(256, 64, 3)
+    config_lib.store({config_lib.key(*arguments): best})
+    assert config_lib.choose(*arguments) == best
+    assert config_lib.choose('forward', (64, 1, 1, 64), *arguments[2:]) == config_lib.rule('forward', (64, 64), 64)
+
+
+@pytest.mark.parametrize('kernel', gpu_model.KERNELS)
+def test_every_config_of_a_rule_or_a_sweep_fits_and_has_three_stages(kernel):
+    for block in ((32, 32), (64, 64), (128, 128), (128, 32)):
+        known = [config_lib.rule(kernel, block, images) for images in (1, 64, 100, 128, 8192)]
+        for config in (*known, *config_lib.candidates(kernel, block, 8192)):
+            assert config.fits(kernel, block) and config.stages >= 3 and config.tokens % 64 == 0
