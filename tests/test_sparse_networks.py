@@ -34,7 +34,6 @@ def _check_counts(made, state, budget):
 @pytest.mark.parametrize(
     ('model', 'density', 'own'),
     [
-        ('vgg_like', 0.03, {}),
         ('wrn_28_2', 0.1, {'model__dropout': 0.3}),
         pytest.param(
             'transformer',
