@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax import _reduce, layer_groups, redistribution, selection
+from sparse_jax import _reduce, _target, layer_groups, redistribution, selection
 from sparse_jax.masks import Layer, UpdateStats
 
 
@@ -47,7 +47,7 @@ def move(
         groups = layer_groups.groups(layers) if into_groups else [list(range(len(layers)))]
         return [layer_groups.Group(rule, layers, load, group, keys, into_groups) for group in groups]
 
-    measured = divided(jax.default_backend() == 'cpu')
+    measured = divided(_target.platform() == 'cpu')
     parts = divided(_reduce.one_cpu_device() and not rule.globally)
 
     firsts = [part.run(t, part.measure, part.nothing_measured, operands, part.of(masks)) for part in measured]

@@ -6,10 +6,11 @@ from sparse_jax.train import lowering
 _BLOCK = {'cuda': 'block:64x64', 'tpu': 'block:128x128'}
 
 
-def transformer(platform: str) -> lowering.Lowered:
+def transformer_on_four_devices(platform: str) -> lowering.Lowered:
     config = lm_tiny.get_config()
-    config.model.dtype, config.model.features, config.model.depth = 'bfloat16', 256, 2
+    config.model.dtype, config.model.features, config.model.hidden, config.model.depth = 'bfloat16', 512, 1024, 2
     config.sparsity.granularity, config.sparsity.density = _BLOCK[platform], 0.3
+    config.mesh.data, config.mesh.model, config.mesh.layout = 2, 2, 'model'
     return lowering.lower(config, platform)
 
 
@@ -21,4 +22,4 @@ def vgg_on_two_devices(platform: str) -> lowering.Lowered:
     return lowering.lower(config, platform)
 
 
-steps = {'transformer': transformer, 'vgg on two devices': vgg_on_two_devices}
+steps = {'transformer on four devices': transformer_on_four_devices, 'vgg on two devices': vgg_on_two_devices}

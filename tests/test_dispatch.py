@@ -89,7 +89,7 @@ def test_none_takes_a_gpus_kernels_up_to_the_density_that_was_measured(tmp_path,
     """The table is a file of this user's, by kind of device; this machine's device stands in for a GPU's name."""
     _fresh()
     monkeypatch.setenv('SPARSE_JAX_CACHE', str(tmp_path))
-    monkeypatch.setattr(rules.target, 'platform', lambda: 'gpu')
+    monkeypatch.setattr(rules._target, 'platform', lambda: 'gpu')
     with caplog.at_level(logging.WARNING, 'sparse_jax'):
         assert rules.by_rule(0.1, (64, 64)) == 'reference'
         assert rules.by_rule(0.1, (64, 64)) == 'reference'

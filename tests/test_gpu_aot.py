@@ -44,7 +44,7 @@ def test_no_spills_tensor_cores_and_bytes_as_modelled(case):
 @pytest.mark.parametrize('kernel', gpu_model.KERNELS)
 def test_every_config_of_the_sweep_compiles_without_spills(kernel, block):
     shape = gpu_model.SHAPES[0]
-    for config in config_lib.candidates(kernel, block, shape.x[0])[::3]:  # a third of them here; the sweep on a GPU has all
+    for config in config_lib.candidates(kernel, block, shape.x[0])[::5]:  # a fifth of them here; the sweep on a GPU has all
         code = gpu_compile.compiled(kernel, shape, block, config, 'float16')
         assert code.spills == 0, config
         assert code.shared_memory <= config_lib.SHARED_MEMORY
@@ -61,11 +61,8 @@ def test_too_large_tiles_are_refused_by_the_compiler_as_by_the_rule():
 def test_whole_training_steps_compile_and_their_collectives_are_counted(name):
     lowered = steps[name]('cuda')
     assert lowered.memory is not None and lowered.memory['temporary'] > 0 and lowered.collectives is not None
-    sums = [c for c in lowered.collectives if c.kind == 'all-reduce']
-    if name == 'transformer':
-        assert not lowered.collectives
-    else:  # gradients are summed over the parts of a batch
-        least = 4 * sum(leaf for leaf in (3 * 3 * 64 * 64, 512 * 512))
-        assert sum(c.bytes for c in sums) > least
-        assert not [c for c in lowered.collectives if c.kind == 'all-to-all']
+    sums = [c.bytes for c in lowered.collectives if c.kind == 'all-reduce']
+    # gradients are summed over the parts of a batch; a mask update gathers no weight and no mask, on this platform's compiler too
+    assert sum(sums) > 4 * lowered.largest_layer
+    assert not [c for c in lowered.collectives if c.kind == 'all-gather']
     assert jax.default_backend() == 'cpu'

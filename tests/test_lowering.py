@@ -21,7 +21,7 @@ def test_every_sparse_layer_of_the_step_is_on_the_platforms_kernels(name, platfo
     lowered = steps[name](platform)
     backend = {'cuda': 'gpu', 'tpu': 'tpu'}[platform]
     assert set(lowered.layers.values()) == {(backend, '')}
-    layers = {'transformer': 7, 'vgg on two devices': 14 if platform == 'cuda' else 12}[name]
+    layers = {'transformer on four devices': 7, 'vgg on two devices': 14 if platform == 'cuda' else 12}[name]
     assert lowered.kernels == dict.fromkeys(('forward', 'input_gradient', 'weight_gradient'), layers)
     assert lowered.text.count('mosaic_gpu' if platform == 'cuda' else '@tpu_custom_call') >= 3 * layers
     assert lowered.memory is None and lowered.collectives is None and lowered.why_not_compiled == 'of the test'

@@ -52,7 +52,8 @@ def test_every_kernel_compiles(name):
 def test_whole_training_steps_compile_and_their_collectives_are_counted(name):
     lowered = steps[name]('tpu')
     assert lowered.memory is not None and lowered.memory['temporary'] > 0 and lowered.collectives is not None
-    if name == 'transformer':
-        assert not lowered.collectives
-    else:
-        assert [c for c in lowered.collectives if c.kind == 'all-reduce']
+    sums = [c.bytes for c in lowered.collectives if c.kind == 'all-reduce']
+    # gradients are summed over the parts of a batch; a mask update gathers no weight and no mask, on this platform's compiler too
+    assert sum(sums) > 4 * lowered.largest_layer
+    assert not [c for c in lowered.collectives if c.kind == 'all-gather']
+    assert jax.default_backend() == 'cpu'

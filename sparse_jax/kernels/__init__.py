@@ -13,12 +13,12 @@ Example:
   (2, 5, 5, 16)
 """
 
+from sparse_jax._target import lowering_for
 from sparse_jax.kernels.dispatch import IMPLEMENTATIONS, unsupported
 from sparse_jax.kernels.lanes import from_lanes, lanes_unavailable, to_lanes
 from sparse_jax.kernels.pattern import Pattern, make_pattern, make_patterns, with_dense_gradients
 from sparse_jax.kernels.products import convolve, convolve_by_lanes, max_pool_by_lanes, sparse_conv, sparse_dot
 from sparse_jax.kernels.scores import block_scores
-from sparse_jax.kernels.target import lowering_for
 
 __all__ = [
     'IMPLEMENTATIONS',

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax.kernels import compiler, dispatch, products, stored, target
+from sparse_jax import _target
+from sparse_jax.kernels import compiler, dispatch, products, stored
 from sparse_jax.kernels.pattern import make_pattern, with_dense_gradients
 from sparse_jax.kernels.reference import Geometry
 
@@ -60,7 +61,7 @@ def recorded() -> Iterator[list[Call]]:
 
 def candidates(call: Call) -> tuple[str, ...]:
     """What can run a call here: always 'dense', the product with the masked weight: by lanes on the C++ kernels, else XLA's."""
-    own = target.platform()
+    own = _target.platform()
     return ('dense',) if dispatch.unsupported(own, call.dtype, call.block) else ('dense', own)
 
 
@@ -169,7 +170,7 @@ def _threads() -> int:
 def _measured_once(call: Call, density: float, dense_gradient: bool) -> dict[str, float]:
     density, names = rounded(density), candidates(call)
     kernels = compiler.key() if 'cpu' in names else ''
-    device = f'{compiler.processor()} {_threads()}' if jax.default_backend() == 'cpu' else jax.devices()[0].device_kind
+    device = f'{compiler.processor()} {_threads()}' if _target.platform() == 'cpu' else jax.devices()[0].device_kind
     machine = hashlib.sha256(f'{device} {jax.__version__} {kernels}'.encode()).hexdigest()[:12]
     what = [
         list(call.x),

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import jax
 
-from sparse_jax import _names
-from sparse_jax.kernels import cpu, gpu, target, tpu
+from sparse_jax import _names, _target
+from sparse_jax.kernels import cpu, gpu, tpu
 from sparse_jax.kernels import split as split_lib
 from sparse_jax.kernels.pattern import Pattern
 
@@ -18,7 +18,7 @@ _LOG = logging.getLogger('sparse_jax')
 
 def _on_cpu(dtype, block: tuple[int, int]) -> str:
     del block
-    platform = target.platform()
+    platform = _target.platform()
     return f'it runs on CPU, not on {platform}' if platform != 'cpu' else cpu.unsupported(dtype, dtype) or cpu.unavailable()
 
 
@@ -71,7 +71,7 @@ def choose(implementation: str | None, x: jax.Array, pattern: Pattern) -> str:
         raise NotImplementedError(
             f"implementation={wanted!r} does not run here: {reason}. Take implementation=None or 'reference'."
         )
-    if wanted != pattern.by_rule or target.platform() != 'cpu':
+    if wanted != pattern.by_rule or _target.platform() != 'cpu':
         _say_once(wanted, pattern.name, reason)
     return 'reference'
 

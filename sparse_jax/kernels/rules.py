@@ -5,7 +5,8 @@ import logging
 
 import jax
 
-from sparse_jax.kernels import stored, target
+from sparse_jax import _target
+from sparse_jax.kernels import stored
 
 _LOG = logging.getLogger('sparse_jax')
 _FILE = 'crossovers.json'
@@ -23,10 +24,10 @@ def by_rule(density: float, block: tuple[int, int]) -> str:
     >>> by_rule(0.05, (1, 1)), by_rule(0.5, (1, 1))
     ('cpu', 'reference')
     """
-    platform = target.platform()
+    platform = _target.platform()
     if platform == 'cpu':
         return 'cpu' if density <= _ON_CPU else 'reference'
-    if target.is_elsewhere() or block == (1, 1):
+    if _target.is_elsewhere() or block == (1, 1):
         return 'reference'
     most = stored.read(_FILE).get(_device(), {}).get(_name(block))
     if most is None:

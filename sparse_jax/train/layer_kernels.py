@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 import sparse_jax as sj
+from sparse_jax import _target
 from sparse_jax import config as config_lib
 from sparse_jax import masks as masks_lib
-from sparse_jax.kernels import choice, target
+from sparse_jax.kernels import choice
 from sparse_jax.train import devices as devices_lib
 from sparse_jax.train import hosts, workdir
 from sparse_jax.train import state as state_lib
@@ -144,7 +145,7 @@ class LayerKernels:
         experiment = self._experiment
         leaves = {path for path, mask in masks_lib.leaf_paths(masks) if np.ndim(mask)}
         options: dict[str, Any] = dict(
-            block=self._block, stacked=experiment.stacked, implementations=dict.fromkeys(leaves, target.platform())
+            block=self._block, stacked=experiment.stacked, implementations=dict.fromkeys(leaves, _target.platform())
         )
         patterns = sj.kernels.make_patterns(masks, **options, shardings=self._places)
         x = jax.ShapeDtypeStruct((self._examples, *experiment.example.shape[1:]), experiment.example.dtype)

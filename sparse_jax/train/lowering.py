@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 import sparse_jax as sj
+from sparse_jax import _target, sharding
 from sparse_jax import config as config_lib
 from sparse_jax import masks as masks_lib
-from sparse_jax import sharding
-from sparse_jax.kernels import compile_only, target
+from sparse_jax.kernels import compile_only
 from sparse_jax.kernels import pattern as pattern_lib
 from sparse_jax.kernels import split as split_lib
 from sparse_jax.train import collectives, layer_kernels
@@ -37,6 +37,7 @@ class Lowered(NamedTuple):
     layers: dict[str, tuple[str, str]]  # of each sparse leaf: what multiplies it, and the reason where that is not the platform's
     kernels: dict[str, int]  # calls in the program by name; one in a loop over layers counts once
     state_bytes: int  # of the training state, on one device
+    largest_layer: int  # weights of the largest sparse leaf, in one layer, on one device
     memory: dict[str, int] | None  # bytes on one device, as the compiler says; None: only lowered
     collectives: list[collectives.Collective] | None  # None: only lowered
     why_not_compiled: str
@@ -55,7 +56,7 @@ def lower(config: config_lib.Config, platform: str) -> Lowered:
       ValueError: for anything wrong with the settings, and where there are too few devices to stand in for those of the mesh.
     """
     backend = PLATFORMS[platform]
-    with target.lowering_for(backend):
+    with _target.lowering_for(backend):
         run_lib.check_settings(config)
         experiment = run_lib.create_experiment(config, run_lib.load_data(config))
         count = max(1, config.mesh.data) * max(1, config.mesh.model)
@@ -70,7 +71,7 @@ def lower(config: config_lib.Config, platform: str) -> Lowered:
                 f'set JAX_NUM_CPU_DEVICES={count}.'
             )
         devices = devices_lib.Devices(config, experiment, own)
-    with target.lowering_for(backend, mesh=devices.mesh):
+    with _target.lowering_for(backend, mesh=devices.mesh):
         patterns, layers = _patterns(config, experiment, devices, backend)
         arguments = _placed(devices, own[0]), _batch(config, experiment, devices, own[0]), _on(patterns, devices, own[0])
         placed = devices.replicated if devices.mesh is None else (devices.state_shardings, devices.replicated)
@@ -85,7 +86,8 @@ def lower(config: config_lib.Config, platform: str) -> Lowered:
     calls = [line for line in text.splitlines() if 'custom_call' in line]
     kernels = collections.Counter(match[1] for line in calls if (match := _KERNEL.search(line)))
     each = sum(math.prod(_shard(x)) * x.dtype.itemsize for x in jax.tree.leaves(arguments[0]))
-    return Lowered(platform, layers, dict(kernels), each, memory, found, reason, text)
+    largest = max((math.prod(_shard(x)[-2:]) for x in jax.tree.leaves(arguments[0].params) if x.ndim > 1), default=0)
+    return Lowered(platform, layers, dict(kernels), each, largest, memory, found, reason, text)
 
 
 def _memory(compiled) -> dict[str, int]:

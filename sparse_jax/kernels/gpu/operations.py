@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparse_jax import _target
 from sparse_jax.kernels import pixels as pixels_lib
-from sparse_jax.kernels import target
 from sparse_jax.kernels.gpu import config as config_lib
 from sparse_jax.kernels.gpu.config import Config
 from sparse_jax.kernels.gpu.gradient import gradient, scores
@@ -109,7 +109,7 @@ def block_scores(
 
 
 def _interpreter():
-    if not target.interpret():
+    if not _target.interpret():
         return None
     from jax._src.pallas.mosaic_gpu.interpret import params  # not public yet: of the tests only
 

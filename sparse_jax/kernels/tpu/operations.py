@@ -15,8 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from sparse_jax import _target
 from sparse_jax.kernels import pixels as pixels_lib
-from sparse_jax.kernels import target
 from sparse_jax.kernels.pattern import Pattern
 from sparse_jax.kernels.reference import Geometry
 from sparse_jax.kernels.tpu import BLOCK
@@ -91,7 +91,7 @@ def _owners(pointers, capacity: int) -> jax.Array:
 
 
 def _call(kernel, **options):
-    return pl.pallas_call(kernel, interpret=target.interpret(), **options)
+    return pl.pallas_call(kernel, interpret=_target.interpret(), **options)
 
 
 def _product(x, w, units, pointers, pixels: np.ndarray, *, transposed: bool) -> jax.Array:

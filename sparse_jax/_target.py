@@ -54,7 +54,7 @@ def lowering_for(platform: str, *, capability: str = '9.0', interpret: bool = Fa
       >>> from sparse_jax import kernels
       >>> pattern = kernels.make_pattern(np.kron(np.eye(2, dtype=bool), np.ones((64, 64), bool)), block=(64, 64))
       >>> x, w = jnp.ones((64, 128), jnp.bfloat16), jnp.ones((128, 128), jnp.bfloat16)
-      >>> with lowering_for('gpu'):
+      >>> with kernels.lowering_for('gpu'):
       ...     step = jax.jit(lambda x, w: kernels.sparse_dot(x, w, pattern, implementation='gpu'))
       ...     text = step.trace(x, w).lower(lowering_platforms=('cuda',)).as_text()
       >>> 'mosaic_gpu' in text
