@@ -1,39 +1,57 @@
-"""Which pixel a tap of a convolution meets, as tables for kernels whose images lie as [..., pixels, ...]: NumPy, made while tracing."""
+"""Which pixel a tap of a convolution meets: for kernels that walk pixels and taps, as tables or computed on the way."""
+
+from typing import NamedTuple
 
 import numpy as np
+from jax import lax
 
 from sparse_jax.kernels.reference import Geometry
 
 
-def of_product(geometry: Geometry, inputs: tuple[int, ...], outputs: tuple[int, ...], taps: tuple[int, ...]) -> np.ndarray:
-    """int32[pixels of the result, taps]: which pixel of the images a tap reads; outside them the one after the last.
+class Taps(NamedTuple):
+    """From a pixel of what is computed and a tap to the pixel that is read, along rows and columns alike:
+    (pixel * multiply + offset + tap * step) / divide, where that is a whole number and inside."""
 
-    >>> of_product(Geometry(padding=((0, 0), (1, 1))), (1, 3), (1, 3), (1, 3))
-    array([[3, 0, 1],
-           [0, 1, 2],
-           [1, 2, 3]], dtype=int32)
-    """
-    (top, _), (left, _) = geometry.padding
-    h = np.arange(outputs[0])[:, None] * geometry.strides[0] - top + np.arange(taps[0]) * geometry.dilation[0]
-    w = np.arange(outputs[1])[:, None] * geometry.strides[1] - left + np.arange(taps[1]) * geometry.dilation[1]
-    return _inside(h, w, inputs)
+    source: tuple[int, int]  # rows and columns of what is read
+    result: tuple[int, int]  # of what is computed
+    taps: tuple[int, int]
+    multiply: tuple[int, int]
+    offset: tuple[int, int]
+    step: tuple[int, int]
+    divide: tuple[int, int]
+
+    def at(self, pixel, tap, div=lax.div, rem=lax.rem):
+        """Number of the pixel that is read, and whether there is one (the number is then inside all the same)."""
+        numbers = (div(pixel, self.result[1]), rem(pixel, self.result[1])), (div(tap, self.taps[1]), rem(tap, self.taps[1]))
+        there, found = True, []
+        for axis, (at, k) in enumerate(zip(*numbers, strict=True)):
+            place = at * self.multiply[axis] + self.offset[axis] + k * self.step[axis]
+            whole = (place >= 0) & (place < self.source[axis] * self.divide[axis])
+            place = place * whole
+            whole &= rem(place, self.divide[axis]) == 0
+            there, found = there & whole, [*found, div(place, self.divide[axis])]
+        return found[0] * self.source[1] + found[1], there
+
+    def table(self) -> np.ndarray:
+        """int32[pixels, taps]: the number that is read; the one after the last where there is none.
+
+        >>> of_product(Geometry(padding=((0, 0), (1, 1))), (1, 3), (1, 3), (1, 3)).table()
+        array([[3, 0, 1],
+               [0, 1, 2],
+               [1, 2, 3]], dtype=int32)
+        """
+        pixel, tap = np.arange(np.prod(self.result))[:, None], np.arange(np.prod(self.taps))[None]
+        numbers, there = self.at(pixel, tap, np.floor_divide, np.remainder)
+        return np.where(there, numbers, np.prod(self.source)).astype(np.int32)
 
 
-def of_gradient(geometry: Geometry, inputs: tuple[int, ...], outputs: tuple[int, ...], taps: tuple[int, ...]) -> np.ndarray:
-    """int32[pixels of the images, taps]: which pixel of the result a tap wrote to; where there is none the one after the last."""
-
-    def side(n, k, s, pad, d):
-        at = np.arange(n)[:, None] + pad[0] - np.arange(k) * d
-        return np.where(at % s, -1, at // s)
-
-    sides = zip(inputs, taps, *geometry, strict=True)
-    h, w = (side(*of) for of in sides)
-    return _inside(h, w, outputs)
+def of_product(geometry: Geometry, inputs: tuple[int, ...], outputs: tuple[int, ...], taps: tuple[int, ...]) -> Taps:
+    """Which pixel of the images a pixel of the result reads."""
+    starts = tuple(-low for low, _ in geometry.padding)
+    return Taps(inputs, outputs, taps, geometry.strides, starts, geometry.dilation, (1, 1))  # type: ignore[arg-type]
 
 
-def _inside(h: np.ndarray, w: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """Numbers of pixels from rows [pixel rows, tap rows] and columns likewise."""
-    h, w = h[:, None, :, None], w[None, :, None, :]
-    inside = (h >= 0) & (h < size[0]) & (w >= 0) & (w < size[1])
-    numbers = np.where(inside, h * size[1] + w, size[0] * size[1])
-    return numbers.reshape(numbers.shape[0] * numbers.shape[1], -1).astype(np.int32)
+def of_gradient(geometry: Geometry, inputs: tuple[int, ...], outputs: tuple[int, ...], taps: tuple[int, ...]) -> Taps:
+    """Which pixel of the result's gradient a pixel of the images reads."""
+    starts, steps = tuple(low for low, _ in geometry.padding), tuple(-d for d in geometry.dilation)
+    return Taps(outputs, inputs, taps, (1, 1), starts, steps, geometry.strides)  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ def forward(x, w, pattern: Pattern, geometry: Geometry, config: Config | None = 
     """As in reference.py."""
     config = config or config_lib.choose('forward', x.shape, w.shape, pattern.block, x.dtype)
     result = geometry.output_shape(x.shape, w.shape)
-    pixels = pixels_lib.of_product(geometry, x.shape[1:3], result[1:3], w.shape[:2])
+    pixels = pixels_lib.of_product(geometry, x.shape[1:3], result[1:3], w.shape[:2]).table()
     y = product(
         _images(x, config.tokens, pattern.block[0]),
         _weight(w, pattern.block, pixels.max() == x.shape[1] * x.shape[2]),
@@ -45,7 +45,7 @@ def input_gradient(
 ) -> jax.Array:
     """As in reference.py."""
     config = config or config_lib.choose('input_gradient', x_shape, w.shape, pattern.block, dy.dtype)
-    pixels = pixels_lib.of_gradient(geometry, x_shape[1:3], dy.shape[1:3], w.shape[:2])
+    pixels = pixels_lib.of_gradient(geometry, x_shape[1:3], dy.shape[1:3], w.shape[:2]).table()
     units, pointers = _by_phase(pattern, geometry, w.shape[:2])
     height, width = geometry.strides
     at = np.arange(x_shape[1])[:, None] % height * width + np.arange(x_shape[2]) % width
@@ -71,7 +71,7 @@ def weight_gradient(
     config = config or config_lib.choose('weight_gradient', x.shape, w_shape, pattern.block, x.dtype)
     rows, columns = pattern.block
     taps = math.prod(w_shape[:-2])
-    pixels = pixels_lib.of_product(geometry, x.shape[1:3], dy.shape[1:3], w_shape[:2])
+    pixels = pixels_lib.of_product(geometry, x.shape[1:3], dy.shape[1:3], w_shape[:2]).table()
     dw = gradient(
         _images(x, config.tokens, config_lib.window('weight_gradient', rows), pixels.max() == x.shape[1] * x.shape[2]),
         _images(dy, config.tokens, columns),
@@ -93,7 +93,7 @@ def block_scores(
     """Sums of the absolute values of the dense weight gradient, float32[taps..., blocks of inputs, blocks of outputs]."""
     config = config or config_lib.choose('scores', x.shape, w_shape, block, x.dtype)
     taps = math.prod(w_shape[:-2])
-    pixels = pixels_lib.of_product(geometry, x.shape[1:3], dy.shape[1:3], w_shape[:2])
+    pixels = pixels_lib.of_product(geometry, x.shape[1:3], dy.shape[1:3], w_shape[:2]).table()
     sums = scores(
         _images(x, config.tokens, config_lib.window('scores', block[0]), pixels.max() == x.shape[1] * x.shape[2]),
         _images(dy, config.tokens, block[1]),

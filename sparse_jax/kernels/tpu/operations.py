@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from sparse_jax import _target
 from sparse_jax.kernels import pixels as pixels_lib
 from sparse_jax.kernels.pattern import Pattern
+from sparse_jax.kernels.pixels import Taps
 from sparse_jax.kernels.reference import Geometry
 from sparse_jax.kernels.tpu import BLOCK
 
@@ -94,16 +95,15 @@ def _call(kernel, **options):
     return pl.pallas_call(kernel, interpret=_target.interpret(), **options)
 
 
-def _product(x, w, units, pointers, pixels: np.ndarray, *, transposed: bool) -> jax.Array:
+def _product(x, w, units, pointers, pixels: Taps, *, transposed: bool) -> jax.Array:
     """y[pixel, images, columns] = sum over the units of a list of x[pixel(tap), images, rows] @ w[tap, rows, columns]."""
-    batch, outside, taps = x.shape[0], x.shape[1] * x.shape[2], math.prod(w.shape[:-2])
+    batch, taps, number = x.shape[0], math.prod(w.shape[:-2]), math.prod(pixels.result)
     images, tile = _images(x), _tile(batch)
     w = w.reshape(taps, *w.shape[-2:])
     w = jnp.pad(w, ((0, 0), (0, -w.shape[1] % BLOCK), (0, -w.shape[2] % BLOCK)))
     units, pointers = jnp.asarray(units), jnp.asarray(pointers)
-    of_pixels = jnp.asarray(pixels.reshape(-1))
 
-    def kernel(units, lists, pointers, of_pixels, x_ref, w_ref, y_ref, sums_ref):
+    def kernel(units, lists, pointers, x_ref, w_ref, y_ref, sums_ref):
         pixel, unit = pl.program_id(1), pl.program_id(2)
         own = lists[unit]
 
@@ -111,7 +111,7 @@ def _product(x, w, units, pointers, pixels: np.ndarray, *, transposed: bool) -> 
         def _():
             sums_ref[...] = jnp.zeros_like(sums_ref)
 
-        @pl.when((unit < pointers[own + 1]) & (of_pixels[pixel * taps + lax.rem(units[unit], taps)] != outside))
+        @pl.when((unit < pointers[own + 1]) & (pixels.at(pixel, lax.rem(units[unit], taps))[1]))
         def _():
             over = ((1,), (1 if transposed else 0,)), ((), ())
             sums_ref[...] += lax.dot_general(x_ref[0], w_ref[0], over, preferred_element_type=jnp.float32)
@@ -120,40 +120,39 @@ def _product(x, w, units, pointers, pixels: np.ndarray, *, transposed: bool) -> 
         def _():
             y_ref[0] = sums_ref[...].astype(y_ref.dtype)
 
-    def of_x(tokens, pixel, unit, units, lists, pointers, of_pixels):
-        return lax.min(of_pixels[pixel * taps + lax.rem(units[unit], taps)], outside - 1), tokens, lax.div(units[unit], taps)
+    def of_x(tokens, pixel, unit, units, lists, pointers):
+        return pixels.at(pixel, lax.rem(units[unit], taps))[0], tokens, lax.div(units[unit], taps)
 
-    def of_w(tokens, pixel, unit, units, lists, pointers, of_pixels):
+    def of_w(tokens, pixel, unit, units, lists, pointers):
         source = lax.div(units[unit], taps), lists[unit]
         return lax.rem(units[unit], taps), *(reversed(source) if transposed else source)
 
     blocks = len(pointers) - 1
-    grid = images.shape[1] // tile, len(pixels), jnp.maximum(pointers[-1], 1)
+    grid = images.shape[1] // tile, number, jnp.maximum(pointers[-1], 1)
     y = _call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
+            num_scalar_prefetch=3,
             grid=grid,
             in_specs=[pl.BlockSpec((1, tile, BLOCK), of_x), pl.BlockSpec((1, BLOCK, BLOCK), of_w)],
             out_specs=pl.BlockSpec((1, tile, BLOCK), lambda tokens, pixel, unit, units, lists, *_: (pixel, tokens, lists[unit])),
             scratch_shapes=[pltpu.VMEM((tile, BLOCK), jnp.float32)],
         ),
-        out_shape=jax.ShapeDtypeStruct((len(pixels), images.shape[1], blocks * BLOCK), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((number, images.shape[1], blocks * BLOCK), x.dtype),
         name='sparse_jax_input_gradient' if transposed else 'sparse_jax_forward',
-    )(units, _owners(pointers, len(units)), pointers, of_pixels, images, w)
+    )(units, _owners(pointers, len(units)), pointers, images, w)
     visited = jnp.repeat(pointers[1:] > pointers[:-1], BLOCK)
     return jnp.where(visited, y, jnp.zeros((), y.dtype))
 
 
-def _gradient(x, dy, units, outputs, count, pixels: np.ndarray, zeros, place, *, summed: bool = False) -> jax.Array:
+def _gradient(x, dy, units, outputs, count, pixels: Taps, zeros, place, *, summed: bool = False) -> jax.Array:
     """x.T @ dy for each of `count` units, into the block of `zeros` that `place` says, or (summed) the sums of its absolute values."""
-    batch, outside, taps = x.shape[0], x.shape[1] * x.shape[2], pixels.shape[1]
+    batch, taps, number = x.shape[0], math.prod(pixels.taps), math.prod(pixels.result)
     images, tile = _images(x), _tile(batch)
-    of_pixels = jnp.asarray(pixels.reshape(-1))
     tiles = images.shape[1] // tile
-    steps = len(pixels) * tiles
+    steps = number * tiles
 
-    def kernel(units, outputs, of_pixels, count, x_ref, dy_ref, zeros_ref, dw_ref, sums_ref):
+    def kernel(units, outputs, count, x_ref, dy_ref, zeros_ref, dw_ref, sums_ref):
         del zeros_ref
         unit, step = pl.program_id(0), pl.program_id(1)
 
@@ -161,7 +160,7 @@ def _gradient(x, dy, units, outputs, count, pixels: np.ndarray, zeros, place, *,
         def _():
             sums_ref[...] = jnp.zeros_like(sums_ref)
 
-        @pl.when((unit < count[0]) & (of_pixels[lax.div(step, tiles) * taps + lax.rem(units[unit], taps)] != outside))
+        @pl.when((unit < count[0]) & (pixels.at(lax.div(step, tiles), lax.rem(units[unit], taps))[1]))
         def _():
             over = ((0,), (0,)), ((), ())
             sums_ref[...] += lax.dot_general(x_ref[0], dy_ref[0], over, preferred_element_type=jnp.float32)
@@ -171,21 +170,21 @@ def _gradient(x, dy, units, outputs, count, pixels: np.ndarray, zeros, place, *,
             sums = jnp.abs(sums_ref[...]).reshape(-1, 8, BLOCK).sum(0) if summed else sums_ref[...]
             dw_ref[0] = sums.astype(dw_ref.dtype)
 
-    def of_x(unit, step, units, outputs, of_pixels, count):
+    def of_x(unit, step, units, outputs, count):
         return (
-            lax.min(of_pixels[lax.div(step, tiles) * taps + lax.rem(units[unit], taps)], outside - 1),
+            pixels.at(lax.div(step, tiles), lax.rem(units[unit], taps))[0],
             lax.rem(step, tiles),
             lax.div(units[unit], taps),
         )
 
-    def of_dy(unit, step, units, outputs, of_pixels, count):
+    def of_dy(unit, step, units, outputs, count):
         return lax.div(step, tiles), lax.rem(step, tiles), outputs[unit]
 
     result = (1, 8, BLOCK) if summed else (1, BLOCK, BLOCK)
     dw = _call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
+            num_scalar_prefetch=3,
             grid=(jnp.maximum(count, 1), steps),
             in_specs=[
                 pl.BlockSpec((1, tile, BLOCK), of_x),
@@ -196,7 +195,7 @@ def _gradient(x, dy, units, outputs, count, pixels: np.ndarray, zeros, place, *,
             scratch_shapes=[pltpu.VMEM((BLOCK, BLOCK), jnp.float32)],
         ),
         out_shape=jax.ShapeDtypeStruct(zeros.shape, zeros.dtype),
-        input_output_aliases={6: 0},
+        input_output_aliases={5: 0},
         name='sparse_jax_scores' if summed else 'sparse_jax_weight_gradient',
-    )(units, outputs, of_pixels, count.reshape(1), images, _images(dy), zeros)
+    )(units, outputs, count.reshape(1), images, _images(dy), zeros)
     return dw if summed else jnp.where(count > 0, dw, jnp.zeros((), dw.dtype))
