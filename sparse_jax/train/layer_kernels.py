@@ -66,6 +66,8 @@ class LayerKernels:
             self._mesh, self._places = devices.mesh, devices.state_shardings.params
         block = block_of(config)
         self._block = None if block == (1, 1) else block
+        if self._mode == 'auto' and (reason := _unavailable(config, _target.platform())) and hosts.is_first():
+            _LOG.info('kernels: all products are dense, under masks: the kernels of this platform do not run here: %s.', reason)
         self._experiment = experiment
         self._examples = config.data.batch_size // config.train.accumulate
         self._path = folder / FILE
