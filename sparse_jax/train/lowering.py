@@ -174,9 +174,9 @@ def print_tables(lowered: Lowered) -> None:
     for path, (name, reason) in lowered.layers.items():
         table.add_row(path, name, reason)
     console.print(table)
-    table = Table(title='kernels of block-sparse products in the program (one in a loop over layers counts once)')
+    table = Table(title='block-sparse kernels')
     table.add_column('kernel')
-    table.add_column('calls', justify='right')
+    table.add_column('calls in the program', justify='right')  # one in a loop over layers counts once
     for name, count in sorted(lowered.kernels.items()):
         table.add_row(name, str(count))
     console.print(table)
