@@ -91,9 +91,7 @@ def interpret() -> bool:
     return own is not None and own.interpret
 
 
-def capability() -> tuple[int, int]:
-    """Of the GPU: (9, 0) is Hopper."""
+def capability() -> str:
+    """Of the GPU, such as '9.0' (Hopper), or what else its maker calls it."""
     own = _TARGET.get()
-    text = own.capability if own else str(getattr(jax.devices()[0], 'compute_capability', '0.0'))
-    major, _, minor = text.partition('.')
-    return int(major), int(minor or 0)
+    return own.capability if own else str(getattr(jax.devices()[0], 'compute_capability', 'unknown'))

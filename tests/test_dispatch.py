@@ -29,6 +29,7 @@ def _operands(block=(64, 64), dtype=jnp.bfloat16, size=128, **options):
         ('gpu', '9.0', (64, 64), 'float32', 'cpu', 'it runs on CPU, not on gpu'),
         ('gpu', '8.0', (64, 64), 'bfloat16', 'gpu', r'needs a Hopper GPU \(compute capability 9.0.*this one has 8.0'),
         ('gpu', '10.0', (64, 64), 'bfloat16', 'gpu', 'needs a Hopper GPU .* this one has 10.0'),
+        ('gpu', 'gfx942', (64, 64), 'bfloat16', 'gpu', 'needs a Hopper GPU .* this one has gfx942'),
         ('gpu', '9.0', (64, 64), 'float32', 'gpu', 'bfloat16 and float16, got float32: set config.model.dtype=bfloat16'),
         ('gpu', '9.0', (16, 16), 'bfloat16', 'gpu', 'sides of 32, 64, 128, got blocks of 16x16: .*block:64x64'),
         ('gpu', '9.0', (1, 1), 'bfloat16', 'gpu', 'got single weights: train with sparsity.granularity=block:64x64'),

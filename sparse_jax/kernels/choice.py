@@ -62,7 +62,8 @@ def recorded() -> Iterator[list[Call]]:
 def candidates(call: Call) -> tuple[str, ...]:
     """What can run a call here: always 'dense', the product with the masked weight: by lanes on the C++ kernels, else XLA's."""
     own = _target.platform()
-    return ('dense',) if dispatch.unsupported(own, call.dtype, call.block) else ('dense', own)
+    known = own in dispatch.IMPLEMENTATIONS and not dispatch.unsupported(own, call.dtype, call.block)
+    return ('dense', own) if known else ('dense',)
 
 
 def rounded(density: float) -> float:

@@ -45,6 +45,8 @@ def check(config: config_lib.Config) -> None:
 
 def _unavailable(config: config_lib.Config, name: str) -> str:
     """Why a backend cannot run this; empty where it can."""
+    if name not in sj.kernels.IMPLEMENTATIONS:
+        return f'there are none for {name}'
     return sj.kernels.unsupported(name, config.model.dtype, block_of(config))
 
 
@@ -66,7 +68,9 @@ class LayerKernels:
             self._mesh, self._places = devices.mesh, devices.state_shardings.params
         block = block_of(config)
         self._block = None if block == (1, 1) else block
-        if self._mode == 'auto' and (reason := _unavailable(config, _target.platform())) and hosts.is_first():
+        reason = _unavailable(config, _target.platform()) if self._mode == 'auto' else ''
+        self._own = 'reference' if reason else _target.platform()
+        if reason and hosts.is_first():
             _LOG.info('kernels: all products are dense, under masks: the kernels of this platform do not run here: %s.', reason)
         self._experiment = experiment
         self._examples = config.data.batch_size // config.train.accumulate
@@ -147,7 +151,7 @@ class LayerKernels:
         experiment = self._experiment
         leaves = {path for path, mask in masks_lib.leaf_paths(masks) if np.ndim(mask)}
         options: dict[str, Any] = dict(
-            block=self._block, stacked=experiment.stacked, implementations=dict.fromkeys(leaves, _target.platform())
+            block=self._block, stacked=experiment.stacked, implementations=dict.fromkeys(leaves, self._own)
         )
         patterns = sj.kernels.make_patterns(masks, **options, shardings=self._places)
         x = jax.ShapeDtypeStruct((self._examples, *experiment.example.shape[1:]), experiment.example.dtype)

@@ -15,9 +15,11 @@ def unsupported(dtype, block: tuple[int, int]) -> str:
     """Why these kernels cannot take a layer where they would run, and what would work; empty where they can."""
     if _target.platform() != 'gpu':
         return f'it runs on an NVIDIA GPU, not on {_target.platform()}'
-    major, minor = _target.capability()
-    if major != 9:
-        return f'it needs a Hopper GPU (compute capability 9.0: H100, H200), whose instructions it uses, and this one has {major}.{minor}'
+    capability = _target.capability()
+    if capability.partition('.')[0] != '9':
+        return (
+            f'it needs a Hopper GPU (compute capability 9.0: H100, H200), whose instructions it uses, and this one has {capability}'
+        )
     if jnp.dtype(dtype).name not in DTYPES:
         return f'it multiplies bfloat16 and float16, got {jnp.dtype(dtype).name}: set config.model.dtype=bfloat16, or cast x and w'
     if block[0] not in BLOCKS or block[1] not in BLOCKS:
