@@ -1,5 +1,7 @@
 """Training steps with block patterns, as programs for a platform that is not here."""
 
+import jax
+
 from configs import cifar10_vgg_d, lm_tiny
 from sparse_jax.train import lowering
 
@@ -23,3 +25,11 @@ def vgg_on_two_devices(platform: str) -> lowering.Lowered:
 
 
 steps = {'transformer on four devices': transformer_on_four_devices, 'vgg on two devices': vgg_on_two_devices}
+
+
+def check_compiled(lowered: lowering.Lowered) -> None:
+    """Gradients are summed over the parts of a batch; a mask update gathers no weight and no mask, on this platform's compiler too."""
+    assert lowered.memory is not None and lowered.memory['temporary'] > 0 and lowered.collectives is not None
+    assert sum(c.bytes for c in lowered.collectives if c.kind == 'all-reduce') > 4 * lowered.largest_layer
+    assert not [c for c in lowered.collectives if c.kind == 'all-gather']
+    assert jax.default_backend() == 'cpu'

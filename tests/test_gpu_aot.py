@@ -3,13 +3,12 @@
 make test-gpu-aot [PYTHON=python3.12] installs what that takes.
 """
 
-import jax
 import pytest
 
 from benchmarks import gpu_compile, gpu_model
 from sparse_jax.kernels import compile_only
 from sparse_jax.kernels.gpu import config as config_lib
-from tests.lowered import steps
+from tests.lowered import check_compiled, steps
 
 reason = compile_only.unavailable('gpu')
 pytestmark = pytest.mark.skipif(bool(reason), reason=f'{reason}: make test-gpu-aot')
@@ -59,10 +58,4 @@ def test_too_large_tiles_are_refused_by_the_compiler_as_by_the_rule():
 
 @pytest.mark.parametrize('name', steps)
 def test_whole_training_steps_compile_and_their_collectives_are_counted(name):
-    lowered = steps[name]('cuda')
-    assert lowered.memory is not None and lowered.memory['temporary'] > 0 and lowered.collectives is not None
-    sums = [c.bytes for c in lowered.collectives if c.kind == 'all-reduce']
-    # gradients are summed over the parts of a batch; a mask update gathers no weight and no mask, on this platform's compiler too
-    assert sum(sums) > 4 * lowered.largest_layer
-    assert not [c for c in lowered.collectives if c.kind == 'all-gather']
-    assert jax.default_backend() == 'cpu'
+    check_compiled(steps[name]('cuda'))

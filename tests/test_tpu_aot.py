@@ -13,7 +13,7 @@ from sparse_jax import kernels
 from sparse_jax.kernels import compile_only
 from sparse_jax.kernels.reference import Geometry
 from sparse_jax.kernels.tpu import operations
-from tests.lowered import steps
+from tests.lowered import check_compiled, steps
 
 reason = compile_only.unavailable('tpu')
 pytestmark = pytest.mark.skipif(bool(reason), reason=f'{reason}: make test-tpu-aot')
@@ -50,10 +50,4 @@ def test_every_kernel_compiles(name):
 
 @pytest.mark.parametrize('name', steps)
 def test_whole_training_steps_compile_and_their_collectives_are_counted(name):
-    lowered = steps[name]('tpu')
-    assert lowered.memory is not None and lowered.memory['temporary'] > 0 and lowered.collectives is not None
-    sums = [c.bytes for c in lowered.collectives if c.kind == 'all-reduce']
-    # gradients are summed over the parts of a batch; a mask update gathers no weight and no mask, on this platform's compiler too
-    assert sum(sums) > 4 * lowered.largest_layer
-    assert not [c for c in lowered.collectives if c.kind == 'all-gather']
-    assert jax.default_backend() == 'cpu'
+    check_compiled(steps[name]('tpu'))
