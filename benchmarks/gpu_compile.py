@@ -33,7 +33,7 @@ CASES = (
     (Shape((64, 16, 16, 256), (1, 1, 256, 512), Geometry((2, 2))), ((64, 64),)),
 )
 _THREADS = 128  # of a program: each announces its part of the bytes that a stage waits for
-_DUMPS = tempfile.mkdtemp(prefix='sparse_jax_gpu_')
+_DUMPS = tempfile.TemporaryDirectory(prefix='sparse_jax_gpu_')  # of the compiler; gone with this process
 
 
 class Compiled(NamedTuple):
@@ -63,17 +63,17 @@ def compiled(
       dtype: of x and w.
       capacity: least number of units that the pattern has room for.
     """
-    os.environ['MOSAIC_GPU_DUMP_TO'] = _DUMPS
+    os.environ['MOSAIC_GPU_DUMP_TO'] = _DUMPS.name
     place = SingleDeviceSharding(compile_only.devices('gpu')[0])
     of = lambda x, kind=None: jax.ShapeDtypeStruct(x.shape, kind or x.dtype, sharding=place)
     mask = gpu_model.random_mask(shape, block, 0.1)
     pattern = jax.tree.map(of, kernels.make_pattern(mask, block=block, implementation='gpu', at_least=capacity))
     run, arrays = gpu_model.function(kernel, shape, block, config)
-    before, begin = set(glob.glob(f'{_DUMPS}/*.ptx')), time.perf_counter()
+    before, begin = set(glob.glob(f'{_DUMPS.name}/*.ptx')), time.perf_counter()
     with _target.lowering_for('gpu'):
         jax.jit(run).trace(*(of(x, jnp.dtype(dtype)) for x in arrays), pattern).lower(lowering_platforms=('cuda',)).compile()
     spent = time.perf_counter() - begin
-    (path,) = set(glob.glob(f'{_DUMPS}/*.ptx')) - before
+    (path,) = set(glob.glob(f'{_DUMPS.name}/*.ptx')) - before
     return _read(path, spent)
 
 
