@@ -14,8 +14,9 @@ stand beside. It also keeps up to which density each block wins, which ``sparse_
 import argparse
 import functools
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -35,17 +36,38 @@ _PRODUCTS = gpu_model.KERNELS[:3]
 _SMALL = (Shape((64, 1, 1, 128), (1, 1, 128, 128)), Shape((64, 2, 2, 64), (3, 3, 64, 64), Geometry(padding=((1, 1), (1, 1)))))
 
 
-def seconds(run: Callable, *operands, rounds: int) -> float:
-    """Median time of a call among several that are queued, after two that compile and warm up."""
-    for _ in range(2):
-        jax.block_until_ready(run(*operands))
-    times = []
+def turns(runs: Sequence[Callable], given: tuple, *, rounds: int) -> list[float]:
+    """Median time of each run's call among several that are queued, after one that compiles and warms up.
+
+    They take turns, so that a clock that slows down, as the hot device's does, slows all of them.
+    """
+    for run in runs:
+        jax.block_until_ready(run(*given))
+    times: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
-        begin = time.perf_counter()
-        results = [run(*operands) for _ in range(10 if rounds > 1 else 1)]
-        jax.block_until_ready(results)
-        times.append((time.perf_counter() - begin) / len(results))
-    return statistics.median(times)
+        for run, own in zip(runs, times, strict=True):
+            begin = time.perf_counter()
+            results = [run(*given) for _ in range(10 if rounds > 1 else 1)]
+            jax.block_until_ready(results)
+            own.append((time.perf_counter() - begin) / len(results))
+    return [statistics.median(own) for own in times]
+
+
+def _fastest(kernel: str, shape: Shape, block: tuple[int, int], given: tuple, configs: Sequence[config_lib.Config], rounds: int):
+    """The config that takes least time. The first must run; another that the compiler or the device refuses is told and left out."""
+    runs = {}
+    for config in configs:
+        run = jax.jit(gpu_model.function(kernel, shape, block, config)[0])
+        try:
+            jax.block_until_ready(run(*given))
+        except Exception as refused:  # jax refuses by assertions too
+            if config == configs[0]:
+                raise
+            print(f'left out: {kernel}, {shape.name}, {block}, {config}: {repr(refused)[:200]}', file=sys.stderr)
+        else:
+            runs[config] = run
+    times = turns(list(runs.values()), given, rounds=rounds)
+    return min(zip(times, runs, strict=True), key=lambda pair: pair[0])[1]
 
 
 @functools.cache
@@ -74,12 +96,8 @@ def sweep(
             for kernel in names:
                 known = [config_lib.rule(kernel, block, shape.x[0])]
                 if rounds > 1:
-                    known = config_lib.candidates(kernel, block, shape.x[0])
-                times = {}
-                for config in known:
-                    run = jax.jit(gpu_model.function(kernel, shape, block, config)[0])
-                    times[config] = seconds(run, *arguments(kernel, *own), rounds=min(rounds, 3))
-                best[kernel] = min(times, key=lambda config: times[config])
+                    known = list(dict.fromkeys([*known, *config_lib.candidates(kernel, block, shape.x[0])]))
+                best[kernel] = _fastest(kernel, shape, block, arguments(kernel, *own), known, min(rounds, 3))
             if keep:
                 config_lib.store({config_lib.key(k, shape.x, shape.w, block, jnp.bfloat16): c for k, c in best.items()})
             for sparsity in sparsities:
@@ -87,7 +105,7 @@ def sweep(
                 for kernel in names:
                     given = arguments(kernel, *own)
                     run = jax.jit(gpu_model.function(kernel, shape, block, best[kernel])[0])
-                    dense, sparse = (seconds(f, *given, rounds=rounds) for f in (_dense(kernel, shape), run))
+                    dense, sparse = turns([_dense(kernel, shape), run], given, rounds=rounds)
                     totals = [totals[0] + dense, totals[1] + sparse]
                     cost = gpu_model.cost(kernel, shape, block, sparsity, best[kernel])
                     ratios = [gpu_model.dense_seconds(shape, gpu) / cost.seconds(rate, gpu) for rate in gpu_model.FEED]

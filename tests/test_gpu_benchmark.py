@@ -8,7 +8,8 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import gpu, gpu_model
+from benchmarks import gpu, gpu_check, gpu_model
+from sparse_jax import _target
 from sparse_jax.kernels.gpu import config as config_lib
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -29,6 +30,17 @@ def test_dry_run_checks_and_measures_in_the_interpreter():
 def test_without_a_gpu_the_sweep_is_refused_in_a_line():
     done = _run('--check')
     assert done.returncode == 2 and 'no measurement here: it runs on an NVIDIA GPU, not on cpu' in done.stderr
+
+
+def test_a_config_that_is_refused_is_told_and_left_out_but_not_the_one_of_the_rule(capsys):
+    shape, block = gpu_model.Shape((64, 1, 1, 128), (1, 1, 128, 64)), (64, 64)
+    given = gpu_check.arguments('forward', *gpu_check.operands(shape, block, 0.5))
+    refused, rule = config_lib.Config(tokens=36), config_lib.rule('forward', block, 64)
+    with _target.lowering_for('gpu', interpret=True):
+        assert gpu._fastest('forward', shape, block, given, [rule, refused], 1) == rule
+        assert 'left out: forward' in (said := capsys.readouterr().err) and 'tokens=36' in said
+        with pytest.raises(AssertionError):
+            gpu._fastest('forward', shape, block, given, [refused, rule], 1)
 
 
 def test_steps_are_those_of_the_tiles():
