@@ -86,10 +86,17 @@ class Run:
 
     def until(self, step: int) -> None:
         """Waits until a step's metrics are written; all processes are alive then."""
+        self._until(lambda: last_step(self.folder) >= step, f'step {step}')
+
+    def until_committed(self) -> None:
+        """Waits until a checkpoint is whole; all processes are alive then."""
+        self._until(lambda: committed(self.folder), 'a commit')
+
+    def _until(self, reached: Callable[[], bool], what: str) -> None:
         begin = time.monotonic()
-        while last_step(self.folder) < step:
+        while not reached():
             if time.monotonic() > begin + 180 or any(process.poll() is not None for process in self.processes):
-                raise SystemExit(f'error: the run in {self.folder} ended before step {step}: see {self.folder}.*.log')
+                raise SystemExit(f'error: the run in {self.folder} ended before {what}: see {self.folder}.*.log')
             time.sleep(0.005)
 
     def said(self, i: int) -> str:
@@ -102,6 +109,11 @@ def last_step(folder: pathlib.Path) -> int:
     path = folder / 'metrics.jsonl'
     lines = path.read_text().split('\n') if path.exists() else []
     return json.loads(lines[-2])['step'] if len(lines) > 1 else -1
+
+
+def committed(folder: pathlib.Path) -> bool:
+    """Whether a checkpoint is whole: orbax gives its folder the step's name as the last act of saving it."""
+    return any(path.name.isdigit() for path in (folder / 'checkpoints').glob('*'))
 
 
 def digest(folder: pathlib.Path) -> str:
@@ -120,7 +132,10 @@ def done(run: Run) -> None:
 
 
 def kills(counts: int, random_: random.Random) -> Figure:
-    """SIGKILL of one or both of two processes at random times, some times in each run, until it ends; bits of the end."""
+    """SIGKILL of one or both of two processes at random times, some times in each run, until it ends; bits of the end.
+
+    Three in four wait for a commit first, the others come where chance has them: left to chance alone, all of a few kills may come before it.
+    """
     flags = (
         '--config.train.steps=1000',
         '--config.checkpoint.every=100',
@@ -135,8 +150,10 @@ def kills(counts: int, random_: random.Random) -> Figure:
         folder, own = FOLDER / f'kills/{trial}', 0
         for _ in range(min(5, counts - killed)):
             with Run(folder, *flags) as run:
+                if (killed + own) % 4:
+                    run.until_committed()
                 before = max(last_step(folder), 0)
-                run.until(min(before + random_.randrange(10, 200, 10), 940))
+                run.until(min(before + random_.randrange(10, 200, 10), 900))
                 time.sleep(random_.random() * 0.3)
                 victims = random_.choice(([0], [1], [0, 1]))
                 if (folder / 'result.json').exists():
@@ -146,7 +163,7 @@ def kills(counts: int, random_: random.Random) -> Figure:
                 codes = run.wait(HEARTBEAT + 60)
                 assert all(codes[i] == -signal.SIGKILL for i in victims), codes
             own += 1
-            after_commit += any(path.name.isdigit() for path in (folder / 'checkpoints').glob('*'))
+            after_commit += committed(folder)
         with Run(folder, *flags) as run:
             done(run)
         killed += own
