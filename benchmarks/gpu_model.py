@@ -9,7 +9,10 @@ pattern takes. Assumed, in tera per second:
   neighbouring programs share tiles, as random blocks do less;
 - tensor cores do no more than 600 TFLOP/s in such a loop; memory gives 3.35 TB/s (H100) or 4.8 TB/s (H200).
 
-The longest of the three is a kernel's time. What is not in it: starting a kernel (microseconds), and programs of unequal length.
+The longest of the three is a kernel's time. A multiprocessor reaches a 132th of the rates of the cache and the tensor cores: a kernel of
+few programs leaves some without work, and of 133 equal ones the last runs alone. What is not in it: starting a kernel (microseconds),
+and programs of unequal length. Where the weight gradient is split (``config.splits``) its parts are written and added up by XLA, at the
+memory's rate, after the kernel.
 """
 
 import functools
@@ -27,6 +30,7 @@ from sparse_jax.kernels.reference import Geometry
 
 DENSE, MOST = 700e12, 600e12  # operations a second
 FEED = {'low': 0.85 * 5.5e12, 'high': 10.9e12}  # bytes a second from the second-level cache
+MULTIPROCESSORS = 132  # of both
 MEMORY = {'H100': 3.35e12, 'H200': 4.8e12}  # bytes a second
 KERNELS = ('forward', 'input_gradient', 'weight_gradient', 'scores')
 
@@ -81,15 +85,19 @@ class Cost(NamedTuple):
     operations: float  # of the tensor cores, those for tiles' empty parts too
     cache_bytes: float  # from the second-level cache into shared memory, and results
     memory_bytes: float  # each operand that is needed and each result once; copies in which zeros are added
+    programs: int  # of equal work
+    sum_bytes: float = 0  # of a gradient's parts, read and added up after the kernel, and the result
 
     def seconds(self, rate: str, gpu: str) -> float:
-        return max(self.parts(rate, gpu).values())
+        return max(self.parts(rate, gpu).values()) + self.sum_bytes / MEMORY[gpu]
 
     def parts(self, rate: str, gpu: str) -> dict[str, float]:
-        """Seconds by resource."""
+        """Seconds of the kernel by resource."""
+        turns = -(-self.programs // MULTIPROCESSORS)
+        idle = turns * MULTIPROCESSORS / max(1, self.programs)
         return {
-            'tensor cores': self.operations / MOST,
-            'cache': self.cache_bytes / FEED[rate],
+            'tensor cores': self.operations / MOST * idle,
+            'cache': self.cache_bytes / FEED[rate] * idle,
             'memory': self.memory_bytes / MEMORY[gpu],
         }
 
@@ -186,17 +194,24 @@ def cost(kernel: str, shape: Shape, block: tuple[int, int], sparsity: float, con
         phases = math.prod(shape.geometry.strides) if kernel == 'input_gradient' else 1
         steps = int(counts.sum()) * (depth // min(depth, config.depth)) * images * pixels / phases
         memory = size * (source + result + int(mask.sum()) + (2 * mask.size if pads else 0))
-        return Cost(steps * one.operations, steps * one.bytes + size * result, memory)
-    loops = images * math.prod(shape.y[1:3])
+        return Cost(steps * one.operations, steps * one.bytes + size * result, memory, images * pixels * len(counts))
+    loops, splits, summed = images * math.prod(shape.y[1:3]), 1, 0
     if kernel == 'weight_gradient':
         programs, results = int((-(-counts // config.group)).sum()), size * mask.size
+        units = math.prod(shape.w[:2]) * math.prod(-(-n // side) for n, side in zip(shape.w[2:], block, strict=True))
+        splits = config_lib.splits(shape.x[0], math.prod(shape.y[1:3]), units, block)
+        if splits > 1:  # XLA reads all that there is room for
+            results, summed = (
+                4 * splits * int(counts.sum()) * rows * columns,
+                4 * splits * pattern.capacity * rows * columns + results,
+            )
     else:
         wide = config_lib.window(kernel, rows)
         windows = -(-shape.w[2] // wide) * math.prod(shape.w[:2])
         programs = -(-windows // config.group) * len(counts)
         results = 4 * windows * wide * len(counts)
     memory = size * (x + y + (2 * x if pads else 0)) + results
-    return Cost(programs * loops * one.operations, programs * loops * one.bytes + results, memory)
+    return Cost(programs * loops * one.operations, programs * loops * one.bytes + results, memory, programs * splits, summed)
 
 
 def dense_seconds(shape: Shape, gpu: str) -> float:

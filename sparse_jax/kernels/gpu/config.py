@@ -14,8 +14,11 @@ from sparse_jax.kernels import stored
 ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]  # sums in registers
 SHARED_MEMORY = 232_448  # bytes that a program may have on Hopper
 _OF_TWO = 114_688  # bytes up to which two programs share a multiprocessor: one loads while the other multiplies
-_BARRIERS = 1024  # bytes at most
+BARRIERS = 1024  # bytes at most
 _FILE = 'gpu_configs.json'
+IMAGES = 256  # that all tiles divide: the weight gradient's sums are split between such
+_PROGRAMS = 128  # about as many as there are multiprocessors
+_SUMMED = 512  # images times pixels that a program of the weight gradient adds up at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Config:
         """Of shared memory, without barriers: the ring of stages, and the tiles of the result.
 
         >>> Config().bytes('forward', (64, 64)), Config(64, stages=3, group=2).bytes('weight_gradient', (64, 64))
-        (114688, 98304)
+        (114688, 106496)
         """
         rows, columns = block
         if kernel in ('forward', 'input_gradient'):
@@ -47,7 +50,9 @@ class Config:
             depth = min(depth, self.depth)
             return size * (self.stages * depth * (self.tokens + width) + self.tokens * width)
         wide = window(kernel, rows)
-        result = wide * columns * (1 + self.group) if kernel == 'weight_gradient' else 2 * wide * self.group
+        result = (
+            2 * wide * self.group * (columns if kernel == 'weight_gradient' else 1)
+        )  # in float32; gradients that are not split have less
         return size * (self.stages * self.tokens * (columns + self.group * wide) + result)
 
     def registers(self, kernel: str, block: tuple[int, int]) -> int:
@@ -59,7 +64,7 @@ class Config:
 
     def fits(self, kernel: str, block: tuple[int, int]) -> bool:
         """Whether a program may have that much shared memory, and its threads that many registers beside what else they need."""
-        return self.bytes(kernel, block) + _BARRIERS <= SHARED_MEMORY and self.registers(kernel, block) <= 128
+        return self.bytes(kernel, block) + BARRIERS <= SHARED_MEMORY and self.registers(kernel, block) <= 128
 
 
 def window(kernel: str, rows: int) -> int:
@@ -105,6 +110,24 @@ def rule(kernel: str, block: tuple[int, int], images: int) -> Config:
     fitting = [config for config in own if config.fits(kernel, block)]
     # few wasted rows first, then the least traffic, then two programs a multiprocessor, then more in flight
     return max(fitting, key=lambda c: (-(-images % c.tokens), c.group, c.tokens, c.bytes(kernel, block) <= _OF_TWO, c.stages))
+
+
+def splits(images: int, pixels: int, units: int, block: tuple[int, int]) -> int:
+    """Parts of the images and pixels that the weight gradient is summed over by different programs: as many, in powers of two, as keep a
+    GPU busy where a tenth of the units exists. Each part of the sums is written and read once, in float32.
+
+    Args:
+      images: of the batch; tokens of a matrix product.
+      pixels: of the result.
+      units: that the weight could have.
+      block: inputs and outputs.
+
+    >>> splits(8192, 1, 64 * 64, (64, 64)), splits(8192, 1, 16 * 64, (64, 64)), splits(128, 32 * 32, 9 * 4 * 4, (64, 64))
+    (1, 2, 16)
+    """
+    programs = max(1, units / (20 if math.prod(block) <= 64 * 64 else 10))  # two units a program, or one
+    most = max(1, min(max(pixels, -(-images // IMAGES)), images * pixels // _SUMMED))
+    return min(1 << max(0, round(math.log2(_PROGRAMS / programs))), 1 << (most.bit_length() - 1))
 
 
 def key(kernel: str, x: tuple[int, ...], w: tuple[int, ...], block: tuple[int, int], dtype) -> str:

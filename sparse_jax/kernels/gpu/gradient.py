@@ -8,6 +8,10 @@ The gradient is a dense array with zeros off the pattern, as the optimizer takes
 that owns a unit also writes the zeros between it and the unit before: each block is written once, by one program, and no pass over the
 weight is made beforehand.
 
+A small weight has few units, and each is a sum over all images and pixels: a dozen programs would keep a dozen of 132 multiprocessors
+busy. There :func:`partial_gradients` gives each program a part of the images and pixels only, and the parts, in float32, are added up
+afterwards, in their order. Into how many is a rule of shapes (``config.splits``), so that no measurement changes a bit.
+
 Growth wants to know in which missing blocks the gradient is large. :func:`scores` computes that for all blocks and keeps the sum of each
 row's absolute values only: the dense gradient itself is never in memory.
 
@@ -24,7 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparse_jax.kernels.gpu.config import ACC, Config, swizzled
+from sparse_jax.kernels.gpu.config import ACC, IMAGES, Config, swizzled
 from sparse_jax.kernels.gpu.config import window as window_rows
 
 
@@ -72,13 +76,6 @@ def gradient(
             source = lax.div(unit, taps)
             return dw_gmem.at[lax.rem(unit, taps), pl.ds(source * rows, rows), pl.ds(channel * columns, columns)]
 
-        def window(i):
-            def index(pixel, tokens):
-                unit = units_gmem[lax.min(begin + i, end - 1)]  # past the list's end the last one once more, which is not stored
-                return tokens, pixels_gmem[pixel, lax.rem(unit, taps)], lax.div(lax.div(unit, taps) * rows, wide)
-
-            return index
-
         def write_zeros(low, high):
             def one(unit, carry):
                 plgpu.copy_smem_to_gmem(zeros_smem.at[:rows], target(unit))
@@ -93,7 +90,7 @@ def gradient(
 
             @pl.when(end > first)
             def _():
-                windows = [window(i) for i in range(group)]
+                windows = _windows(units_gmem, pixels_gmem, begin, end, taps, block, group)
                 results = _sums(x_gmem, dy_gmem, windows, channel, pixels.shape[0], (wide, columns), config)
                 for dw_smem, result in zip(dw_smems, results, strict=True):
                     dw_smem[...] = result.astype(x.dtype)
@@ -104,11 +101,7 @@ def gradient(
                     def _(i=i, dw_smem=dw_smem):
                         unit = units_gmem[begin + i]
                         write_zeros(jnp.where(begin + i > first, units_gmem[lax.max(begin + i - 1, 0)], -1) + 1, unit)
-                        for part in range(wide // rows):
-
-                            @pl.when(lax.rem(lax.div(unit, taps), wide // rows) == part)
-                            def _(part=part):
-                                plgpu.copy_smem_to_gmem(dw_smem.at[part * rows : (part + 1) * rows], target(unit))
+                        _store(dw_smem, lax.div(unit, taps), rows, target(unit))
 
             @pl.when(begin + group >= end)
             def _():
@@ -123,6 +116,60 @@ def gradient(
         scratch_types=[plgpu.SMEM((wide, columns), x.dtype, transforms=swizzled(x.dtype, columns))] * (1 + group),
         grid=(programs, dy.shape[-1] // columns),  # the first programs of each list, which all have work, come first
         grid_names=('place', 'channel'),
+        **({} if interpret is None else dict(interpret=interpret)),
+    )(x, dy, units, pointers, pixels)
+
+
+def partial_gradients(
+    x: jax.Array,
+    dy: jax.Array,
+    units: jax.Array,
+    pointers: jax.Array,
+    pixels: jax.Array,
+    *,
+    taps: int,
+    block: tuple[int, int],
+    splits: int,
+    config: Config,
+    interpret=None,
+) -> jax.Array:
+    """The units' sums over each of `splits` parts of the images and pixels; arguments as in :func:`gradient`.
+
+    Returns:
+      float32[splits, capacity, rows, columns of a block], undefined past the lists' end.
+    """
+    rows, columns = block
+    wide = window_rows('weight_gradient', rows)
+    group = config.group
+    most = min(len(units), x.shape[-1] // rows * taps)  # units that a block of outputs can have
+
+    def kernel(x_gmem, dy_gmem, units_gmem, pointers_gmem, pixels_gmem, sums_gmem, *sums_smems):
+        split, channel, place = lax.axis_index('split'), lax.axis_index('channel'), lax.axis_index('place')
+        end = pointers_gmem[channel + 1]
+        begin = pointers_gmem[channel] + place * group
+
+        @pl.when(begin < end)
+        def _():
+            windows = _windows(units_gmem, pixels_gmem, begin, end, taps, block, group)
+            results = _sums(x_gmem, dy_gmem, windows, channel, pixels.shape[0], (wide, columns), config, split, splits)
+            for sums_smem, result in zip(sums_smems, results, strict=True):
+                sums_smem[...] = result
+            plgpu.commit_smem()
+            for i, sums_smem in enumerate(sums_smems):
+
+                @pl.when(begin + i < end)
+                def _(i=i, sums_smem=sums_smem):
+                    _store(sums_smem, lax.div(units_gmem[begin + i], taps), rows, sums_gmem.at[split, begin + i])
+
+            plgpu.wait_smem_to_gmem(0)
+
+    kernel.__name__ = 'sparse_jax_weight_gradient'
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((splits, len(units), rows, columns), jnp.float32),
+        scratch_types=[plgpu.SMEM((wide, columns), jnp.float32, transforms=swizzled(jnp.float32, columns))] * group,
+        grid=(splits, pl.cdiv(most, group), dy.shape[-1] // columns),
+        grid_names=('split', 'place', 'channel'),
         **({} if interpret is None else dict(interpret=interpret)),
     )(x, dy, units, pointers, pixels)
 
@@ -179,9 +226,54 @@ def scores(
     return sums.reshape(windows, taps, channels, wide)
 
 
-def _sums(x_gmem, dy_gmem, windows: Sequence[Callable], channel, pixels: int, tile: tuple[int, int], config: Config) -> list:
-    """x.T @ dy over all images and pixels, for each window of x and one block of dy: float32 of this tile, in registers."""
+def _windows(units_gmem, pixels_gmem, begin, end, taps: int, block: tuple[int, int], group: int) -> list[Callable]:
+    """Where x is read for the units at `begin` and after; past the list's end for its last one once more, which is not stored."""
+    wide = window_rows('weight_gradient', block[0])
+
+    def window(i):
+        def index(pixel, tokens):
+            unit = units_gmem[lax.min(begin + i, end - 1)]
+            return tokens, pixels_gmem[pixel, lax.rem(unit, taps)], lax.div(lax.div(unit, taps) * block[0], wide)
+
+        return index
+
+    return [window(i) for i in range(group)]
+
+
+def _store(smem, source, rows: int, target) -> None:
+    """Copies a unit's rows of a window: all of them, or the part that its block of inputs, `source`, is."""
+    parts = smem.shape[0] // rows
+    for part in range(parts):
+
+        @pl.when(lax.rem(source, parts) == part)
+        def _(part=part):
+            plgpu.copy_smem_to_gmem(smem.at[part * rows : (part + 1) * rows], target)
+
+
+def _sums(
+    x_gmem,
+    dy_gmem,
+    windows: Sequence[Callable],
+    channel,
+    pixels: int,
+    tile: tuple[int, int],
+    config: Config,
+    split=0,
+    splits: int = 1,
+) -> list:
+    """x.T @ dy over a part of the images and pixels, for each window of x and one block of dy: float32 of this tile, in registers.
+
+    Pixels are divided where there are enough, or else images, in steps that all configs have.
+    """
     rows, columns = tile
+    tiles, begin, grid = x_gmem.shape[0] // config.tokens, (0, 0), (pixels, x_gmem.shape[0] // config.tokens)
+    if 1 < splits <= pixels:
+        first, last = (lax.div((split + i) * pixels, splits) for i in (0, 1))
+        begin, grid = (first, 0), (last - first, tiles)
+    elif splits > 1:
+        chunk = IMAGES // config.tokens
+        first, last = (lax.min(lax.div((split + i) * pl.cdiv(tiles, chunk), splits) * chunk, tiles) for i in (0, 1))
+        begin, grid = (0, first), (pixels, last - first)
     own: Any = dict(transforms=swizzled(x_gmem.dtype, rows, columns), delay_release=1)
 
     def body(_, dy_smem, *x_smems, sums):
@@ -190,12 +282,13 @@ def _sums(x_gmem, dy_gmem, windows: Sequence[Callable], channel, pixels: int, ti
         plgpu.wgmma_wait(len(sums))  # the products of the step before are done: its stage may be filled again
 
     def main(*sums):
-        of_dy = plgpu.BlockSpec((config.tokens, None, columns), lambda pixel, tokens: (tokens, pixel, channel), **own)
-        of_x = [plgpu.BlockSpec((config.tokens, None, rows), window, **own) for window in windows]
+        at = lambda index: lambda pixel, tokens: index(begin[0] + pixel, begin[1] + tokens)
+        of_dy = plgpu.BlockSpec((config.tokens, None, columns), at(lambda pixel, tokens: (tokens, pixel, channel)), **own)
+        of_x = [plgpu.BlockSpec((config.tokens, None, rows), at(window), **own) for window in windows]
         plgpu.emit_pipeline(
             functools.partial(body, sums=sums),
             in_specs=[of_dy, *of_x],
-            grid=(pixels, x_gmem.shape[0] // config.tokens),
+            grid=grid,
             max_concurrent_steps=config.stages,
         )(dy_gmem, *[x_gmem] * len(windows))
         return [acc[...] for acc in sums]

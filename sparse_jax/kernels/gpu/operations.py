@@ -5,6 +5,7 @@ where taps lie outside of images, is one more tap of zeros (in products) or one 
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from sparse_jax import _target
 from sparse_jax.kernels import pixels as pixels_lib
 from sparse_jax.kernels.gpu import config as config_lib
 from sparse_jax.kernels.gpu.config import Config
-from sparse_jax.kernels.gpu.gradient import gradient, scores
+from sparse_jax.kernels.gpu.gradient import gradient, partial_gradients, scores
 from sparse_jax.kernels.gpu.product import product
 from sparse_jax.kernels.pattern import Pattern
 from sparse_jax.kernels.reference import Geometry
@@ -72,18 +73,21 @@ def weight_gradient(
     rows, columns = pattern.block
     taps = math.prod(w_shape[:-2])
     pixels = pixels_lib.of_product(geometry, x.shape[1:3], dy.shape[1:3], w_shape[:2]).table()
-    dw = gradient(
+    inputs, outputs = (-(-n // side) for n, side in zip(w_shape[-2:], pattern.block, strict=True))
+    splits = config_lib.splits(x.shape[0], len(pixels), taps * inputs * outputs, pattern.block)
+    operands = (
         _images(x, config.tokens, config_lib.window('weight_gradient', rows), pixels.max() == x.shape[1] * x.shape[2]),
         _images(dy, config.tokens, columns),
         jnp.asarray(pattern.indices),
         jnp.asarray(pattern.pointers),
         jnp.asarray(pixels),
-        taps=taps,
-        inputs=-(-w_shape[-2] // rows),
-        block=pattern.block,
-        config=config,
-        interpret=_interpreter(),
     )
+    own: Any = dict(taps=taps, block=pattern.block, config=config, interpret=_interpreter())
+    if splits == 1:
+        dw = gradient(*operands, inputs=inputs, **own)
+    else:
+        sums = partial_gradients(*operands, splits=splits, **own).sum(0).astype(x.dtype)
+        dw = _dense(sums, *operands[2:4], (taps, inputs, outputs))
     return dw[:, : w_shape[-2], : w_shape[-1]].reshape(w_shape)
 
 
@@ -131,6 +135,17 @@ def _padded(x, *more: int) -> jax.Array:
     return jnp.pad(x, [(0, n) for n in more]) if any(more) else x
 
 
+def _dense(values, units, pointers, number: tuple[int, int, int]) -> jax.Array:
+    """[taps, in, out] of the values [capacity, rows, columns] of its units, and zeros; `number` is of taps and of blocks."""
+    taps, inputs, outputs = number
+    position = jnp.arange(len(units), dtype=jnp.int32)
+    owner = jnp.searchsorted(pointers, position, side='right', method='compare_all') - 1  # past the end: too large, and dropped
+    source, tap = jnp.divmod(units, taps)
+    at = jnp.full(number, -1, jnp.int32).at[tap, source, owner].set(position, mode='drop')
+    blocks = jnp.where((at >= 0)[..., None, None], values[at], jnp.zeros((), values.dtype))
+    return blocks.swapaxes(2, 3).reshape(taps, inputs * values.shape[1], outputs * values.shape[2])
+
+
 def _by_phase(pattern: Pattern, geometry: Geometry, taps: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
     """The transposed lists, each sorted by which pixels of the input a tap meets; as they are without strides."""
     units, pointers = jnp.asarray(pattern.transposed_indices), jnp.asarray(pattern.transposed_pointers)
@@ -143,7 +158,7 @@ def _by_phase(pattern: Pattern, geometry: Geometry, taps: tuple[int, int]) -> tu
     w = (np.arange(taps[1]) * geometry.dilation[1] - left) % width
     of_tap = jnp.asarray((h[:, None] * width + w).reshape(-1), jnp.int32)
     number = jnp.arange(len(units))
-    row = jnp.searchsorted(pointers, number, side='right') - 1
+    row = jnp.searchsorted(pointers, number, side='right', method='compare_all') - 1
     last = jnp.iinfo(jnp.int32).max
     keys = jnp.where(number < pointers[-1], row * phases + of_tap[units % len(of_tap)], last).astype(jnp.int32)
     order = jnp.argsort(keys, stable=True)  # some hundred units
