@@ -42,9 +42,12 @@ def lowering_for(platform: str, *, capability: str = '9.0', interpret: bool = Fa
 
     Args:
       platform: ``'cpu'``, ``'gpu'`` or ``'tpu'``.
-      capability: of the GPU.
+      capability: of the GPU, such as ``'9.0'`` (Hopper).
       interpret: whether Pallas kernels run in their interpreter, so that they can be executed here: slowly, to test them.
       mesh: of the program, where it has one; its devices say what they are.
+
+    Yields:
+      Nothing. Products whose implementation nobody names are the reference's inside, as densities were measured for devices that are here.
 
     Raises:
       ValueError: for another platform.

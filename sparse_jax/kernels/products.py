@@ -90,12 +90,13 @@ def _check_zeros(w: jax.Array, pattern: Pattern) -> None:
 
 
 def _apply(x, w, pattern, geometry, dense_gradient, implementation):
-    chosen = dispatch.choose(implementation, x, pattern)
     if os.environ.get('SPARSE_JAX_DEBUG') == '1':
         _check_zeros(w, pattern)
     shape = x.shape
     if w.ndim == 2 or (w.shape[:2] == (1, 1) and geometry == Geometry()):  # one tap: a matrix product of all pixels
         x, w = x.reshape(-1, 1, 1, shape[-1]), w.reshape(1, 1, *w.shape[-2:])
+    empty = 0 in (x.size, *geometry.output_shape(x.shape, w.shape))
+    chosen = dispatch.choose(implementation, x.dtype, pattern, empty=empty)
     for observer in observers:
         observer(x, w, pattern, geometry)
     y: jax.Array = _product(x, w, pattern, geometry, chosen, dense_gradient)  # pyright: ignore[reportAssignmentType]

@@ -1,6 +1,6 @@
 """How large the dense weight gradient is in each block, for growth by blocks without a dense gradient in memory."""
 
-import importlib
+import operator
 from collections.abc import Sequence
 
 import jax
@@ -30,8 +30,8 @@ def block_scores(
     the reference makes the dense gradient, in float32.
 
     Args:
-      x: [..., in], or [batch, height, width, in] of a convolution.
-      dy: gradient of the product's result, [..., out].
+      x: [..., in], or [batch, height, width, in] of a convolution; floating point.
+      dy: gradient of the product's result, [..., out], of x's type.
       w_shape: of the weight: (in, out), or (height, width, in, out).
       block: inputs and outputs.
       strides: as in :func:`sparse_conv`; of no effect with a matrix product.
@@ -43,7 +43,7 @@ def block_scores(
       float32[taps..., blocks of inputs, blocks of outputs].
 
     Raises:
-      ValueError: if shapes do not fit together, or there is no such implementation.
+      ValueError: if shapes, types or the block do not fit together, or there is no such implementation.
       NotImplementedError: if the implementation cannot take these operands, or does not run on this machine.
 
     Example:
@@ -57,13 +57,15 @@ def block_scores(
     w_shape, name = tuple(w_shape), implementation or 'reference'
     if name not in _WITH_KERNELS:
         raise _names.unknown('implementation', name, _WITH_KERNELS)
-    if len(w_shape) not in (2, 4) or x.shape[-1] != w_shape[-2] or dy.shape[-1] != w_shape[-1] or x.dtype != dy.dtype:
+    fits = len(w_shape) in (2, 4) and x.shape[-1:] == w_shape[-2:-1] and dy.shape[-1:] == w_shape[-1:]
+    if not fits or x.dtype != dy.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f'block_scores: x {x.dtype}{list(x.shape)}, dy {dy.dtype}{list(dy.shape)} and w_shape={w_shape} do not fit: x must be [..., in], '
-            'dy [..., out] of the same type, and w_shape (in, out) or (height, width, in, out).'
+            'dy [..., out] of the same floating type, and w_shape (in, out) or (height, width, in, out).'
         )
+    block = _block(block)
     if reason := dispatch.unsupported(name, x.dtype, block):
-        raise NotImplementedError(f'block_scores: implementation={name!r} does not run here: {reason}. Take None.')
+        raise NotImplementedError(f'block_scores: implementation={name!r} does not run here: {reason}. Take implementation=None.')
     if len(w_shape) == 2:
         geometry, full = Geometry(), (1, 1, *w_shape)
         x, dy = x.reshape(-1, 1, 1, x.shape[-1]), dy.reshape(-1, 1, 1, dy.shape[-1])
@@ -71,16 +73,25 @@ def block_scores(
         geometry, full = products.geometry_of('block_scores', x.shape, w_shape, strides, padding, dilation), w_shape
     if geometry.output_shape(x.shape, full) != dy.shape:
         raise ValueError(f'block_scores: dy has shape {dy.shape}, the product has {geometry.output_shape(x.shape, full)}.')
-    if name == 'reference':
+    if name == 'reference' or 0 in (x.size, dy.size):
         scores = _reference(x, dy, full, geometry, block)
     else:
-        scores = importlib.import_module(f'sparse_jax.kernels.{name}.operations').block_scores(x, dy, full, geometry, block)
+        scores = dispatch.call('block_scores', name, x, dy, full, geometry, block)
     return scores[0, 0] if len(w_shape) == 2 else scores
+
+
+def _block(block) -> tuple[int, int]:
+    try:
+        rows, columns = (operator.index(side) for side in block)
+    except (TypeError, ValueError):
+        rows = columns = 0
+    if min(rows, columns) < 1:
+        raise ValueError(f'block_scores: block={block} must be two integers of at least 1: inputs and outputs, such as (64, 64).')
+    return rows, columns
 
 
 def _reference(x, dy, w_shape: tuple[int, ...], geometry: Geometry, block: tuple[int, int]) -> jax.Array:
     wide = reference.dense_weight_gradient(x.astype(jnp.float32), dy.astype(jnp.float32), w_shape, geometry)
-    sides = [-(-n // side) for n, side in zip(w_shape[-2:], block, strict=True)]
-    missing = [(0, 0), (0, 0)] + [(0, count * side - n) for count, side, n in zip(sides, block, w_shape[-2:], strict=True)]
-    parts = jnp.pad(jnp.abs(wide), missing).reshape(*w_shape[:-2], sides[0], block[0], sides[1], block[1])
-    return parts.sum((-3, -1))
+    rows, columns = (-(-n // side) for n, side in zip(w_shape[-2:], block, strict=True))
+    missing = [(0, 0), (0, 0), (0, rows * block[0] - w_shape[-2]), (0, columns * block[1] - w_shape[-1])]
+    return jnp.pad(jnp.abs(wide), missing).reshape(*w_shape[:-2], rows, block[0], columns, block[1]).sum((-3, -1))
