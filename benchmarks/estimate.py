@@ -25,7 +25,7 @@ import sparse_jax as sj
 from benchmarks import layers, twins
 from sparse_jax import masks as masks_lib
 from sparse_jax import models
-from sparse_jax.kernels import choice, products
+from sparse_jax.kernels import choice, products, stored
 
 
 def traced(name: str, batch_size: int, density: float):
@@ -82,7 +82,7 @@ def measure(name: str, batch_size: int, density: float, torch) -> list[dict]:
             _torch_seconds(torch, torch_shape(call, batch_size))
         time.sleep(1)
     for call, weights, inputs in calls:
-        key = (call._replace(name=''), choice.rounded(weights))
+        key = (call._replace(name=''), stored.rounded(weights))
         if key not in known:
             known[key] = choice.measure(call, weights, at_least=1.0, rounds=5)
         seconds = dict(known[key])

@@ -1,5 +1,6 @@
 """Which backend runs a product: every refusal has its reason, and nothing runs elsewhere without a word."""
 
+import functools
 import logging
 
 import jax
@@ -91,13 +92,60 @@ def test_none_takes_a_gpus_kernels_up_to_the_density_that_was_measured(tmp_path,
     _fresh()
     monkeypatch.setenv('SPARSE_JAX_CACHE', str(tmp_path))
     monkeypatch.setattr(rules._target, 'platform', lambda: 'gpu')
+    monkeypatch.setattr(rules._target, 'capability', lambda: '9.0')
     with caplog.at_level(logging.WARNING, 'sparse_jax'):
         assert rules.by_rule(0.1, (64, 64)) == 'reference'
         assert rules.by_rule(0.1, (64, 64)) == 'reference'
     assert len(caplog.records) == 1 and 'blocks of 64x64 were not measured on cpu' in caplog.text
-    rules.store((64, 64), 0.25)
-    assert [rules.by_rule(density, (64, 64)) for density in (0.1, 0.25, 0.3)] == ['gpu', 'gpu', 'reference']
+    rules.store((64, 64), 1 - 0.9)
+    densities = 0.05, 0.1, 410 / 4096, 0.11  # a tenth, as floats and whole blocks have it
+    assert [rules.by_rule(density, (64, 64)) for density in densities] == ['gpu', 'gpu', 'gpu', 'reference']
     assert rules.by_rule(0.01, (1, 1)) == 'reference'  # single weights: masked dense products, always
+
+
+def test_none_says_why_where_a_gpus_kernels_cannot_run_and_what_would_measure(tmp_path, monkeypatch, caplog):
+    _fresh()
+    monkeypatch.setenv('SPARSE_JAX_CACHE', str(tmp_path))
+    monkeypatch.setattr(rules._target, 'platform', lambda: 'gpu')
+    monkeypatch.setattr(rules._target, 'capability', lambda: '8.0')
+    x, w, pattern = _operands()
+    with caplog.at_level(logging.WARNING, 'sparse_jax'):
+        np.testing.assert_array_equal(kernels.sparse_dot(x, w, pattern), x @ w)
+        assert "the reference multiplies instead of 'gpu': it needs a Hopper GPU" in caplog.text and 'benchmarks' not in caplog.text
+        caplog.clear()
+        monkeypatch.setattr(rules._target, 'platform', lambda: 'tpu')
+        assert rules.by_rule(0.1, (128, 128)) == 'reference'  # nothing measures TPUs
+        assert 'not measured on cpu' in caplog.text and 'benchmarks' not in caplog.text
+        assert rules.by_rule(0.1, (64, 64)) == 'tpu'  # and who takes that is told why not
+
+
+@pytest.mark.parametrize('platform', ('gpu', 'tpu'))
+def test_where_jax_counts_in_64_bits_the_kernels_lower_all_the_same(platform):
+    with jax.enable_x64(True):
+        x, w, pattern = _operands((128, 128), size=256)
+        with kernels.lowering_for(platform):
+            loss = lambda w: kernels.sparse_dot(x, w, pattern, implementation=platform).astype(jnp.float32).sum()
+            lowered = jax.jit(jax.grad(loss)).trace(w).lower(lowering_platforms=({'gpu': 'cuda'}.get(platform, platform),))
+        assert 'sparse_jax_weight_gradient' in lowered.as_text()
+        scores = functools.partial(kernels.block_scores, w_shape=w.shape, block=(128, 128), implementation=platform)
+        with kernels.lowering_for(platform):
+            assert jax.eval_shape(scores, x, x).shape == (2, 2)
+
+
+@pytest.mark.parametrize('platform', ('gpu', 'tpu'))
+def test_convolutions_with_an_empty_result_are_zeros(platform):
+    mask = np.ones((3, 3, 128, 128), bool)
+    x, w, pattern = (
+        jnp.ones((4, 2, 2, 128), jnp.bfloat16),
+        jnp.ones(mask.shape, jnp.bfloat16),
+        kernels.make_pattern(mask, block=(128, 128)),
+    )
+    with kernels.lowering_for(platform):
+        y, back = jax.vjp(lambda *a: kernels.sparse_conv(*a, pattern, padding='VALID', implementation=platform), x, w)
+        assert y.shape == (4, 0, 0, 128)
+        assert [not np.asarray(d).any() and d.shape == of.shape for d, of in zip(back(y), (x, w), strict=True)] == [True, True]
+        scores = kernels.block_scores(x, y, mask.shape, block=[128, 128], padding='VALID', implementation=platform)
+        assert scores.shape == (3, 3, 1, 1) and not np.asarray(scores).any()
 
 
 def test_the_launchers_candidates_are_those_of_the_platform():
@@ -119,5 +167,9 @@ def test_block_scores_of_the_reference_and_its_refusals():
     np.testing.assert_allclose(kernels.block_scores(x, dy, (5, 7), block=(2, 4)), want, rtol=1e-5)
     with pytest.raises(NotImplementedError, match="implementation='gpu' does not run here: it runs on an NVIDIA GPU"):
         kernels.block_scores(x, dy, (5, 7), block=(64, 64), implementation='gpu')
-    with pytest.raises(ValueError, match='do not fit'):
-        kernels.block_scores(x, dy, (5, 8), block=(2, 4))
+    for given in ((x, dy, (5, 8)), (x.astype(int), dy.astype(int), (5, 7)), (np.float32(1), dy, (5, 7))):
+        with pytest.raises(ValueError, match='do not fit'):
+            kernels.block_scores(*given, block=(2, 4))
+    for block in ((0, 4), 4, (2, 2.5), (2, 2, 2)):
+        with pytest.raises(ValueError, match='must be two integers of at least 1'):
+            kernels.block_scores(x, dy, (5, 7), block=block)

@@ -66,15 +66,6 @@ def candidates(call: Call) -> tuple[str, ...]:
     return ('dense', own) if known else ('dense',)
 
 
-def rounded(density: float) -> float:
-    """A density as measurements are kept: to two digits.
-
-    >>> rounded(0.04951)
-    0.05
-    """
-    return float(f'{density:.1e}')
-
-
 @functools.cache
 def _step(name: str, geometry: Geometry, linear: bool, input_gradient: bool, dense_gradient: bool) -> Callable:
     """The compiled forward product and both gradients; kept, so that another density of the same shapes compiles nothing."""
@@ -169,7 +160,7 @@ def _threads() -> int:
 
 
 def _measured_once(call: Call, density: float, dense_gradient: bool) -> dict[str, float]:
-    density, names = rounded(density), candidates(call)
+    density, names = stored.rounded(density), candidates(call)
     kernels = compiler.key() if 'cpu' in names else ''
     device = f'{compiler.processor()} {_threads()}' if _target.platform() == 'cpu' else jax.devices()[0].device_kind
     machine = hashlib.sha256(f'{device} {jax.__version__} {kernels}'.encode()).hexdigest()[:12]

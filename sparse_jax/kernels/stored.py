@@ -10,6 +10,15 @@ from typing import Any
 from sparse_jax.kernels import compiler
 
 
+def rounded(density: float) -> float:
+    """A density as measurements are kept: to two digits.
+
+    >>> rounded(0.04951), rounded(1 - 0.9)
+    (0.05, 0.1)
+    """
+    return float(f'{density:.1e}')
+
+
 def read(name: str) -> dict[str, Any]:
     """What is kept under this name; nothing where the file is absent or damaged, since it can be measured again."""
     try:
