@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import shutil
 
 import jax
@@ -15,6 +16,7 @@ from sparse_jax import config as config_lib
 from sparse_jax import models, train
 from sparse_jax.kernels import choice, cpu
 from sparse_jax.models import cifar
+from sparse_jax.train import devices as devices_lib
 from sparse_jax.train import layer_kernels
 
 needs_compiler = pytest.mark.skipif(bool(cpu.unavailable()), reason='needs a C++ compiler: install g++ or clang++')
@@ -225,3 +227,21 @@ def test_a_setting_that_may_be_none():
     config.train.steps = None  # type: ignore[assignment]
     with pytest.raises(ValueError, match='config.train.steps=None: must be at least 0'):
         config_lib.validate(config)
+
+
+def test_layers_whose_blocks_a_mesh_cuts_are_told_or_refused_where_kernels_are_named(tmp_path, caplog):
+    config = config_lib.Config()
+    config.model.name, config.model.features, config.model.heads, config.model.depth = 'transformer', 32, 2, 2
+    config.sparsity.granularity, config.sparsity.density, config.train.steps = 'block:8x8', 0.5, 100
+    config.mesh.data, config.mesh.model, config.mesh.layout = 1, 8, 'model'
+    experiment = train.create(config, num_examples=100, input_shape=(16,), num_outputs=20)
+    devices = devices_lib.Devices(config, experiment)
+    with caplog.at_level(logging.INFO, 'sparse_jax'):
+        layer_kernels.LayerKernels(config, experiment, tmp_path, 0, devices)
+    assert 'the mesh cuts the blocks of' in caplog.text and 'layers/attention/query/kernel' in caplog.text
+    assert 'layers/mlp/up/kernel' not in caplog.text, '128 over 8 are two blocks of 8'
+    config.sparsity.kernels = 'cpu'
+    with pytest.raises(ValueError, match=r"kernels='cpu': over config.mesh.model=8 .*attention.* no whole blocks of 8x8"):
+        layer_kernels.cut_by_mesh(config, experiment, devices)
+    config.mesh.data, config.mesh.model = 4, 2
+    assert layer_kernels.cut_by_mesh(config, experiment, devices_lib.Devices(config, experiment)) == []

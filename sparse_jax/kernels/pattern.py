@@ -228,10 +228,8 @@ def make_patterns(
 
         if path not in places:
             return build(mask)
-        split = split_lib.split_of(places[path], axes)
-        if split is None or (block and split.axis is not None and mask.shape[split.axis] // split.parts % block[split.axis]):
-            return None
-        return split_lib.make(mask, split, build, bool(rows))
+        split = split_lib.split_of(places[path], mask.shape, block)
+        return None if split is None else split_lib.make(mask, split, build, bool(rows))
 
     return jax.tree.unflatten(jax.tree.structure(masks), [make(p, m) for p, m in leaves])
 

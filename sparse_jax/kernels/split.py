@@ -99,13 +99,17 @@ def mask(function: Callable, pattern) -> jax.Array:
     return split.run(lambda p: function(split.own(p)), (split.of_lists(),), split.weight(len(pattern.shape)), pattern)
 
 
-def split_of(sharding: NamedSharding, ndim: int) -> Split | None:
-    """How kernels take a weight that lies like this; None: not at all. What 'data' divides is gathered before it is used."""
+def split_of(sharding: NamedSharding, shape: tuple[int, ...], block: tuple[int, int] | None) -> Split | None:
+    """How kernels take a weight that lies like this; None: not at all, as where parts would cut blocks. What 'data' divides is gathered
+    before it is used."""
+    ndim = len(shape)
     names = (*sharding.spec, *[None] * (ndim - len(sharding.spec)))
     over = [i - ndim for i, name in enumerate(names) if name == 'model' or (isinstance(name, tuple) and 'model' in name)]
     if any(isinstance(name, tuple) for name in names) or not set(over) <= {OUTPUTS, INPUTS}:
         return None
-    return Split(sharding.mesh, over[0] if over else None)  # type: ignore[arg-type]
+    split = Split(sharding.mesh, over[0] if over else None)  # type: ignore[arg-type]
+    cuts = block and split.axis is not None and shape[split.axis] // split.parts % block[split.axis]
+    return None if cuts else split
 
 
 def make(mask: Any, split: Split, build: Callable[[np.ndarray], Any], rows: bool) -> Any:

@@ -20,6 +20,7 @@ from sparse_jax import _target
 from sparse_jax import config as config_lib
 from sparse_jax import masks as masks_lib
 from sparse_jax.kernels import choice
+from sparse_jax.kernels import split as split_lib
 from sparse_jax.train import devices as devices_lib
 from sparse_jax.train import hosts, workdir
 from sparse_jax.train import state as state_lib
@@ -50,6 +51,24 @@ def _unavailable(config: config_lib.Config, name: str) -> str:
     return sj.kernels.unsupported(name, config.model.dtype, block_of(config))
 
 
+def cut_by_mesh(config: config_lib.Config, experiment: state_lib.Experiment, devices: devices_lib.Devices) -> list[str]:
+    """Sparse layers whose blocks the mesh would cut, so that no kernel takes them; ValueError where kernels are asked for by name."""
+    if devices.mesh is None or config.sparsity.method == 'dense':
+        return []
+    block, cut = block_of(config), []
+    for path, mask in masks_lib.leaf_paths(sj.get_masks(devices.shapes.opt_state)):
+        axes = mask.ndim - (experiment.stacked is not None and mask.ndim > 0 and experiment.stacked(path, mask))
+        if axes in (2, 4) and split_lib.split_of(mask.sharding, mask.shape, block) is None:
+            cut.append(path)
+    if cut and config.sparsity.kernels not in ('auto', 'dense', 'reference'):
+        raise ValueError(
+            f'config.sparsity.kernels={config.sparsity.kernels!r}: over config.mesh.model={devices.mesh.shape["model"]} the parts of '
+            f"{', '.join(cut)} are no whole blocks of {block[0]}x{block[1]}. Take a smaller config.mesh.model or block, or 'auto', by which "
+            'these layers are dense.'
+        )
+    return cut
+
+
 class LayerKernels:
     """The patterns of a run, kept up to date with its masks."""
 
@@ -72,6 +91,10 @@ class LayerKernels:
         self._own = 'reference' if reason else _target.platform()
         if reason and hosts.is_first():
             _LOG.info('kernels: all products are dense, under masks: the kernels of this platform do not run here: %s.', reason)
+        elif (
+            self._mode == 'auto' and devices is not None and (cut := cut_by_mesh(config, experiment, devices)) and hosts.is_first()
+        ):
+            _LOG.info('kernels: the mesh cuts the blocks of %s, which are dense, under masks.', ', '.join(cut))
         self._experiment = experiment
         self._examples = config.data.batch_size // config.train.accumulate
         self._path = folder / FILE
