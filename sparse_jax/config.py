@@ -71,7 +71,9 @@ class Sparsity:
     distribution: str = ''  # of the first weights over the layers: uniform, erdos_renyi, erk; empty: the method's
     granularity: str = 'unstructured'  # what one unit of selection is; block:16x16, block:16x16:kernel
     dense: str = ''  # path patterns of leaves that stay dense, separated by commas, such as fc3/*
-    kernels: str = 'auto'  # of sparse layers: auto (the fastest for each layer at 90% or less, measured), reference, cpu, dense
+    kernels: str = (
+        'auto'  # of sparse layers: auto (the fastest for each layer at 90% or less, measured), reference, cpu, gpu, tpu, dense
+    )
     # steps up to a mask update whose gradients are dense, where growth reads a momentum; None: all steps; 0: none
     dense_gradient_window: int | None = 22
 

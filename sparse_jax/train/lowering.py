@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sparse_jax as sj
-from sparse_jax import _target, sharding
+from sparse_jax import _names, _target, sharding
 from sparse_jax import config as config_lib
 from sparse_jax import masks as masks_lib
 from sparse_jax.kernels import compile_only
@@ -47,6 +47,9 @@ class Lowered(NamedTuple):
 def lower(config: config_lib.Config, platform: str) -> Lowered:
     """Lowers a config's ordinary training step, and compiles it where the platform's compiler is installed.
 
+    Where gradients are dense in a window before each mask update only, an ordinary step is one outside of it. The data is read (its
+    shapes decide the program), and nothing is run or written.
+
     Args:
       config: the settings. Its mesh says for how many devices (-1: one). With ``sparsity.kernels`` of 'auto' every layer that the
         platform's kernels can take takes them, as nothing can be measured.
@@ -55,6 +58,8 @@ def lower(config: config_lib.Config, platform: str) -> Lowered:
     Raises:
       ValueError: for anything wrong with the settings, and where there are too few devices to stand in for those of the mesh.
     """
+    if platform not in PLATFORMS:
+        raise _names.unknown('platform', platform, PLATFORMS)
     backend = PLATFORMS[platform]
     with _target.lowering_for(backend):
         run_lib.check_settings(config)
@@ -134,7 +139,9 @@ def _patterns(config, experiment: state_lib.Experiment, devices: devices_lib.Dev
         pattern, layer = None, ('dense', '')
         rows = experiment.stacked is not None and mask.ndim > 0 and experiment.stacked(path, mask)
         if mask.ndim - rows in (2, 4):
-            reason = 'config' if wanted == 'dense' else sj.kernels.unsupported(wanted, config.model.dtype, block)
+            reason = (
+                f'sparsity.kernels={wanted}' if wanted == 'dense' else sj.kernels.unsupported(wanted, config.model.dtype, block)
+            )
             if not reason:
                 pattern = _pattern(path, mask, rows, block, wanted, sparsity.density, devices)
                 reason = '' if pattern else 'its blocks are cut by the mesh'
@@ -151,8 +158,8 @@ def _pattern(path, mask, rows: bool, block, implementation: str, density: float,
     shape = mask.shape[int(rows) :]
     split = None
     if devices.mesh is not None:
-        split = split_lib.split_of(mask.sharding, mask.ndim)
-        if split is None or (split.axis is not None and shape[split.axis] // split.parts % block[split.axis]):
+        split = split_lib.split_of(mask.sharding, mask.shape, block)
+        if split is None:
             return None
     local = split.shape(shape) if split else shape
     units = tuple(-(-n // side) for n, side in zip(local[-2:], block, strict=True))
@@ -168,7 +175,7 @@ def _pattern(path, mask, rows: bool, block, implementation: str, density: float,
 def print_tables(lowered: Lowered) -> None:
     """Kernels, memory and collectives, for people."""
     console = Console()
-    table = Table(title=f'a training step for {lowered.platform}, {"lowered" if lowered.memory is None else "compiled"}')
+    table = Table(title=f'an ordinary training step for {lowered.platform}, {"lowered" if lowered.memory is None else "compiled"}')
     for column in ('layer', 'takes', ''):
         table.add_column(column)
     for path, (name, reason) in lowered.layers.items():
