@@ -5,13 +5,15 @@
     python -m benchmarks.gpu --check      # on a GPU: every kernel against the reference, then the sweep
     python -m benchmarks.gpu              # on a GPU: the sweep
 
-The sweep tries each kernel's tile sizes for each shape and block, keeps the best for this kind of device (the user's cache folder, where
-the kernels find them), and measures forward and both gradients against XLA's dense ones (cuBLAS, cuDNN), all taking turns; predictions
-stand beside. It also keeps up to which density each block wins, which ``sparse_dot`` asks when nobody names an implementation.
---dry_run does all that with small shapes in Pallas' interpreter, where times mean nothing, and keeps nothing. Cost: half an hour.
+The sweep tries each kernel's tile sizes for each shape and block, keeps the best whose results are right for this kind of device (the
+user's cache folder, where the kernels find them), and measures forward, both gradients and block scores against XLA's dense products
+(cuBLAS, cuDNN), all taking turns; predictions stand beside. It also keeps up to which density each block wins with forward and both
+gradients, which ``sparse_dot`` asks when nobody names an implementation. --dry_run does all that with small shapes in Pallas'
+interpreter, where times mean nothing, and keeps nothing. Cost: some 600 compilations and 900 measured rows, by a guess half an hour.
 """
 
 import argparse
+import dataclasses
 import functools
 import statistics
 import sys
@@ -54,12 +56,16 @@ def turns(runs: Sequence[Callable], given: tuple, *, rounds: int) -> list[float]
 
 
 def _fastest(kernel: str, shape: Shape, block: tuple[int, int], given: tuple, configs: Sequence[config_lib.Config], rounds: int):
-    """The config that takes least time. The first must run; another that the compiler or the device refuses is told and left out."""
-    runs = {}
+    """The config that takes least time. The first must run; another that the compiler or the device refuses, or whose result is another,
+    is told and left out."""
+    runs, first = {}, None
     for config in configs:
         run = jax.jit(gpu_model.function(kernel, shape, block, config)[0])
         try:
-            jax.block_until_ready(run(*given))
+            result = np.asarray(run(*given), np.float32)
+            first = result if first is None else first
+            if not np.abs(result - first).max() <= 2**-7 * np.abs(first).max():  # one rounding, up in one and down in the other
+                raise ArithmeticError(f'its result is not that of {configs[0]}')
         except Exception as refused:  # jax refuses by assertions too
             if config == configs[0]:
                 raise
@@ -82,7 +88,7 @@ def _dense(kernel: str, shape: Shape) -> Callable:
 
 
 def sweep(
-    shapes: tuple[Shape, ...], blocks, sparsities: tuple[float, ...], names=_PRODUCTS, *, rounds: int = 7, keep: bool = True
+    shapes: tuple[Shape, ...], blocks, sparsities: tuple[float, ...], names=gpu_model.KERNELS, *, rounds: int = 7, keep: bool = True
 ) -> None:
     """Measures all configs at 90%, keeps the best, then measures all sparsities with it; prints a row for each."""
     gpu = 'H200' if 'H200' in jax.devices()[0].device_kind else 'H100'
@@ -101,19 +107,24 @@ def sweep(
             if keep:
                 config_lib.store({config_lib.key(k, shape.x, shape.w, block, jnp.bfloat16): c for k, c in best.items()})
             for sparsity in sparsities:
-                own, totals = operands(shape, block, sparsity), [0.0, 0.0]
+                own, predicted_dense, three = operands(shape, block, sparsity), gpu_model.dense_seconds(shape, gpu), np.zeros(5)
+
+                def row(kernel, tiles, times, shape=shape, block=block, sparsity=sparsity):
+                    dense, sparse, wanted, low, high = times
+                    cells = (kernel, shape.name, f'{block[0]}x{block[1]}', f'{sparsity:.0%}', tiles, f'{1e6 * dense:.0f} us')
+                    more = f'{1e6 * sparse:.0f} us', f'{dense / sparse:.2f}x', f'{wanted / low:.2f}x, {wanted / high:.2f}x'
+                    print('| ' + ' | '.join((*cells, *more)) + ' |', flush=True)
+
                 for kernel in names:
                     given = arguments(kernel, *own)
                     run = jax.jit(gpu_model.function(kernel, shape, block, best[kernel])[0])
                     dense, sparse = turns([_dense(kernel, shape), run], given, rounds=rounds)
-                    totals = [totals[0] + dense, totals[1] + sparse]
                     cost = gpu_model.cost(kernel, shape, block, sparsity, best[kernel])
-                    ratios = [gpu_model.dense_seconds(shape, gpu) / cost.seconds(rate, gpu) for rate in gpu_model.FEED]
-                    tiles = f'{best[kernel].tokens}, {best[kernel].depth}, {best[kernel].stages}, {best[kernel].group}'
-                    cells = (kernel, shape.name, f'{block[0]}x{block[1]}', f'{sparsity:.0%}', tiles, f'{1e6 * dense:.0f} us')
-                    more = f'{1e6 * sparse:.0f} us', f'{dense / sparse:.2f}x', f'{ratios[0]:.2f}x, {ratios[1]:.2f}x'
-                    print('| ' + ' | '.join((*cells, *more)) + ' |', flush=True)
-                won.setdefault(block, []).append(1 - sparsity if totals[0] > totals[1] else 0.0)
+                    times = np.array([dense, sparse, predicted_dense, *(cost.seconds(rate, gpu) for rate in gpu_model.FEED)])
+                    three += times * (kernel in _PRODUCTS)
+                    row(kernel, ', '.join(map(str, dataclasses.astuple(best[kernel]))), times)
+                row('**all three products**', '', three)
+                won.setdefault(block, []).append(1 - sparsity if three[0] > three[1] else 0.0)
     if keep:
         for block, densities in won.items():  # up to which density all measured shapes win
             by_shape = np.array(densities).reshape(len(shapes), -1).max(1)
@@ -122,9 +133,9 @@ def sweep(
 
 def predicted(shapes: tuple[Shape, ...], blocks=BLOCKS, sparsities=gpu_model.SPARSITIES) -> Iterator[str]:
     """The table of predictions, line by line."""
-    columns = 'shape', 'block', 'sparsity', 'kernel', 'GFLOP', 'memory MB', 'cache MB', 'limit low, high'
+    columns = 'shape', 'block', 'sparsity', 'kernel', 'programs', 'GFLOP', 'memory MB', 'cache MB', 'H100 limit low, high'
     yield '| ' + ' | '.join((*columns, 'H100 low', 'H100 high', 'ratio to dense', 'H200 low', 'H200 high', 'ratio to dense')) + ' |'
-    yield '|---|---|---:|---|---:|---:|---:|---|' + '---:|' * 6
+    yield '|---|---|---:|---|---:|---:|---:|---:|---|' + '---:|' * 6
     for shape in shapes:
         for block in blocks:
             for sparsity in sparsities:
@@ -132,9 +143,13 @@ def predicted(shapes: tuple[Shape, ...], blocks=BLOCKS, sparsities=gpu_model.SPA
                 rows = {name: [cost] for name, cost in costs.items()}
                 rows['**all three products**'] = [costs[name] for name in _PRODUCTS]
                 for name, parts in rows.items():
-                    sums = [sum(getattr(cost, field) for cost in parts) for field in cost_fields()]
                     cells = [shape.name, f'{block[0]}x{block[1]}', f'{sparsity:.0%}', name]
-                    cells += [f'{sums[0] / 1e9:.1f}', f'{sums[2] / 1e6:.0f}', f'{sums[1] / 1e6:.0f}']
+                    cells.append(f'{parts[0].programs:,}' if len(parts) == 1 else '')
+                    cells.append(f'{sum(c.operations for c in parts) / 1e9:.1f}')
+                    cells += [
+                        f'{sum(moved) / 1e6:.0f}'
+                        for moved in zip(*((c.memory_bytes + c.sum_bytes, c.cache_bytes) for c in parts), strict=True)
+                    ]
                     limits = [max(p := parts[0].parts(rate, 'H100'), key=lambda k, p=p: p[k]) for rate in gpu_model.FEED]
                     cells.append(', '.join(limits) if len(parts) == 1 else '')
                     for gpu in gpu_model.MEMORY:
@@ -142,10 +157,6 @@ def predicted(shapes: tuple[Shape, ...], blocks=BLOCKS, sparsities=gpu_model.SPA
                         times = [sum(cost.seconds(rate, gpu) for cost in parts) for rate in gpu_model.FEED]
                         cells += [f'{1e6 * t:.0f} us' for t in times] + [', '.join(f'{dense / t:.2f}x' for t in times)]
                     yield '| ' + ' | '.join(cells) + ' |'
-
-
-def cost_fields() -> tuple[str, ...]:
-    return gpu_model.Cost._fields
 
 
 def main() -> None:

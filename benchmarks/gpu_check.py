@@ -13,11 +13,11 @@ from sparse_jax import kernels
 from sparse_jax.kernels import reference
 from sparse_jax.kernels.reference import Geometry
 
-# What --check runs: edges, strides, images that fill no tile, one of each kind.
+# What --check runs: edges, strides, images that fill no tile, weight gradients in one part and in several.
 CHECKED = (
     Shape((1000, 1, 1, 1000), (1, 1, 1000, 600)),
     Shape((128, 1, 1, 512), (1, 1, 512, 256)),
-    Shape((48, 9, 7, 96), (3, 3, 96, 160), Geometry(padding=((1, 1), (1, 1)))),
+    Shape((48, 9, 7, 160), (3, 3, 160, 200), Geometry(padding=((1, 1), (1, 1)))),
     Shape((64, 8, 8, 128), (3, 3, 128, 128), Geometry((2, 2), ((1, 1), (1, 1)))),
     Shape((64, 8, 8, 128), (1, 1, 128, 256), Geometry((2, 2))),
 )
@@ -61,7 +61,7 @@ def error(kernel: str, shape: Shape, block: tuple[int, int], sparsity: float = 0
     return float(np.abs(got - want).max() / max(np.abs(want).max(), 1e-30))
 
 
-BOUNDS = {jnp.bfloat16: 2**-7, jnp.float16: 2**-10}  # one rounding of the result, at the largest value
+BOUNDS = {jnp.bfloat16: 0.51 * 2**-7, jnp.float16: 0.51 * 2**-10}  # one rounding to nearest, at the largest value, and float32 sums
 
 
 def check(shapes: tuple[Shape, ...], blocks: Sequence[tuple[int, int]], names=gpu_model.KERNELS) -> None:

@@ -80,6 +80,8 @@ def compiled(
 def _read(path: str, spent: float) -> Compiled:
     text = pathlib.Path(path).read_text()
     done = subprocess.run(['ptxas', '-v', '-arch=sm_90a', path, '-o', f'{path}.cubin'], capture_output=True, text=True, check=True)
+    if 'serializ' in done.stderr:  # C7510: waits after each instruction, so that nothing overlaps
+        raise ValueError(f'the compiler does not let the tensor cores run ahead: {done.stderr}')
     stores, loads = map(int, re.findall(r'(\d+) bytes spill (?:stores|loads)', done.stderr)[:2])
     registers = int(re.search(r'Used (\d+) registers', done.stderr)[1])  # type: ignore[index]
     operations, moved = _loop(text)

@@ -24,6 +24,7 @@ def _run(*flags):
 def test_dry_run_checks_and_measures_in_the_interpreter():
     done = _run('--dry_run')
     assert done.returncode == 0, done.stderr
+    assert 'RACE' not in done.stdout and 'left out' not in done.stderr
     assert 'all equal to the reference' in done.stdout and '| forward | 3x3 64 to 64, 64x2x2 | 64x64 | 50% |' in done.stdout
 
 
@@ -43,6 +44,16 @@ def test_a_config_that_is_refused_is_told_and_left_out_but_not_the_one_of_the_ru
             gpu._fastest('forward', shape, block, given, [refused, rule], 1)
 
 
+def test_a_config_whose_numbers_are_others_is_told_and_left_out(capsys, monkeypatch):
+    right, wrong = config_lib.Config(), config_lib.Config(stages=3)
+    monkeypatch.setattr(
+        gpu_model, 'function', lambda kernel, shape, block, config: (lambda x: x * (1.02 if config == wrong else 1), ())
+    )
+    shape = gpu_model.Shape((64, 1, 1, 128), (1, 1, 128, 64))
+    assert gpu._fastest('forward', shape, (64, 64), (jnp.ones(3),), [right, wrong], 1) == right
+    assert 'left out: forward' in (said := capsys.readouterr().err) and 'its result is not that of' in said
+
+
 def test_steps_are_those_of_the_tiles():
     """A 128x64 tile of tokens and a 64x64 block: two copies, and the products of all their elements."""
     step = gpu_model.step('forward', _LAYER, (64, 64), config_lib.Config(128, 64, 4))
@@ -57,11 +68,31 @@ def test_costs_are_those_of_the_pattern():
     assert cost.operations == 410 * 64 * 2 * 128 * 64 * 64
     assert cost.cache_bytes == 410 * 64 * 2 * (128 * 64 + 64 * 64) + 2 * 8192 * 4096
     assert cost.memory_bytes == 2 * (2 * 8192 * 4096 + 410 * 64 * 64)
+    assert cost.programs == 64 * 64 and cost.sum_bytes == 0  # 4,096 programs on 132 multiprocessors: the last turn has 4
     assert cost.parts('low', 'H100') == {
-        'tensor cores': cost.operations / 600e12,
-        'cache': cost.cache_bytes / (0.85 * 5.5e12),
+        'tensor cores': pytest.approx(cost.operations / 600e12 * 32 * 132 / 4096),
+        'cache': pytest.approx(cost.cache_bytes / (0.85 * 5.5e12) * 32 * 132 / 4096),
         'memory': cost.memory_bytes / 3.35e12,
     }
+
+
+def test_few_programs_leave_multiprocessors_idle_and_parts_of_sums_are_paid_for():
+    """14 of 144 units of a convolution, two a program and 16 parts each; XLA reads as many parts as the pattern has room for, 32."""
+    shape = gpu_model.SHAPES[2]
+    cost, mask = gpu_model.cost('weight_gradient', shape, (64, 64), 0.9), gpu_model.random_mask(shape, (64, 64), 0.1)
+    lists = [int(mask[..., i * 64].sum()) // 64 for i in range(4)]
+    assert sum(lists) == 14 and cost.programs == 16 * sum(-(-n // 2) for n in lists)
+    assert cost.sum_bytes == 16 * 32 * 64 * 64 * 4 + 2 * mask.size
+    turns = -(-cost.programs // 132)
+    assert cost.parts('high', 'H100')['tensor cores'] == pytest.approx(cost.operations / 600e12 * turns * 132 / cost.programs)
+    assert cost.seconds('high', 'H200') == max(cost.parts('high', 'H200').values()) + cost.sum_bytes / 4.8e12
+
+
+def test_every_shape_and_block_of_check_makes_a_pattern():
+    for shape in gpu_check.CHECKED:
+        for block in gpu.BLOCKS:
+            x, w, dy, pattern = gpu_check.operands(shape, block, 0.7)
+            assert (x.shape, w.shape, dy.shape, pattern.block) == (shape.x, shape.w, shape.y, block)
 
 
 def test_the_aims_of_64_blocks_at_90_percent_are_predicted():
@@ -75,7 +106,8 @@ def test_the_aims_of_64_blocks_at_90_percent_are_predicted():
 
 def test_the_table_has_a_row_for_every_kernel_and_all_three():
     lines = list(gpu.predicted((_LAYER,), ((64, 64),), (0.9,)))
-    assert len(lines) == 2 + 4 + 1 and '**all three products**' in lines[-1] and '2.56x, 5.97x' in lines[-1]
+    assert len(lines) == 2 + 4 + 1 and '**all three products**' in lines[-1] and '2.35x, 5.49x' in lines[-1]
+    assert len({line.count('|') for line in lines}) == 1
 
 
 def test_the_best_configs_are_kept_for_this_kind_of_device(tmp_path, monkeypatch):
