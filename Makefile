@@ -24,10 +24,10 @@ test-core: $(VENV)/installed
 AOT = .venv-aot-$(notdir $(PYTHON))
 
 test-gpu-aot: $(AOT)/gpu-installed
-	JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest -n 2 tests/test_gpu_kernels.py tests/test_gpu_aot.py
+	AOT=1 JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest -n 2 tests/test_gpu_kernels.py tests/test_gpu_aot.py
 
 test-tpu-aot: $(AOT)/tpu-installed
-	JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest -n 2 --dist loadfile tests/test_tpu_kernels.py tests/test_tpu_aot.py
+	AOT=1 JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest -n 2 --dist loadfile tests/test_tpu_kernels.py tests/test_tpu_aot.py
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

@@ -1,11 +1,23 @@
 """Training steps with block patterns, as programs for a platform that is not here."""
 
+import os
+
 import jax
+import pytest
 
 from configs import cifar10_vgg_d, lm_tiny
+from sparse_jax.kernels import compile_only
 from sparse_jax.train import lowering
 
 _BLOCK = {'cuda': 'block:64x64', 'tpu': 'block:128x128'}
+
+
+def needs_compiler(platform: str) -> pytest.MarkDecorator:
+    """Skips where a platform's compiler is not installed; under make test-gpu-aot and test-tpu-aot (AOT is set) that is an error."""
+    reason = compile_only.unavailable(platform)
+    if reason and os.environ.get('AOT'):
+        raise RuntimeError(f'nothing can be compiled for a {platform.upper()}: {reason}')
+    return pytest.mark.skipif(bool(reason), reason=f'{reason}: make test-{platform}-aot')
 
 
 def transformer_on_four_devices(platform: str) -> lowering.Lowered:

@@ -38,10 +38,35 @@ CASES = {
 }
 
 
+# Small weights and much to add up: the weight gradient in parts, of the pixels or, where there are few, of the images.
+IN_PARTS = {
+    'pixels': ((64, 4, 4, 64, 192, (3, 3), (1, 1), SAME, (1, 1), 0.4), (64, 64), BF16, 2),
+    'images that fill no tile': (matrix(1100, 64, 192), (64, 64), BF16, 2),
+    'small blocks, pixels that do not divide': ((130, 5, 3, 96, 96, (1, 1), (1, 1), NONE, (1, 1), 0.5), (32, 32), F16, 2),
+    'nothing at all': (matrix(1100, 64, 192, 0.0), (64, 64), BF16, 2),
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_races(capfd):
+    yield
+    assert 'RACE DETECTED' not in capfd.readouterr().out
+
+
 @pytest.mark.parametrize('name', CASES)
 def test_products_and_both_gradients_equal_float64(name):
     case, block, dtype = CASES[name]
     assert max(errors(case, block, 'gpu', dtype, 3 if gradients else 1)) <= rounding(dtype)
+
+
+@needs_gradients
+@pytest.mark.parametrize('name', IN_PARTS)
+def test_weight_gradients_that_are_summed_in_parts_equal_float64(name):
+    case, block, dtype, parts = IN_PARTS[name]
+    images, height, width, inputs, outputs, taps = case[:6]
+    units = taps[0] * taps[1] * -(-inputs // block[0]) * -(-outputs // block[1])
+    assert config_lib.splits(images, height * width, units, block) == parts
+    assert max(errors(case, block, 'gpu', dtype)) <= rounding(dtype)
 
 
 @needs_gradients

@@ -13,10 +13,9 @@ from sparse_jax import kernels
 from sparse_jax.kernels import compile_only
 from sparse_jax.kernels.reference import Geometry
 from sparse_jax.kernels.tpu import operations
-from tests.lowered import check_compiled, steps
+from tests.lowered import check_compiled, needs_compiler, steps
 
-reason = compile_only.unavailable('tpu')
-pytestmark = pytest.mark.skipif(bool(reason), reason=f'{reason}: make test-tpu-aot')
+pytestmark = needs_compiler('tpu')
 BLOCK = (128, 128)
 SHAPES = {
     'matrix': (Shape((8192, 1, 1, 1024), (1, 1, 1024, 1024)), jnp.bfloat16),
