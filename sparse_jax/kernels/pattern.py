@@ -71,7 +71,8 @@ class Pattern:
 def capacity(count: int, most: int) -> int:
     """Room for so many units and as many again, in powers of two: a layer has to double before a step is compiled anew.
 
-    Kernels do not visit what is beyond the last pointer: it costs 8 bytes a unit and no time.
+    Kernels do not visit what is beyond the last pointer: it costs 8 bytes a unit and no time (a GPU's weight gradient that is summed in
+    parts reads it).
 
     >>> capacity(1000, 5000), capacity(1025, 2000), capacity(3, 9)
     (2048, 2000, 9)

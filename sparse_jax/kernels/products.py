@@ -131,7 +131,8 @@ def sparse_dot(
       [..., out], of x's type.
 
     Raises:
-      ValueError: if shapes or types do not fit together, or there is no such implementation.
+      ValueError: if shapes or types do not fit together, a concrete pattern lists more units than it has room for, or there is no such
+        implementation.
       NotImplementedError: if the implementation named here cannot take these operands, or does not run on this machine.
 
     Example:

@@ -258,7 +258,7 @@ def _sums(
     pixels: int,
     tile: tuple[int, int],
     config: Config,
-    split=0,
+    split: Any = 0,
     splits: int = 1,
 ) -> list:
     """x.T @ dy over a part of the images and pixels, for each window of x and one block of dy: float32 of this tile, in registers.
