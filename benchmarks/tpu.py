@@ -1,0 +1,101 @@
+"""The block-sparse kernels for TPUs on a machine without one: compiled by the real compiler for a v5e, and run in the interpreter.
+
+    python -m benchmarks.tpu    # in the environment of make test-tpu-aot
+
+Prints a table, in Markdown: how long the compiler takes, the memory that a program needs beside its operands and results (copies of
+images and weights in whole tiles; the kernels' own tiles lie in VMEM), and the largest error in the interpreter, on a small product of
+the same kind. Cost: a minute. Nothing here is a speed: none was predicted for TPUs, and none measured.
+"""
+
+import functools
+import platform
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from benchmarks import gpu_check, gpu_model
+from benchmarks.gpu_model import KERNELS, Shape
+from sparse_jax import _target, kernels
+from sparse_jax.kernels import compile_only
+from sparse_jax.kernels.reference import Geometry
+from sparse_jax.kernels.tpu import BLOCK, operations
+
+BLOCKS = (BLOCK, BLOCK)
+CASES = (
+    (Shape((8192, 1, 1, 1024), (1, 1, 1024, 1024)), jnp.bfloat16),
+    (Shape((500, 1, 1, 1000), (1, 1, 1000, 300)), jnp.float32),
+    (Shape((64, 8, 8, 256), (3, 3, 256, 256), Geometry(padding=((1, 1), (1, 1)))), jnp.bfloat16),
+    (Shape((64, 8, 8, 256), (3, 3, 256, 256), Geometry((2, 2), ((1, 1), (1, 1)))), jnp.bfloat16),
+)
+
+
+class Compiled(NamedTuple):
+    """One kernel's program."""
+
+    seconds: float  # to lower and compile it
+    temporary: int  # bytes beside operands and results
+    text: str  # as it was lowered
+    kernel: bool  # whether the compiled program calls a TPU kernel
+
+
+def function(kernel: str, shape: Shape) -> Any:
+    """A kernel as a function of two arrays and a pattern."""
+    geometry = shape.geometry
+    if kernel == 'forward':
+        return lambda x, w, p: operations.forward(x, w, p, geometry)
+    if kernel == 'input_gradient':
+        return lambda dy, w, p: operations.input_gradient(dy, w, p, geometry, shape.x)
+    if kernel == 'weight_gradient':
+        return lambda x, dy, p: operations.weight_gradient(x, dy, p, geometry, shape.w)
+    return lambda x, dy, p: operations.block_scores(x, dy, shape.w, geometry, BLOCKS)
+
+
+@functools.cache
+def compiled(kernel: str, shape: Shape, dtype: Any) -> Compiled:
+    """Compiles one kernel; ValueError where nothing can be compiled for a TPU here."""
+    place = SingleDeviceSharding(compile_only.devices('tpu')[0])
+    of = lambda a, kind=None: jax.ShapeDtypeStruct(a.shape, kind or a.dtype, sharding=place)
+    pattern = kernels.make_pattern(gpu_model.random_mask(shape, BLOCKS, 0.3), block=BLOCKS)
+    x, w, dy = (of(np.broadcast_to(0, s), dtype) for s in (shape.x, shape.w, shape.y))
+    begin = time.perf_counter()
+    with _target.lowering_for('tpu'):
+        own = gpu_check.arguments(kernel, x, w, dy, jax.tree.map(of, pattern))
+        lowered = jax.jit(function(kernel, shape)).trace(*own).lower(lowering_platforms=('tpu',))
+    made = lowered.compile()
+    spent, memory = time.perf_counter() - begin, made.memory_analysis()
+    return Compiled(
+        spent, int(getattr(memory, 'temp_size_in_bytes', 0)), lowered.as_text(), 'tpu_custom_call' in (made.as_text() or '')
+    )
+
+
+def error(kernel: str, shape: Shape, dtype: Any) -> float:
+    """Largest difference of a kernel, interpreted, from the reference, as a part of the largest value."""
+    x, w, dy, pattern = gpu_check.operands(shape, BLOCKS, 0.5, dtype)
+    with _target.lowering_for('tpu', interpret=True):
+        got = np.asarray(function(kernel, shape)(*gpu_check.arguments(kernel, x, w, dy, pattern)), np.float64)
+    want = np.asarray(gpu_check.expected(kernel, shape, x, w, dy, pattern, BLOCKS), np.float64)
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+def stand_in(shape: Shape) -> Shape:
+    """A product of the same kind that the interpreter can run, with edges where it has edges."""
+    sides = [2 * BLOCK - (16 if n % BLOCK else 0) for n in shape.w[2:]]
+    return Shape((40, *(min(n, 4) for n in shape.x[1:3]), sides[0]), (*shape.w[:2], *sides), shape.geometry)
+
+
+def main() -> None:
+    print(f'jax {jax.__version__}, Python {platform.python_version()}, for a TPU v5e, blocks of {BLOCK}x{BLOCK}\n')
+    print('| kernel | shape | type | compiled in | temporary memory | error in the interpreter |\n|---|---|---|---:|---:|---:|')
+    for shape, dtype in CASES:
+        for kernel in KERNELS:
+            row, wrong = compiled(kernel, shape, dtype), error(kernel, stand_in(shape), dtype)
+            cells = kernel, shape.name, jnp.dtype(dtype).name, f'{row.seconds:.1f} s', f'{row.temporary:,}', f'{wrong:.1e}'
+            print('| ' + ' | '.join(cells) + ' |', flush=True)
+
+
+if __name__ == '__main__':
+    main()
