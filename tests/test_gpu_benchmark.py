@@ -104,6 +104,12 @@ def test_the_aims_of_64_blocks_at_90_percent_are_predicted():
         assert dense / sum(cost.seconds('high', gpu_name) for cost in parts) >= 3
 
 
+def test_the_docs_have_the_tables_that_are_predicted():
+    docs = {name: (_ROOT / 'docs' / name).read_text() for name in ('gpu.md', 'gpu_predicted.md')}
+    assert '\n'.join(gpu.summary((_LAYER,), ((64, 64),))).split('\n', 2)[2] in docs['gpu.md']
+    assert '\n'.join(gpu.predicted((gpu_model.SHAPES[2],), ((64, 64),), (0.9,))).split('\n', 2)[2] in docs['gpu_predicted.md']
+
+
 def test_the_table_has_a_row_for_every_kernel_and_all_three():
     lines = list(gpu.predicted((_LAYER,), ((64, 64),), (0.9,)))
     assert len(lines) == 2 + 4 + 1 and '**all three products**' in lines[-1] and '2.35x, 5.49x' in lines[-1]
