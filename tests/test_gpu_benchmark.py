@@ -1,5 +1,7 @@
 """benchmarks.gpu where there is no GPU: its model, its sweep in the interpreter, and what it keeps."""
 
+import dataclasses
+import json
 import os
 import pathlib
 import subprocess
@@ -52,6 +54,21 @@ def test_a_config_whose_numbers_are_others_is_told_and_left_out(capsys, monkeypa
     shape = gpu_model.Shape((64, 1, 1, 128), (1, 1, 128, 64))
     assert gpu._fastest('forward', shape, (64, 64), (jnp.ones(3),), [right, wrong], 1) == right
     assert 'left out: forward' in (said := capsys.readouterr().err) and 'its result is not that of' in said
+
+
+def test_a_sweep_keeps_the_best_tiles_and_up_to_which_density_blocks_win(tmp_path, monkeypatch, capsys):
+    """In the interpreter, which is slower than XLA's dense product: blocks never win."""
+    monkeypatch.setenv('SPARSE_JAX_CACHE', str(tmp_path))
+    shape = gpu_model.Shape((64, 1, 1, 128), (1, 1, 128, 64))
+    with _target.lowering_for('gpu', interpret=True):
+        gpu.sweep((shape,), ((64, 64),), (0.5,), ('forward',), rounds=1)
+    name = config_lib.key('forward', shape.x, shape.w, (64, 64), jnp.bfloat16)
+    rule = config_lib.rule('forward', (64, 64), 64)
+    assert json.loads((tmp_path / 'gpu_configs.json').read_text()) == {'cpu': {name: dataclasses.asdict(rule)}}
+    assert json.loads((tmp_path / 'crossovers.json').read_text()) == {'cpu': {'64x64': 0.0}}
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 4 and rows[2].startswith('| forward |') and rows[3].startswith('| **all three products** |')
+    assert len({row.count('|') for row in rows}) == 1
 
 
 def test_steps_are_those_of_the_tiles():

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from sparse_jax import _names
+from sparse_jax import _names, granularity
 from sparse_jax.kernels import dispatch, products, reference
 from sparse_jax.kernels.reference import Geometry
 
@@ -66,6 +67,7 @@ def block_scores(
     block = _block(block)
     if reason := dispatch.unsupported(name, x.dtype, block):
         raise NotImplementedError(f'block_scores: implementation={name!r} does not run here: {reason}. Take implementation=None.')
+    granularity.Block(*block).unit_shape(w_shape)  # ValueError for a block larger than the weight
     if len(w_shape) == 2:
         geometry, full = Geometry(), (1, 1, *w_shape)
         x, dy = x.reshape(-1, 1, 1, x.shape[-1]), dy.reshape(-1, 1, 1, dy.shape[-1])
@@ -92,6 +94,4 @@ def _block(block) -> tuple[int, int]:
 
 def _reference(x, dy, w_shape: tuple[int, ...], geometry: Geometry, block: tuple[int, int]) -> jax.Array:
     wide = reference.dense_weight_gradient(x.astype(jnp.float32), dy.astype(jnp.float32), w_shape, geometry)
-    rows, columns = (-(-n // side) for n, side in zip(w_shape[-2:], block, strict=True))
-    missing = [(0, 0), (0, 0), (0, rows * block[0] - w_shape[-2]), (0, columns * block[1] - w_shape[-1])]
-    return jnp.pad(jnp.abs(wide), missing).reshape(*w_shape[:-2], rows, block[0], columns, block[1]).sum((-3, -1))
+    return granularity.Block(*block).collapse(jnp.abs(wide), 0, lax.add)
