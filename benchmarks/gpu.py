@@ -29,7 +29,7 @@ from benchmarks import gpu_compile, gpu_model
 from benchmarks.gpu_check import CHECKED, arguments, check, operands
 from benchmarks.gpu_model import Shape
 from sparse_jax import _target, kernels
-from sparse_jax.kernels import products, reference, rules
+from sparse_jax.kernels import compile_only, products, reference, rules
 from sparse_jax.kernels.gpu import config as config_lib
 from sparse_jax.kernels.reference import Geometry
 
@@ -183,6 +183,9 @@ def main() -> None:
         print('\n'.join([*summary(gpu_model.SHAPES), '', *predicted(gpu_model.SHAPES)]))
         return
     if asked.compile:
+        compile_only.run_on_cpu()
+        if reason := compile_only.unavailable('gpu'):
+            parser.error(f'nothing can be compiled for a GPU here: {reason}.')
         gpu_compile.print_report()
         return
     if asked.dry_run:

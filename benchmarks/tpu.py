@@ -7,6 +7,7 @@ images and weights in whole tiles; the kernels' own tiles lie in VMEM), and the 
 the same kind. Cost: a minute. Nothing here is a speed: none was predicted for TPUs, and none measured.
 """
 
+import argparse
 import functools
 import platform
 import time
@@ -88,6 +89,11 @@ def stand_in(shape: Shape) -> Shape:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    compile_only.run_on_cpu()
+    if reason := compile_only.unavailable('tpu'):
+        parser.error(f'nothing can be compiled for a TPU here: {reason}.')
     print(f'jax {jax.__version__}, Python {platform.python_version()}, for a TPU v5e, blocks of {BLOCK}x{BLOCK}\n')
     print('| kernel | shape | type | compiled in | temporary memory | error in the interpreter |\n|---|---|---|---:|---:|---:|')
     for shape, dtype in CASES:

@@ -1,7 +1,7 @@
 """Devices that programs can be compiled for and not run on: a GPU or a TPU that this machine does not have.
 
 For a GPU that takes jax's CUDA plugin and the two programs ptxas and nvlink; neither driver nor CUDA libraries. For a TPU libtpu. The
-process must run with ``JAX_PLATFORMS=cpu``: the plugin, started as usual, looks for a GPU and complains.
+process must run with ``JAX_PLATFORMS=cpu`` (:func:`run_on_cpu`): the plugin, started as usual, looks for a GPU and complains.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import shutil
 import sys
 from typing import Any
 
+import jax
 from jax.experimental import topologies
 
 NEEDS = {
@@ -42,6 +43,12 @@ dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
 device_description_str: "{name}"
 """
 _TPUS = ((4, 'v5e:2x2'), (8, 'v5e:2x4'), (16, 'v5e:4x4'), (64, 'v5e:8x8'), (256, 'v5e:16x16'))
+
+
+def run_on_cpu() -> None:
+    """Tells jax, before it has looked for devices, that this process is to run on the CPU."""
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+    jax.config.update('jax_platforms', 'cpu')
 
 
 def unavailable(platform: str) -> str:

@@ -2,7 +2,6 @@
 
 import collections
 import math
-import os
 import re
 from typing import Any, NamedTuple
 
@@ -211,8 +210,7 @@ def print_tables(lowered: Lowered) -> None:
 
 def run(config: config_lib.Config, platform: str) -> Lowered:
     """:func:`lower`, and prints it."""
-    os.environ['JAX_PLATFORMS'] = 'cpu'
-    jax.config.update('jax_platforms', 'cpu')
+    compile_only.run_on_cpu()
     lowered = lower(config, platform)
     print_tables(lowered)
     return lowered
