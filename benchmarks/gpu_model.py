@@ -200,11 +200,11 @@ def cost(kernel: str, shape: Shape, block: tuple[int, int], sparsity: float, con
         programs, results = int((-(-counts // config.group)).sum()), size * mask.size
         units = math.prod(shape.w[:2]) * math.prod(-(-n // side) for n, side in zip(shape.w[2:], block, strict=True))
         splits = config_lib.splits(shape.x[0], math.prod(shape.y[1:3]), units, block)
-        if splits > 1:  # XLA reads all that there is room for
-            results, summed = (
-                4 * splits * int(counts.sum()) * rows * columns,
-                4 * splits * pattern.capacity * rows * columns + results,
-            )
+        if (
+            splits > 1
+        ):  # XLA reads the parts of all units that there is room for, writes their sums, and reads these into the result
+            room = pattern.capacity * rows * columns
+            results, summed = 4 * splits * int(counts.sum()) * rows * columns, (4 * splits + 2 * size) * room + results
     else:
         wide = config_lib.window(kernel, rows)
         windows = -(-shape.w[2] // wide) * math.prod(shape.w[:2])

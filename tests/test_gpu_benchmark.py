@@ -99,7 +99,7 @@ def test_few_programs_leave_multiprocessors_idle_and_parts_of_sums_are_paid_for(
     cost, mask = gpu_model.cost('weight_gradient', shape, (64, 64), 0.9), gpu_model.random_mask(shape, (64, 64), 0.1)
     lists = [int(mask[..., i * 64].sum()) // 64 for i in range(4)]
     assert sum(lists) == 14 and cost.programs == 16 * sum(-(-n // 2) for n in lists)
-    assert cost.sum_bytes == 16 * 32 * 64 * 64 * 4 + 2 * mask.size
+    assert cost.sum_bytes == 32 * 64 * 64 * (16 * 4 + 2 + 2) + 2 * mask.size
     turns = -(-cost.programs // 132)
     assert cost.parts('high', 'H100')['tensor cores'] == pytest.approx(cost.operations / 600e12 * turns * 132 / cost.programs)
     assert cost.seconds('high', 'H200') == max(cost.parts('high', 'H200').values()) + cost.sum_bytes / 4.8e12

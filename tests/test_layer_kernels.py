@@ -233,15 +233,26 @@ def test_layers_whose_blocks_a_mesh_cuts_are_told_or_refused_where_kernels_are_n
     config = config_lib.Config()
     config.model.name, config.model.features, config.model.heads, config.model.depth = 'transformer', 32, 2, 2
     config.sparsity.granularity, config.sparsity.density, config.train.steps = 'block:8x8', 0.5, 100
-    config.mesh.data, config.mesh.model, config.mesh.layout = 1, 8, 'model'
+    config.mesh.data, config.mesh.model, config.mesh.layout, config.data.batch_size = 1, 8, 'model', 64
     experiment = train.create(config, num_examples=100, input_shape=(16,), num_outputs=20)
     devices = devices_lib.Devices(config, experiment)
     with caplog.at_level(logging.INFO, 'sparse_jax'):
         layer_kernels.LayerKernels(config, experiment, tmp_path, 0, devices)
-    assert 'the mesh cuts the blocks of' in caplog.text and 'layers/attention/query/kernel' in caplog.text
+    assert 'the mesh cuts blocks of' in caplog.text and 'layers/attention/query/kernel' in caplog.text
     assert 'layers/mlp/up/kernel' not in caplog.text, '128 over 8 are two blocks of 8'
     config.sparsity.kernels = 'cpu'
     with pytest.raises(ValueError, match=r"kernels='cpu': over config.mesh.model=8 .*attention.* no whole blocks of 8x8"):
         layer_kernels.cut_by_mesh(config, experiment, devices)
     config.mesh.data, config.mesh.model = 4, 2
     assert layer_kernels.cut_by_mesh(config, experiment, devices_lib.Devices(config, experiment)) == []
+    config.mesh.data, config.mesh.model, config.model.hidden = (
+        8,
+        1,
+        68,
+    )  # blocks that end early are not cut where nothing is divided
+    experiment = train.create(config, num_examples=100, input_shape=(16,), num_outputs=20)
+    assert layer_kernels.cut_by_mesh(config, experiment, devices_lib.Devices(config, experiment)) == []
+    config.mesh.rules = 'mlp/up/kernel=model,none,none'
+    config.mesh.data, config.mesh.model = 4, 2
+    with pytest.raises(ValueError, match='or divide other axes than inputs and outputs'):
+        layer_kernels.cut_by_mesh(config, experiment, devices_lib.Devices(config, experiment))

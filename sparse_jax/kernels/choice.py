@@ -118,7 +118,8 @@ def measure(
     dy = jnp.asarray(random.standard_normal(dy_shape, np.float32), call.dtype)
     if linear:
         x, w, dy, mask = x.reshape(-1, call.x[-1]), w[0, 0], dy.reshape(-1, call.w[-1]), mask[0, 0]
-    pattern = jax.device_put(make_pattern(mask, block=None if call.block == (1, 1) else call.block))
+    block = None if call.block == (1, 1) else call.block
+    pattern = jax.device_put(make_pattern(mask, block=block, implementation='reference'))  # each step names its own
 
     def run(name: str) -> float:
         step = _step(name, call.geometry, linear, call.input_gradient, dense_gradient and name != 'dense')

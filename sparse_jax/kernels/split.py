@@ -108,7 +108,7 @@ def split_of(sharding: NamedSharding, shape: tuple[int, ...], block: tuple[int, 
     if any(isinstance(name, tuple) for name in names) or not set(over) <= {OUTPUTS, INPUTS}:
         return None
     split = Split(sharding.mesh, over[0] if over else None)  # type: ignore[arg-type]
-    cuts = block and split.axis is not None and shape[split.axis] // split.parts % block[split.axis]
+    cuts = block and split.axis is not None and split.parts > 1 and shape[split.axis] // split.parts % block[split.axis]
     return None if cuts else split
 
 

@@ -52,7 +52,7 @@ def _unavailable(config: config_lib.Config, name: str) -> str:
 
 
 def cut_by_mesh(config: config_lib.Config, experiment: state_lib.Experiment, devices: devices_lib.Devices) -> list[str]:
-    """Sparse layers whose blocks the mesh would cut, so that no kernel takes them; ValueError where kernels are asked for by name."""
+    """Sparse layers that the mesh divides so that no kernel takes them, as where it cuts blocks; ValueError where kernels are named."""
     if devices.mesh is None or config.sparsity.method == 'dense':
         return []
     block, cut = block_of(config), []
@@ -63,8 +63,8 @@ def cut_by_mesh(config: config_lib.Config, experiment: state_lib.Experiment, dev
     if cut and config.sparsity.kernels not in ('auto', 'dense', 'reference'):
         raise ValueError(
             f'config.sparsity.kernels={config.sparsity.kernels!r}: over config.mesh.model={devices.mesh.shape["model"]} the parts of '
-            f"{', '.join(cut)} are no whole blocks of {block[0]}x{block[1]}. Take a smaller config.mesh.model or block, or 'auto', by which "
-            'these layers are dense.'
+            f'{", ".join(cut)} are no whole blocks of {block[0]}x{block[1]}, or divide other axes than inputs and outputs. Take a smaller config.mesh.model '
+            "or block, other config.mesh.rules, or 'auto', by which these layers are dense."
         )
     return cut
 
@@ -94,7 +94,9 @@ class LayerKernels:
         elif (
             self._mode == 'auto' and devices is not None and (cut := cut_by_mesh(config, experiment, devices)) and hosts.is_first()
         ):
-            _LOG.info('kernels: the mesh cuts the blocks of %s, which are dense, under masks.', ', '.join(cut))
+            _LOG.info(
+                'kernels: the mesh cuts blocks of %s, or divides other axes: these layers are dense, under masks.', ', '.join(cut)
+            )
         self._experiment = experiment
         self._examples = config.data.batch_size // config.train.accumulate
         self._path = folder / FILE

@@ -81,6 +81,7 @@ def train(config: config_lib.Config, folder: pathlib.Path) -> dict[str, Any]:
     if hosts.from_first((folder / 'result.json').exists):
         return hosts.together(_finished, config, folder)
     run = prepare(config, folder)
+    hosts.together(layer_kernels.cut_by_mesh, config, run.experiment, run.devices)
     new = not folder.exists()
     with contextlib.ExitStack() as stack:
         hosts.first(lambda: stack.enter_context(workdir.locked(folder)))

@@ -75,6 +75,7 @@ def lower(config: config_lib.Config, platform: str) -> Lowered:
                 f'set JAX_NUM_CPU_DEVICES={count}.'
             )
         devices = devices_lib.Devices(config, experiment, own)
+        layer_kernels.cut_by_mesh(config, experiment, devices)
     with _target.lowering_for(backend, mesh=devices.mesh):
         patterns, layers = _patterns(config, experiment, devices, backend)
         arguments = _placed(devices, own[0]), _batch(config, experiment, devices, own[0]), _on(patterns, devices, own[0])
@@ -143,7 +144,7 @@ def _patterns(config, experiment: state_lib.Experiment, devices: devices_lib.Dev
             )
             if not reason:
                 pattern = _pattern(path, mask, rows, block, wanted, sparsity.density, devices)
-                reason = '' if pattern else 'its blocks are cut by the mesh'
+                reason = '' if pattern else 'the mesh cuts its blocks, or divides other axes'
             layer = (wanted, '') if pattern else ('dense', reason)
         if mask.ndim:
             layers[path] = layer

@@ -61,7 +61,6 @@ def prepare(config: config_lib.Config, folder: pathlib.Path) -> Run:
     hosts.together(workdir.check_data, folder, data.fingerprint)
     experiment = hosts.together(create_experiment, config, data)
     devices = hosts.together(devices_lib.Devices, config, experiment)
-    hosts.together(layer_kernels.cut_by_mesh, config, experiment, devices)
     hosts.check_same(
         {f'config.{k}': v for k, v in config_lib.flatten(config).items()} | {'the code': _code(), 'the data': _content(data)}
     )

@@ -136,7 +136,7 @@ def partial_gradients(
     """The units' sums over each of `splits` parts of the images and pixels; arguments as in :func:`gradient`.
 
     Returns:
-      float32[splits, capacity, rows, columns of a block], undefined past the lists' end.
+      float32[splits, capacity, rows, columns of a block], undefined past the lists' end (where ``jax_debug_nans`` may meet NaN).
     """
     rows, columns = block
     wide = window_rows('weight_gradient', rows)

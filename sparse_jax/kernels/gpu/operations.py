@@ -4,7 +4,9 @@ Images [batch, height, width, channels] are read as [batch, pixels, channels], o
 where taps lie outside of images, is one more tap of zeros (in products) or one more pixel of zeros (in the weight gradient).
 """
 
+import functools
 import math
+import operator
 from typing import Any
 
 import jax
@@ -86,8 +88,9 @@ def weight_gradient(
     if splits == 1:
         dw = gradient(*operands, inputs=inputs, **own)
     else:
-        sums = partial_gradients(*operands, splits=splits, **own).sum(0).astype(x.dtype)
-        dw = _dense(sums, *operands[2:4], (taps, inputs, outputs))
+        parts = partial_gradients(*operands, splits=splits, **own)
+        sums = functools.reduce(operator.add, parts)  # in one order, whatever the capacity: a reduction's may depend on it
+        dw = _dense(sums.astype(x.dtype), *operands[2:4], (taps, inputs, outputs))
     return dw[:, : w_shape[-2], : w_shape[-1]].reshape(w_shape)
 
 
