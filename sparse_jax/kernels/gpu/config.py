@@ -15,6 +15,7 @@ ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]  # sums in reg
 SHARED_MEMORY = 232_448  # bytes that a program may have on Hopper
 _OF_TWO = 114_688  # bytes up to which two programs share a multiprocessor: one loads while the other multiplies
 BARRIERS = 1024  # bytes at most
+_ALIGNED = 1024  # bytes, of which each buffer takes a multiple
 _FILE = 'gpu_configs.json'
 IMAGES = 256  # that all tiles divide: the weight gradient's sums are split between such
 _PROGRAMS = 128  # about as many as there are multiprocessors
@@ -50,10 +51,9 @@ class Config:
             depth = min(depth, self.depth)
             return size * (self.stages * depth * (self.tokens + width) + self.tokens * width)
         wide = window(kernel, rows)
-        result = (
-            2 * wide * self.group * (columns if kernel == 'weight_gradient' else 1)
-        )  # in float32; gradients that are not split have less
-        return size * (self.stages * self.tokens * (columns + self.group * wide) + result)
+        # of a unit, in float32; a gradient that is not split has less
+        result = max(_ALIGNED, 4 * wide * (columns if kernel == 'weight_gradient' else 1))
+        return size * self.stages * self.tokens * (columns + self.group * wide) + self.group * result
 
     def registers(self, kernel: str, block: tuple[int, int]) -> int:
         """Of sums, a thread: float32, spread over the 128 threads of a warpgroup."""
