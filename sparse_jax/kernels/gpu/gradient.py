@@ -10,7 +10,7 @@ weight is made beforehand.
 
 A small weight has few units, and each is a sum over all images and pixels: a dozen programs would keep a dozen of 132 multiprocessors
 busy. There :func:`partial_gradients` gives each program a part of the images and pixels only, and the parts, in float32, are added up
-afterwards, in their order. Into how many is a rule of shapes (``config.splits``), so that no measurement changes a bit.
+afterwards, in their order. Into how many is a rule of shapes (``config.splits``), so that no measurement changes the order of sums.
 
 Growth wants to know in which missing blocks the gradient is large. :func:`scores` computes that for all blocks and keeps the sum of each
 row's absolute values only: the dense gradient itself is never in memory.
