@@ -148,18 +148,18 @@ def _wrong_input(error) -> int:
 
 def _check_names(argv):
     """Settings and config files that do not exist, told better than by the flags library."""
-    from sparse_jax import _names
     from sparse_jax import config as config_lib
+    from sparse_jax.core import errors
 
     known = config_lib.flatten(config_lib.Config())
     for argument, following in zip(argv, [*argv[1:], ''], strict=True):
         name, equals, value = argument.lstrip('-').partition('=')
         value = value if equals else following
         if argument.startswith('-') and name.startswith('config.') and name.removeprefix('config.') not in known:
-            raise _names.unknown('setting', name.removeprefix('config.'), known)
+            raise errors.unknown('setting', name.removeprefix('config.'), known)
         path = pathlib.Path(value.partition(':')[0])
         if argument.startswith('-') and name == 'config' and value and not path.is_file():
-            raise _names.unknown('--config', str(path), [str(p) for p in path.parent.glob('*.py')])
+            raise errors.unknown('--config', str(path), [str(p) for p in path.parent.glob('*.py')])
 
 
 def _parse(argv):

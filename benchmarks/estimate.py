@@ -23,8 +23,8 @@ import numpy as np
 import launch
 import sparse_jax as sj
 from benchmarks import layers, twins
-from sparse_jax import masks as masks_lib
 from sparse_jax import models
+from sparse_jax.core import masks as masks_lib
 from sparse_jax.kernels import choice, products, stored
 
 

@@ -28,7 +28,8 @@ import numpy as np
 from benchmarks import gpu_compile, gpu_model
 from benchmarks.gpu_check import CHECKED, arguments, check, operands
 from benchmarks.gpu_model import Shape
-from sparse_jax import _target, kernels
+from sparse_jax import kernels
+from sparse_jax.core import target
 from sparse_jax.kernels import compile_only, products, reference, rules
 from sparse_jax.kernels.gpu import config as config_lib
 from sparse_jax.kernels.reference import Geometry
@@ -192,7 +193,7 @@ def main() -> None:
         names: Any = (
             _PRODUCTS if jax.__version_info__ >= (0, 11) else ('forward',)
         )  # older interpreters know no transposed operands
-        with _target.lowering_for('gpu', interpret=True):
+        with target.lowering_for('gpu', interpret=True):
             check(_SMALL[:1], ((64, 64),), names)
             sweep(_SMALL, ((64, 64),), (0.5,), names, rounds=1, keep=False)
         return

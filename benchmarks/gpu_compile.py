@@ -19,7 +19,8 @@ from jax.sharding import SingleDeviceSharding
 
 from benchmarks import gpu_check, gpu_model
 from benchmarks.gpu_model import Shape
-from sparse_jax import _target, kernels
+from sparse_jax import kernels
+from sparse_jax.core import target
 from sparse_jax.kernels import compile_only
 from sparse_jax.kernels.gpu import config as config_lib
 from sparse_jax.kernels.reference import Geometry
@@ -70,7 +71,7 @@ def compiled(
     pattern = jax.tree.map(of, kernels.make_pattern(mask, block=block, implementation='gpu', at_least=capacity))
     run, arrays = gpu_model.function(kernel, shape, block, config)
     before, begin = set(glob.glob(f'{_DUMPS.name}/*.ptx')), time.perf_counter()
-    with _target.lowering_for('gpu'):
+    with target.lowering_for('gpu'):
         jax.jit(run).trace(*(of(x, jnp.dtype(dtype)) for x in arrays), pattern).lower(lowering_platforms=('cuda',)).compile()
     spent = time.perf_counter() - begin
     (path,) = set(glob.glob(f'{_DUMPS.name}/*.ptx')) - before
@@ -156,7 +157,7 @@ def print_report() -> None:
         tiles = f'{config.tokens}, {config.depth}, {config.stages}, {config.group}'
         cells = [kernel, shape.name, f'{block[0]}x{block[1]}', tiles, row.registers, row.spills, f'{row.shared_memory:,}']
         cells += [f'{row.seconds:.1f} s', f'wgmma {row.tensor_core.split(".")[4]}']
-        with _target.lowering_for('gpu', interpret=True):
+        with target.lowering_for('gpu', interpret=True):
             runs = transposed or kernel == 'forward'  # older interpreters know no transposed operands
             cells.append(f'{gpu_check.error(kernel, stand_in(shape, block), block):.1e}' if runs else '-')
         print('| ' + ' | '.join(map(str, cells)) + ' |', flush=True)

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 import sparse_jax as sj
-from sparse_jax import _reduce, selection
+from sparse_jax.core import _reduce, selection
 
 EVERY = 10**6
 

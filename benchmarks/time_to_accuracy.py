@@ -25,7 +25,7 @@ import numpy as np
 
 import launch
 from sparse_jax import config as config_lib
-from sparse_jax import masks as masks_lib
+from sparse_jax.core import masks as masks_lib
 from sparse_jax.train import run as run_lib
 
 NETWORKS: dict[str, dict[str, Any]] = {

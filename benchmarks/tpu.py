@@ -20,7 +20,8 @@ from jax.sharding import SingleDeviceSharding
 
 from benchmarks import gpu_check, gpu_model
 from benchmarks.gpu_model import KERNELS, Shape
-from sparse_jax import _target, kernels
+from sparse_jax import kernels
+from sparse_jax.core import target
 from sparse_jax.kernels import compile_only
 from sparse_jax.kernels.reference import Geometry
 from sparse_jax.kernels.tpu import BLOCK, operations
@@ -63,7 +64,7 @@ def compiled(kernel: str, shape: Shape, dtype: Any) -> Compiled:
     pattern = kernels.make_pattern(gpu_model.random_mask(shape, BLOCKS, 0.3), block=BLOCKS)
     x, w, dy = (of(np.broadcast_to(0, s), dtype) for s in (shape.x, shape.w, shape.y))
     begin = time.perf_counter()
-    with _target.lowering_for('tpu'):
+    with target.lowering_for('tpu'):
         own = gpu_check.arguments(kernel, x, w, dy, jax.tree.map(of, pattern))
         lowered = jax.jit(function(kernel, shape)).trace(*own).lower(lowering_platforms=('tpu',))
     made = lowered.compile()
@@ -76,7 +77,7 @@ def compiled(kernel: str, shape: Shape, dtype: Any) -> Compiled:
 def error(kernel: str, shape: Shape, dtype: Any) -> float:
     """Largest difference of a kernel, interpreted, from the reference, as a part of the largest value."""
     x, w, dy, pattern = gpu_check.operands(shape, BLOCKS, 0.5, dtype)
-    with _target.lowering_for('tpu', interpret=True):
+    with target.lowering_for('tpu', interpret=True):
         got = np.asarray(function(kernel, shape)(*gpu_check.arguments(kernel, x, w, dy, pattern)), np.float64)
     want = np.asarray(gpu_check.expected(kernel, shape, x, w, dy, pattern, BLOCKS), np.float64)
     return float(np.abs(got - want).max() / np.abs(want).max())

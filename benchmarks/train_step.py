@@ -30,8 +30,8 @@ import sparse_jax as sj
 from benchmarks import layers, twins
 from sparse_jax import config as config_lib
 from sparse_jax import data as data_lib
-from sparse_jax import masks as masks_lib
 from sparse_jax import train
+from sparse_jax.core import masks as masks_lib
 from sparse_jax.train import layer_kernels
 
 UPDATE_EVERY = 390

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sparse_jax import masks as masks_lib
 from sparse_jax import models
+from sparse_jax.core import masks as masks_lib
 
 MODELS = ('vgg_d', 'wrn_16_8', 'lenet5', 'lm_tiny')
 LM: dict[str, Any] = dict(depth=4, features=192, heads=4)  # configs/lm_tiny.py

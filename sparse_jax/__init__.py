@@ -1,18 +1,22 @@
-"""sparse_jax: neural networks that are sparse from the first step to the last, as one optax transformation.
+"""sparse_jax: sparse momentum, RigL, SET and five more sparse-training methods as optax gradient transformations.
 
-The core needs jax and optax only. Read it in this order: :mod:`~sparse_jax.transform`, :mod:`~sparse_jax.masks`,
-:mod:`~sparse_jax.criteria`, :mod:`~sparse_jax.redistribution`, :mod:`~sparse_jax.selection`.
+The algorithm is in :mod:`sparse_jax.core`, which needs jax and optax only.
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING
 
-from sparse_jax import criteria, distributions, granularity, methods, momentum, redistribution, schedules, selection
 from sparse_jax._version import __version__
-from sparse_jax.masks import SparsifyState, UpdateStats, apply_masks, check_sparse, get_masks, layer_names, set_masks
-from sparse_jax.methods import sparse_momentum
-from sparse_jax.schedules import needs_dense_gradient
-from sparse_jax.transform import sparsify
+from sparse_jax.core import allocation as redistribution
+from sparse_jax.core import criteria, distributions, granularity, masks, methods, momentum, schedules, selection
+from sparse_jax.core.masks import SparsifyState, UpdateStats, apply_masks, check_sparse, get_masks, layer_names, set_masks
+from sparse_jax.core.methods import sparse_momentum
+from sparse_jax.core.schedules import needs_dense_gradient
+from sparse_jax.core.sparsify import sparsify
+
+if TYPE_CHECKING:
+    from sparse_jax import kernels, stats
 
 __all__ = [
     'SparsifyState',
@@ -38,12 +42,20 @@ __all__ = [
     'stats',
 ]
 
+_LAZY = ('kernels', 'stats')  # the optimizer needs neither
 
-if TYPE_CHECKING:
-    from sparse_jax import kernels, stats
+# `from sparse_jax.criteria import magnitude` works as `sj.criteria.magnitude` does: the modules of the core, by their public paths.
+for _module in (criteria, distributions, granularity, masks, methods, momentum, schedules, selection):
+    sys.modules[f'{__name__}.{_module.__name__.rpartition(".")[2]}'] = _module
+sys.modules[f'{__name__}.redistribution'] = redistribution
+del _module, masks
 
 
 def __getattr__(name: str):
-    if name in ('kernels', 'stats'):  # loaded when they are first used: the optimizer needs neither
-        return importlib.import_module(f'sparse_jax.{name}')
+    if name in _LAZY:
+        return importlib.import_module(f'{__name__}.{name}')
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax import masks as masks_lib
+from sparse_jax.core import masks as masks_lib
 
 # An update reads each weight's key about 32 times for each of its two selections, and a few times more to make them.
 MASK_UPDATE_OPERATIONS = 70

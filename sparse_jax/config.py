@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-from sparse_jax import _names
+from sparse_jax.core import errors
 
 
 @dataclasses.dataclass
@@ -239,7 +239,7 @@ def override(config: Config, name: str, value: str) -> None:
     """
     known = flatten(config)
     if name not in known:
-        raise _names.unknown('setting', name, known)
+        raise errors.unknown('setting', name, known)
     kind = int if name in _OPTIONAL else type(known[name])
     try:
         if name in _OPTIONAL and value.lower() == 'none':

@@ -15,8 +15,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sparse_jax import _names
-from sparse_jax import masks as masks_lib
+from sparse_jax.core import errors
+from sparse_jax.core import masks as masks_lib
 
 AXES = ('data', 'model')
 Rule = tuple[str, P]
@@ -127,7 +127,7 @@ def place(params: Any, mesh: Mesh, layout: str, *, rules: Sequence[Rule] = ()) -
       ('data', 'model')
     """
     if layout not in LAYOUTS:
-        raise _names.unknown('mesh.layout', layout, LAYOUTS)
+        raise errors.unknown('mesh.layout', layout, LAYOUTS)
     leaves, unused, rows = masks_lib.leaf_paths(params), dict(rules), []
     for path, leaf in leaves:
         pattern, spec = next(rule for rule in (*rules, *LAYOUTS[layout]) if re.search(rule[0], path))
@@ -140,7 +140,7 @@ def place(params: Any, mesh: Mesh, layout: str, *, rules: Sequence[Rule] = ()) -
         paths = [path for path, _ in leaves]
         raise ValueError(
             f'mesh.rules: {pattern!r} is found in no leaf, or only in those of an earlier rule.'
-            f'{_names.did_you_mean(pattern, paths)} Leaves: {", ".join(paths)}.'
+            f'{errors.did_you_mean(pattern, paths)} Leaves: {", ".join(paths)}.'
         )
     return rows
 

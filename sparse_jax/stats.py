@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax import granularity as granularity_lib
-from sparse_jax import masks as masks_lib
 from sparse_jax._operations import LayerOperations, Operations, operations
-from sparse_jax.masks import Layer, Masks, PathPredicate
+from sparse_jax.core import granularity as granularity_lib
+from sparse_jax.core import masks as masks_lib
+from sparse_jax.core.masks import Layer, Masks, PathPredicate
 
 __all__ = [
     'LayerOperations', 'Operations', 'dead_neurons', 'density', 'exploration_rate', 'flip_rate', 'memory', 'nonzeros', 'operations',

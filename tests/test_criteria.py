@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparse_jax as sj
-from sparse_jax import redistribution, selection
-from sparse_jax.distributions import Layer
+from sparse_jax.core import allocation, selection
+from sparse_jax.core.distributions import Layer
 
 pytestmark = pytest.mark.core
 
@@ -213,9 +213,9 @@ def _number(pair):
     return (int(pair[0]) << 16) + int(pair[1])
 
 
-_ARITHMETIC = jax.jit(lambda a, b: (redistribution.add(a, b), redistribution.subtract(a, b), redistribution.at_most(a, b)))
-_FIRST_COME = jax.jit(redistribution.first_come)
-_DECREASES = jax.jit(lambda a, n, p, f: redistribution.decreases(a, n, p, f))
+_ARITHMETIC = jax.jit(lambda a, b: (allocation.add(a, b), allocation.subtract(a, b), allocation.at_most(a, b)))
+_FIRST_COME = jax.jit(allocation.first_come)
+_DECREASES = jax.jit(lambda a, n, p, f: allocation.decreases(a, n, p, f))
 
 
 @settings(max_examples=150)

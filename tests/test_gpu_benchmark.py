@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import gpu, gpu_check, gpu_model
-from sparse_jax import _target
+from sparse_jax.core import target
 from sparse_jax.kernels.gpu import config as config_lib
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -39,7 +39,7 @@ def test_a_config_that_is_refused_is_told_and_left_out_but_not_the_one_of_the_ru
     shape, block = gpu_model.Shape((64, 1, 1, 128), (1, 1, 128, 64)), (64, 64)
     given = gpu_check.arguments('forward', *gpu_check.operands(shape, block, 0.5))
     refused, rule = config_lib.Config(tokens=36), config_lib.rule('forward', block, 64)
-    with _target.lowering_for('gpu', interpret=True):
+    with target.lowering_for('gpu', interpret=True):
         assert gpu._fastest('forward', shape, block, given, [rule, refused], 1) == rule
         assert 'left out: forward' in (said := capsys.readouterr().err) and 'tokens=36' in said
         with pytest.raises(AssertionError):
@@ -60,7 +60,7 @@ def test_a_sweep_keeps_the_best_tiles_and_up_to_which_density_blocks_win(tmp_pat
     """In the interpreter, which is slower than XLA's dense product: blocks never win."""
     monkeypatch.setenv('SPARSE_JAX_CACHE', str(tmp_path))
     shape = gpu_model.Shape((64, 1, 1, 128), (1, 1, 128, 64))
-    with _target.lowering_for('gpu', interpret=True):
+    with target.lowering_for('gpu', interpret=True):
         gpu.sweep((shape,), ((64, 64),), (0.5,), ('forward',), rounds=1)
     name = config_lib.key('forward', shape.x, shape.w, (64, 64), jnp.bfloat16)
     rule = config_lib.rule('forward', (64, 64), 64)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sparse_jax import _reduce, selection
+from sparse_jax.core import _reduce, selection
 
 pytestmark = pytest.mark.core
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparse_jax as sj
-from sparse_jax import _reduce, layer_groups, redistribution
+from sparse_jax.core import _reduce, allocation, grouping
 from tests import oracle
 
 pytestmark = pytest.mark.core
@@ -71,8 +71,8 @@ def _jitted(redistribute: bool, stacked: bool = False, one_cpu_device: bool = Fa
     def step(*args):  # group by group and in chunks, or all in one loop: by what there is when it is traced
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(_reduce, 'one_cpu_device', lambda: one_cpu_device)
-            patch.setattr(layer_groups, 'GROUP_WEIGHTS', 64)
-            patch.setattr(layer_groups, 'MOST_GROUPS', 64)
+            patch.setattr(grouping, 'GROUP_WEIGHTS', 64)
+            patch.setattr(grouping, 'MOST_GROUPS', 64)
             return jitted(*args)
 
     return tx, step
@@ -250,7 +250,7 @@ def test_updates_happen_at_their_steps_only():
     assert changed == [6, 9, 12]
 
 
-_multiply_divide = jax.jit(redistribution.multiply_divide)
+_multiply_divide = jax.jit(allocation.multiply_divide)
 
 
 @settings(max_examples=200)
@@ -270,7 +270,7 @@ def test_multiply_divide_is_exact_beyond_32_bits(amount, w, extra):
 
 @jax.jit
 def _targets(pruned, shares, room):
-    return redistribution.growth_targets(redistribution.total(pruned), pruned, redistribution.weights(shares), room)
+    return allocation.growth_targets(allocation.total(pruned), pruned, allocation.weights(shares), room)
 
 
 @settings(max_examples=100)

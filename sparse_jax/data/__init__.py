@@ -8,7 +8,7 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from sparse_jax import _names
+from sparse_jax.core import errors
 from sparse_jax.data import augment as augment_lib
 from sparse_jax.data import cifar, mnist, text
 
@@ -91,7 +91,7 @@ def load(
       ValueError: if the name is unknown, files are missing or damaged, or text is not UTF-8.
     """
     if name not in NAMES:
-        raise _names.unknown('data.name', name, NAMES)
+        raise errors.unknown('data.name', name, NAMES)
     if name in TEXT:
         paths = text.find(folder, pattern) if name == 'text' else text.standard_library()
         corpus = text.load(paths, validation=validation, tokenizer=tokenizer)

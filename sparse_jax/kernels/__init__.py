@@ -13,7 +13,7 @@ Example:
   (2, 5, 5, 16)
 """
 
-from sparse_jax._target import lowering_for
+from sparse_jax.core.target import lowering_for
 from sparse_jax.kernels.dispatch import IMPLEMENTATIONS, unsupported
 from sparse_jax.kernels.lanes import from_lanes, lanes_unavailable, to_lanes
 from sparse_jax.kernels.pattern import Pattern, make_pattern, make_patterns, with_dense_gradients

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax import _target
+from sparse_jax.core import target
 from sparse_jax.kernels import compiler, dispatch, products, stored
 from sparse_jax.kernels.pattern import make_pattern, with_dense_gradients
 from sparse_jax.kernels.reference import Geometry
@@ -61,7 +61,7 @@ def recorded() -> Iterator[list[Call]]:
 
 def candidates(call: Call) -> tuple[str, ...]:
     """What can run a call here: always 'dense', the product with the masked weight: by lanes on the C++ kernels, else XLA's."""
-    own = _target.platform()
+    own = target.platform()
     known = own in dispatch.IMPLEMENTATIONS and not dispatch.unsupported(own, call.dtype, call.block)
     return ('dense', own) if known else ('dense',)
 
@@ -163,7 +163,7 @@ def _threads() -> int:
 def _measured_once(call: Call, density: float, dense_gradient: bool) -> dict[str, float]:
     density, names = stored.rounded(density), candidates(call)
     kernels = compiler.key() if 'cpu' in names else ''
-    device = f'{compiler.processor()} {_threads()}' if _target.platform() == 'cpu' else jax.devices()[0].device_kind
+    device = f'{compiler.processor()} {_threads()}' if target.platform() == 'cpu' else jax.devices()[0].device_kind
     machine = hashlib.sha256(f'{device} {jax.__version__} {kernels}'.encode()).hexdigest()[:12]
     what = [
         list(call.x),

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 
-from sparse_jax import _names, _target
+from sparse_jax.core import errors, target
 from sparse_jax.kernels import cpu, gpu, tpu
 from sparse_jax.kernels import split as split_lib
 from sparse_jax.kernels.pattern import Pattern
@@ -19,7 +19,7 @@ _LOG = logging.getLogger('sparse_jax')
 
 def _on_cpu(dtype, block: tuple[int, int]) -> str:
     del block
-    platform = _target.platform()
+    platform = target.platform()
     return f'it runs on CPU, not on {platform}' if platform != 'cpu' else cpu.unsupported(dtype, dtype) or cpu.unavailable()
 
 
@@ -57,7 +57,7 @@ def unsupported(implementation: str, dtype, block: tuple[int, int]) -> str:
       'it runs on an NVIDIA GPU, not on cpu'
     """
     if implementation not in _BACKENDS:
-        raise _names.unknown('implementation', implementation, IMPLEMENTATIONS)
+        raise errors.unknown('implementation', implementation, IMPLEMENTATIONS)
     return _BACKENDS[implementation].unsupported(dtype, block)
 
 
@@ -77,7 +77,7 @@ def choose(implementation: str | None, dtype, pattern: Pattern, *, empty: bool) 
         raise NotImplementedError(
             f"implementation={wanted!r} does not run here: {reason}. Take implementation=None or 'reference'."
         )
-    if wanted != pattern.by_rule or _target.platform() != 'cpu':
+    if wanted != pattern.by_rule or target.platform() != 'cpu':
         _say_once(wanted, pattern.name, reason)
     return 'reference'
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax import _target
+from sparse_jax.core import target
 from sparse_jax.kernels import cpu
 from sparse_jax.kernels.pattern import Pattern
 from sparse_jax.kernels.reference import Geometry
@@ -28,8 +28,8 @@ MOST_POOLED = 16  # pixels of a window that the kernel takes
 
 def lanes_unavailable(batch: int, dtype) -> str:
     """Why images cannot lie by lanes here; empty where they can."""
-    if _target.platform() != 'cpu':
-        return f'it runs on CPU, not on {_target.platform()}'
+    if target.platform() != 'cpu':
+        return f'it runs on CPU, not on {target.platform()}'
     if batch % BATCH:
         return f'the batch of {batch} is no multiple of {BATCH}'
     return cpu.unsupported(dtype, dtype) or cpu.unavailable()

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from sparse_jax import _names
-from sparse_jax import masks as masks_lib
+from sparse_jax.core import errors
+from sparse_jax.core import masks as masks_lib
 from sparse_jax.kernels import rules
 from sparse_jax.kernels import split as split_lib
 
@@ -206,7 +206,7 @@ def make_patterns(
     places = {} if shardings is None else dict(masks_lib.leaf_paths(shardings))
     for path in chosen:
         if path not in dict(leaves):
-            raise _names.unknown('make_patterns: the leaf of implementations', path, dict(leaves))
+            raise errors.unknown('make_patterns: the leaf of implementations', path, dict(leaves))
 
     def make(path, mask):
         axes = np.ndim(mask)

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from sparse_jax import _names
+from sparse_jax.core import errors
 from sparse_jax.kernels import dispatch, lanes, reference
 from sparse_jax.kernels import split as split_lib
 from sparse_jax.kernels.pattern import Pattern
@@ -333,7 +333,7 @@ def geometry_of(name: str, x: tuple[int, ...], w: tuple[int, ...], strides, padd
     strides, dilation = tuple(map(int, strides)), tuple(map(int, dilation))
     if isinstance(padding, str):
         if padding.upper() not in ('SAME', 'VALID'):
-            raise _names.unknown('padding', padding, ['SAME', 'VALID'])
+            raise errors.unknown('padding', padding, ['SAME', 'VALID'])
         reach = [(taps - 1) * d + 1 for taps, d in zip(w[:2], dilation, strict=True)]
         padding = lax.padtype_to_pads(x[1:3], reach, strides, padding.upper())
     pads = tuple(tuple(pair) if isinstance(pair, Sequence) else () for pair in padding) if isinstance(padding, Sequence) else ()

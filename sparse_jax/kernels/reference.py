@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sparse_jax import _target
+from sparse_jax.core import target
 from sparse_jax.kernels.pattern import Pattern
 
 
@@ -38,7 +38,7 @@ def convolve_dense(x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
         return (x.reshape(-1, x.shape[-1]) @ w[0, 0]).reshape(*x.shape[:-1], w.shape[-1])  # [..., in] would be transposed for dw
     outputs = geometry.output_shape(x.shape, w.shape)
     few = x.shape[1] * x.shape[2] <= _FEW_PIXELS and outputs[1] * outputs[2] <= 4 * _FEW_PIXELS  # each is written out below
-    if not few or _target.platform() != 'cpu':
+    if not few or target.platform() != 'cpu':
         return lax.conv_general_dilated(x, w, strides, padding, rhs_dilation=dilation, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
     sides, taps = x.shape[1:3], w.shape[:2]
     _, height, width, channels = outputs

@@ -6,7 +6,7 @@ import logging
 import jax
 import jax.numpy as jnp
 
-from sparse_jax import _target
+from sparse_jax.core import target
 from sparse_jax.kernels import gpu, stored, tpu
 
 _LOG = logging.getLogger('sparse_jax')
@@ -27,11 +27,11 @@ def by_rule(density: float, block: tuple[int, int]) -> str:
     >>> by_rule(0.05, (1, 1)), by_rule(0.5, (1, 1))
     ('cpu', 'reference')
     """
-    platform = _target.platform()
+    platform = target.platform()
     if platform == 'cpu':
         return 'cpu' if density <= _ON_CPU else 'reference'
     backend = {'gpu': gpu, 'tpu': tpu}.get(platform)
-    if _target.is_elsewhere() or block == (1, 1) or backend is None:
+    if target.is_elsewhere() or block == (1, 1) or backend is None:
         return 'reference'
     if backend.unsupported(jnp.bfloat16, block):
         return platform

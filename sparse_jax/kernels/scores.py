@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sparse_jax import _names, granularity
+from sparse_jax.core import errors, granularity
 from sparse_jax.kernels import dispatch, products, reference
 from sparse_jax.kernels.reference import Geometry
 
@@ -57,7 +57,7 @@ def block_scores(
     """
     w_shape, name = tuple(w_shape), implementation or 'reference'
     if name not in _WITH_KERNELS:
-        raise _names.unknown('implementation', name, _WITH_KERNELS)
+        raise errors.unknown('implementation', name, _WITH_KERNELS)
     fits = len(w_shape) in (2, 4) and x.shape[-1:] == w_shape[-2:-1] and dy.shape[-1:] == w_shape[-1:]
     if not fits or x.dtype != dy.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(

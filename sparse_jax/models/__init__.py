@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sparse_jax import _names, kernels
+from sparse_jax import kernels
+from sparse_jax.core import errors
 from sparse_jax.models import by_lanes, transformer
 from sparse_jax.models.cifar import VGG, AlexNet, WideResNet
 from sparse_jax.models.lenet import LeNet5, LeNet300
@@ -62,7 +63,7 @@ def options(name: str) -> list[str]:
     (['dropout'], [])
     """
     if name not in _MODELS:
-        raise _names.unknown('model.name', name, _MODELS)
+        raise errors.unknown('model.name', name, _MODELS)
     module, fixed = _MODELS[name]
     taken = inspect.signature(module.__init__).parameters
     return [option for option in taken if option not in {'self', 'input_shape', 'num_outputs', 'rngs', *fixed}]
@@ -99,11 +100,11 @@ def create(
     known = options(name)
     for option in own:
         if option not in known:
-            raise _names.unknown(f'the option of {name}', option, known)
+            raise errors.unknown(f'the option of {name}', option, known)
     if dtype not in DTYPES:
-        raise _names.unknown('model.dtype', dtype, DTYPES)
+        raise errors.unknown('model.dtype', dtype, DTYPES)
     if layout not in LAYOUTS:
-        raise _names.unknown('model.layout', layout, LAYOUTS)
+        raise errors.unknown('model.layout', layout, LAYOUTS)
     if name != 'transformer' and len(input_shape) != 3:
         raise ValueError(f'model.name={name!r} takes images, got examples of shape {tuple(input_shape)}: choose other data.')
     module, fixed = _MODELS[name]

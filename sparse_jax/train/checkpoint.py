@@ -20,7 +20,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sparse_jax import masks as masks_lib
+from sparse_jax.core import masks as masks_lib
 
 FORMAT = 2
 _READ = (1, 2)

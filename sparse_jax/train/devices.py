@@ -12,15 +12,16 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
-from sparse_jax import _names, sharding
 from sparse_jax import config as config_lib
+from sparse_jax import sharding
+from sparse_jax.core import errors
 from sparse_jax.train import state as state_lib
 
 
 def check(config: config_lib.Config) -> None:
     """ValueError for a mesh that cannot be; needs no devices."""
     if config.mesh.layout not in sharding.LAYOUTS:
-        raise _names.unknown('mesh.layout', config.mesh.layout, sharding.LAYOUTS)
+        raise errors.unknown('mesh.layout', config.mesh.layout, sharding.LAYOUTS)
     sharding.parse_rules(config.mesh.rules)
 
 

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 import sparse_jax as sj
-from sparse_jax import _target
 from sparse_jax import config as config_lib
-from sparse_jax import masks as masks_lib
+from sparse_jax.core import masks as masks_lib
+from sparse_jax.core import target
 from sparse_jax.kernels import choice
 from sparse_jax.kernels import split as split_lib
 from sparse_jax.train import devices as devices_lib
@@ -87,8 +87,8 @@ class LayerKernels:
             self._mesh, self._places = devices.mesh, devices.state_shardings.params
         block = block_of(config)
         self._block = None if block == (1, 1) else block
-        reason = _unavailable(config, _target.platform()) if self._mode == 'auto' else ''
-        self._own = 'reference' if reason else _target.platform()
+        reason = _unavailable(config, target.platform()) if self._mode == 'auto' else ''
+        self._own = 'reference' if reason else target.platform()
         if reason and hosts.is_first():
             _LOG.info('kernels: all products are dense, under masks: the kernels of this platform do not run here: %s.', reason)
         elif (

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 import sparse_jax as sj
-from sparse_jax import _names, _target, sharding
 from sparse_jax import config as config_lib
-from sparse_jax import masks as masks_lib
+from sparse_jax import sharding
+from sparse_jax.core import errors, target
+from sparse_jax.core import masks as masks_lib
 from sparse_jax.kernels import compile_only
 from sparse_jax.kernels import pattern as pattern_lib
 from sparse_jax.kernels import split as split_lib
@@ -58,9 +59,9 @@ def lower(config: config_lib.Config, platform: str) -> Lowered:
       ValueError: for anything wrong with the settings, and where there are too few devices to stand in for those of the mesh.
     """
     if platform not in PLATFORMS:
-        raise _names.unknown('platform', platform, PLATFORMS)
+        raise errors.unknown('platform', platform, PLATFORMS)
     backend = PLATFORMS[platform]
-    with _target.lowering_for(backend):
+    with target.lowering_for(backend):
         run_lib.check_settings(config)
         experiment = run_lib.create_experiment(config, run_lib.load_data(config))
         count = max(1, config.mesh.data) * max(1, config.mesh.model)
@@ -76,7 +77,7 @@ def lower(config: config_lib.Config, platform: str) -> Lowered:
             )
         devices = devices_lib.Devices(config, experiment, own)
         layer_kernels.cut_by_mesh(config, experiment, devices)
-    with _target.lowering_for(backend, mesh=devices.mesh):
+    with target.lowering_for(backend, mesh=devices.mesh):
         patterns, layers = _patterns(config, experiment, devices, backend)
         arguments = _placed(devices, own[0]), _batch(config, experiment, devices, own[0]), _on(patterns, devices, own[0])
         placed = devices.replicated if devices.mesh is None else (devices.state_shardings, devices.replicated)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparse_jax import _names
 from sparse_jax import config as config_lib
-from sparse_jax import masks as masks_lib
+from sparse_jax.core import errors
+from sparse_jax.core import masks as masks_lib
 
 
 def _step(settings: config_lib.Optimizer, steps: int) -> optax.Schedule:
@@ -56,7 +56,7 @@ def schedule(settings: config_lib.Optimizer, total_steps: int) -> optax.Schedule
       [0.25, 0.5, 0.75, 1.0, 0.5, 0.0]
     """
     if settings.schedule not in SCHEDULES:
-        raise _names.unknown('optimizer.schedule', settings.schedule, SCHEDULES)
+        raise errors.unknown('optimizer.schedule', settings.schedule, SCHEDULES)
     warmup, peak = settings.warmup_steps, settings.learning_rate
     if warmup > total_steps:
         raise ValueError(f'optimizer.warmup_steps={warmup} is more than the {total_steps} steps of the training.')
@@ -98,7 +98,7 @@ OPTIMIZERS: dict[str, Callable[[config_lib.Optimizer, optax.Schedule], optax.Gra
 def create(settings: config_lib.Optimizer, rate: optax.Schedule) -> optax.GradientTransformation:
     """The dense optimizer that settings describe; ValueError if its name is unknown."""
     if settings.name not in OPTIMIZERS:
-        raise _names.unknown('optimizer.name', settings.name, OPTIMIZERS)
+        raise errors.unknown('optimizer.name', settings.name, OPTIMIZERS)
     return OPTIMIZERS[settings.name](settings, rate)
 
 

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import optax
 
 import sparse_jax as sj
-from sparse_jax import _names, models
 from sparse_jax import config as config_lib
-from sparse_jax import masks as masks_lib
+from sparse_jax import models
+from sparse_jax.core import errors
+from sparse_jax.core import masks as masks_lib
 from sparse_jax.train import optimizer as optimizer_lib
 
 METHODS = (*sj.methods.NAMES, 'dense')
@@ -98,7 +99,7 @@ def check_names(config: config_lib.Config) -> None:
         ('sparsity.kernels', sparsity.kernels, KERNELS),
     ):
         if value not in known:
-            raise _names.unknown(name, value, known)
+            raise errors.unknown(name, value, known)
     if config.data.batch_size % config.train.accumulate:
         raise ValueError(f'config.train.accumulate={config.train.accumulate} must divide data.batch_size={config.data.batch_size}.')
     # the names of the method's parts; its steps wait for the length of an epoch

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from sparse_jax import methods
+from sparse_jax.core import methods
 from sparse_jax.train import published
 from sparse_jax.train.collected import Problem, Run, collect, settings_of
 

@@ -5,7 +5,7 @@ What they take is known here; operations.py, which imports Pallas, is loaded whe
 
 import jax.numpy as jnp
 
-from sparse_jax import _target
+from sparse_jax.core import target
 
 BLOCKS = (32, 64, 128)
 DTYPES = ('bfloat16', 'float16')
@@ -13,9 +13,9 @@ DTYPES = ('bfloat16', 'float16')
 
 def unsupported(dtype, block: tuple[int, int]) -> str:
     """Why these kernels cannot take a layer where they would run, and what would work; empty where they can."""
-    if _target.platform() != 'gpu':
-        return f'it runs on an NVIDIA GPU, not on {_target.platform()}'
-    capability = _target.capability()
+    if target.platform() != 'gpu':
+        return f'it runs on an NVIDIA GPU, not on {target.platform()}'
+    capability = target.capability()
     if capability.partition('.')[0] != '9':
         return (
             f'it needs a Hopper GPU (compute capability 9.0: H100, H200), whose instructions it uses, and this one has {capability}'

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparse_jax import _target
+from sparse_jax.core import target
 from sparse_jax.kernels import stored
 
 ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]  # sums in registers
@@ -151,7 +151,7 @@ def choose(kernel: str, x: tuple[int, ...], w: tuple[int, ...], block: tuple[int
 
 def measured() -> dict[str, dict[str, int]]:
     """What :func:`store` kept for this device; nothing where programs are traced for another machine."""
-    return {} if _target.is_elsewhere() else stored.read(_FILE).get(jax.devices()[0].device_kind, {})
+    return {} if target.is_elsewhere() else stored.read(_FILE).get(jax.devices()[0].device_kind, {})
 
 
 def store(configs: dict[str, Config]) -> None:

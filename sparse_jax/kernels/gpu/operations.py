@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax import _target
+from sparse_jax.core import target
 from sparse_jax.kernels import pixels as pixels_lib
 from sparse_jax.kernels.gpu import config as config_lib
 from sparse_jax.kernels.gpu.config import Config
@@ -116,7 +116,7 @@ def block_scores(
 
 
 def _interpreter():
-    if not _target.interpret():
+    if not target.interpret():
         return None
     from jax._src.pallas.mosaic_gpu.interpret import params  # not public yet: of the tests only
 

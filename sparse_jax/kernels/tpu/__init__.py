@@ -5,7 +5,7 @@ What they take is known here; operations.py, which imports Pallas, is loaded whe
 
 import jax.numpy as jnp
 
-from sparse_jax import _target
+from sparse_jax.core import target
 
 BLOCK = 128
 DTYPES = ('bfloat16', 'float32')
@@ -13,8 +13,8 @@ DTYPES = ('bfloat16', 'float32')
 
 def unsupported(dtype, block: tuple[int, int]) -> str:
     """Why these kernels cannot take a layer where they would run, and what would work; empty where they can."""
-    if _target.platform() != 'tpu':
-        return f'it runs on a TPU, not on {_target.platform()}'
+    if target.platform() != 'tpu':
+        return f'it runs on a TPU, not on {target.platform()}'
     if jnp.dtype(dtype).name not in DTYPES:
         return f'it multiplies bfloat16 and float32, got {jnp.dtype(dtype).name}: set config.model.dtype=bfloat16, or cast x and w'
     if block != (BLOCK, BLOCK):

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sparse_jax import _exact, _reduce, criteria, selection
-from sparse_jax import granularity as granularity_lib
-from sparse_jax.masks import Layer
+from sparse_jax.core import _exact, _reduce, criteria, selection
+from sparse_jax.core import granularity as granularity_lib
+from sparse_jax.core.masks import Layer
 
 
 class Rule(NamedTuple):

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax import _reduce, _target, layer_groups, redistribution, selection
-from sparse_jax.masks import Layer, UpdateStats
+from sparse_jax.core import _reduce, allocation, grouping, selection, target
+from sparse_jax.core.masks import Layer, UpdateStats
 
 
 def move(
-    rule: layer_groups.Rule,
+    rule: grouping.Rule,
     layers: list[Layer],
-    load: layer_groups.Load,
+    load: grouping.Load,
     operands: Any,
     masks: list[jax.Array],
     grown: list[jax.Array],
@@ -43,16 +43,16 @@ def move(
     """
     keys = jax.random.split(jax.random.fold_in(rng_key, t), layers[-1].stop)
 
-    def divided(into_groups: bool) -> list[layer_groups.Group]:
-        groups = layer_groups.groups(layers) if into_groups else [list(range(len(layers)))]
-        return [layer_groups.Group(rule, layers, load, group, keys, into_groups) for group in groups]
+    def divided(into_groups: bool) -> list[grouping.Group]:
+        groups = grouping.groups(layers) if into_groups else [list(range(len(layers)))]
+        return [grouping.Group(rule, layers, load, group, keys, into_groups) for group in groups]
 
-    measured = divided(_target.platform() == 'cpu')
+    measured = divided(target.platform() == 'cpu')
     parts = divided(_reduce.one_cpu_device() and not rule.globally)
 
     firsts = [part.run(t, part.measure, part.nothing_measured, operands, part.of(masks)) for part in measured]
     finite = [leaf for f in firsts for leaf in f[0]]
-    counts = layer_groups.Counts(*(jnp.concatenate(column) for column in zip(*(f[1] for f in firsts), strict=True)))
+    counts = grouping.Counts(*(jnp.concatenate(column) for column in zip(*(f[1] for f in firsts), strict=True)))
     nonzeros = counts.nonzeros
     none = jnp.zeros_like(nonzeros)
     most = jnp.maximum(jnp.minimum(counts.prunable, nonzeros - 1), 0)
@@ -66,25 +66,25 @@ def move(
     if rule.budgets is not None and rule.globally:
         given_up = one_threshold(fall)
     elif rule.budgets is not None:
-        given_up = redistribution.decreases(fall, nonzeros, counts.prunable, jnp.asarray(rule.final, jnp.int32))
+        given_up = allocation.decreases(fall, nonzeros, counts.prunable, jnp.asarray(rule.final, jnp.int32))
     if rule.grow is not None:
         if rule.redistribute is not None and not rule.after_pruning:
-            shares = redistribution.weights(jnp.concatenate([f[2] for f in firsts]))
+            shares = allocation.weights(jnp.concatenate([f[2] for f in firsts]))
         rate = jnp.clip(jnp.nan_to_num(jnp.asarray(rule.prune_rate(t), jnp.float32)), 0, 1)
-        moved = redistribution.prune_counts(rate, nonzeros - given_up, counts.missing + given_up, most - given_up, shares)
+        moved = allocation.prune_counts(rate, nonzeros - given_up, counts.missing + given_up, most - given_up, shares)
         if rule.globally and rule.budgets is None:
-            moved = one_threshold(redistribution.total(moved))
+            moved = one_threshold(allocation.total(moved))
     pruned = given_up + moved
     if rule.redistribute is not None and rule.after_pruning:
         late = [part.run(t, part.share, part.no_share, operands, (part.of(masks), part.pick(pruned))) for part in parts]
-        shares = redistribution.weights(jnp.concatenate(late))
+        shares = allocation.weights(jnp.concatenate(late))
     targets = moved
     if rule.grow is not None:
         if rule.budgets is not None:
             free = counts.room + given_up  # what is left of the room when each layer has regrown its own
-            targets = moved + redistribution.share_out(rise, redistribution.weights(free.astype(jnp.float32)), free)
-        amount = redistribution.add(redistribution.total(moved), rise)
-        targets = redistribution.growth_targets(amount, targets, shares, counts.room + pruned)
+            targets = moved + allocation.share_out(rise, allocation.weights(free.astype(jnp.float32)), free)
+        amount = allocation.add(allocation.total(moved), rise)
+        targets = allocation.growth_targets(amount, targets, shares, counts.room + pruned)
 
     results = [
         part.run(
@@ -101,11 +101,11 @@ def move(
     if shares is None:
         share = jnp.zeros(len(nonzeros), jnp.float32)
     else:
-        share = redistribution.divide(shares.weight.astype(jnp.float32), jnp.maximum(shares.total, 1).astype(jnp.float32))
+        share = allocation.divide(shares.weight.astype(jnp.float32), jnp.maximum(shares.total, 1).astype(jnp.float32))
     return new_masks, new_grown, UpdateStats(share, pruned, targets, flipped)
 
 
-def _density_change(rule: layer_groups.Rule, t, nonzeros):
+def _density_change(rule: grouping.Rule, t, nonzeros):
     """By how many units the total is to fall, and by how many to rise."""
     zero = jnp.uint32(0), jnp.uint32(0)
     if rule.budgets is None:
@@ -113,6 +113,6 @@ def _density_change(rule: layer_groups.Rule, t, nonzeros):
     index = t // rule.update_every - 1  # beyond the table its last entry is read
     high, low = (jnp.asarray(part.astype(np.uint32))[index] for part in (rule.budgets >> 16, rule.budgets & 0xFFFF))
     budget = high, low
-    present = redistribution.total(nonzeros)
-    rise = redistribution.subtract(budget, present) if rule.grow is not None else zero
-    return redistribution.subtract(present, budget), rise
+    present = allocation.total(nonzeros)
+    rise = allocation.subtract(budget, present) if rule.grow is not None else zero
+    return allocation.subtract(present, budget), rise

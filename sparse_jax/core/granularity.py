@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sparse_jax import _names
+from sparse_jax.core import errors
 
 
 @jax.tree_util.register_static
@@ -152,4 +152,4 @@ def get(granularity: str | Granularity) -> Granularity:
         raise ValueError(
             f"granularity={granularity!r}: must be 'block:RxC' or 'block:RxC:kernel' with R inputs and C outputs, such as 'block:16x16'."
         )
-    raise _names.unknown('granularity', granularity, ['unstructured', 'block:16x16', 'block:16x16:kernel'])
+    raise errors.unknown('granularity', granularity, ['unstructured', 'block:16x16', 'block:16x16:kernel'])

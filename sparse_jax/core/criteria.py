@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sparse_jax import _exact, _names, _reduce, redistribution, selection
-from sparse_jax import granularity as granularity_lib
+from sparse_jax.core import _exact, _reduce, allocation, errors, selection
+from sparse_jax.core import granularity as granularity_lib
 
 
 class LeafInfo(NamedTuple):
@@ -146,7 +146,7 @@ def signed_magnitude(info: LeafInfo) -> jax.Array:
     active_units = granularity_lib.active(info.granularity, info.mask)
     # of a part amount / units of the weights, those that are not negative; in blocks units and weights are not the same number
     amount, units = (x.astype(jnp.uint32) for x in (jnp.asarray(info.amount), jnp.maximum(_reduce.count(active_units), 1)))
-    quotient, remainder = redistribution.multiply_divide(
+    quotient, remainder = allocation.multiply_divide(
         (numbers[0].astype(jnp.uint32) >> 16, numbers[0].astype(jnp.uint32) & 0xFFFF), amount[None], units
     )
     positive = (quotient + (2 * remainder >= units))[0].astype(jnp.int32)
@@ -157,7 +157,7 @@ def signed_magnitude(info: LeafInfo) -> jax.Array:
     for group, k in zip(groups, pruned, strict=True):
         goes = selection.select_smallest(size, k, group)
         limit = jnp.max(jnp.where(goes, size, 0)).astype(jnp.float32)
-        ratio = redistribution.divide(size.astype(jnp.float32), jnp.maximum(limit, jnp.finfo(jnp.float32).tiny))
+        ratio = allocation.divide(size.astype(jnp.float32), jnp.maximum(limit, jnp.finfo(jnp.float32).tiny))
         score = jnp.where(group, jnp.where(goes, jnp.minimum(ratio, 1.0), jnp.maximum(ratio, 1.0 + 2.0**-20)), score)
     return score
 
@@ -233,15 +233,13 @@ def momentum_by_neuron(info: LeafInfo) -> jax.Array:
     )
     # integers whose sum stays below 2^31, however many outputs there are
     scale = 2.0 ** min(20, 30 - len(means).bit_length())
-    weight = jnp.round(redistribution.divide(means, jnp.maximum(jnp.max(means), jnp.finfo(jnp.float32).tiny)) * scale)
+    weight = jnp.round(allocation.divide(means, jnp.maximum(jnp.max(means), jnp.finfo(jnp.float32).tiny)) * scale)
     weight = weight.astype(jnp.uint32)
     units = jnp.asarray(info.amount).astype(jnp.uint32) * granularity_lib.unit_size(info.granularity, info.weight.shape)
-    share, _ = redistribution.multiply_divide(
-        (units >> 16, units & 0xFFFF), weight, jnp.maximum(jnp.sum(weight, dtype=jnp.uint32), 1)
-    )
+    share, _ = allocation.multiply_divide((units >> 16, units & 0xFFFF), weight, jnp.maximum(jnp.sum(weight, dtype=jnp.uint32), 1))
     chosen = jax.vmap(selection.select_largest)(columns, share.astype(jnp.int32), room)
     finite = jnp.where(jnp.isfinite(scores), scores, 0.0)
-    relative = redistribution.divide(finite, jnp.maximum(jnp.max(finite), jnp.finfo(jnp.float32).tiny))
+    relative = allocation.divide(finite, jnp.maximum(jnp.max(finite), jnp.finfo(jnp.float32).tiny))
     return jnp.moveaxis(chosen, 0, -1) + relative
 
 
@@ -300,5 +298,5 @@ def get(setting: str, criterion: str | Criterion | None) -> Criterion | None:
     if criterion is None or callable(criterion):
         return criterion
     if criterion not in known:
-        raise _names.unknown(setting, criterion, known)
+        raise errors.unknown(setting, criterion, known)
     return known[criterion]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sparse_jax import _reduce, redistribution
+from sparse_jax.core import _reduce, allocation
 
 
 def score_bits(scores: jax.Array) -> jax.Array:
@@ -91,7 +91,7 @@ class _Chunks:
     """All layers one after the other in one array of chunks of 32 x 32 entries, each of one layer: the form for one CPU device.
 
     A round is then one pass, whatever the number of layers, and little to compile; and a count by chunks needs no memory
-    (:func:`sparse_jax._reduce.count` says why).
+    (:func:`sparse_jax.core._reduce.count` says why).
     """
 
     def __init__(self, leaves: Sequence[jax.Array]):
@@ -231,13 +231,13 @@ def joint_counts(leaves: Sequence[jax.Array], amount: tuple[jax.Array, jax.Array
         return jnp.minimum(rows.count([(key >= t) & (key > 0) for key in rows.parts]), most)
 
     def enough(candidate):
-        return redistribution.at_most(amount, redistribution.total(counted(candidate))), jnp.int32(0)
+        return allocation.at_most(amount, allocation.total(counted(candidate))), jnp.int32(0)
 
     threshold, _ = _search(dtype.itemsize * 8, dtype, (), enough)
     at_least = counted(threshold)
     above = jnp.where(threshold == ~dtype.type(0), 0, counted(threshold + dtype.type(1)))
-    needed = redistribution.subtract(amount, redistribution.total(above))
-    return above + redistribution.first_come(needed, at_least - above)
+    needed = allocation.subtract(amount, allocation.total(above))
+    return above + allocation.first_come(needed, at_least - above)
 
 
 def _select_one(scores: jax.Array, k: jax.typing.ArrayLike, where: jax.Array, *, smallest: bool) -> jax.Array:

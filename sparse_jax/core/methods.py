@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import optax
 
-from sparse_jax import _arguments, _names, criteria, distributions, schedules, transform
-from sparse_jax import granularity as granularity_lib
-from sparse_jax.masks import PathPredicate
+from sparse_jax.core import arguments, criteria, distributions, errors, schedules, sparsify
+from sparse_jax.core import granularity as granularity_lib
+from sparse_jax.core.masks import PathPredicate
 
 
 def _gradual(initial: float, density: float, update_every: int, total_steps: int, options: Mapping[str, Any]) -> optax.Schedule:
@@ -110,11 +110,11 @@ def parts(name: str, density: float, update_every: int, total_steps: int, **opti
       (7500, 'uniform')
     """
     if name not in _ROWS:
-        raise _names.unknown('method', name, _ROWS)
+        raise errors.unknown('method', name, _ROWS)
     if callable(density):
         raise ValueError(f'density={density!r}: {name} takes a number in (0, 1]; sparsify(density=...) takes a schedule.')
     steps = options.get('start_step', 0), options.get('stop_step')
-    _arguments.check(density, update_every, total_steps, 0.5, *steps, 0)
+    arguments.check(density, update_every, total_steps, 0.5, *steps, 0)
     begin = options.get('initial_density', 1)
     if name == 'granet' and not (isinstance(begin, (int, float)) and density <= begin <= 1):
         raise ValueError(f'initial_density={begin!r}: must be a number from density={density!r} to 1.')
@@ -130,7 +130,7 @@ def create(
 
     >>> tx = create('set', optax.adam(1e-3), 0.1, update_every=100, total_steps=1000)
     """
-    return transform.sparsify(inner, **parts(name, density, update_every, total_steps, **options))
+    return sparsify.sparsify(inner, **parts(name, density, update_every, total_steps, **options))
 
 
 def sparse_momentum(
@@ -196,7 +196,7 @@ def sparse_momentum(
       <https://arxiv.org/abs/1907.04840>`_, 2019.
     """
     inner = optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate, momentum, nesterov))
-    return transform.sparsify(
+    return sparsify.sparsify(
         inner,
         density=density,
         update_every=update_every,

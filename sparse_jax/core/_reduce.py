@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sparse_jax import _target
+from sparse_jax.core import target
 
 GROUP = 32
 
 
 def one_cpu_device() -> bool:
     """Whether everything runs on one CPU device, so that no array is sharded: which tracing cannot see, and decides on forms."""
-    return _target.platform() == 'cpu' and jax.device_count() == 1
+    return target.platform() == 'cpu' and jax.device_count() == 1
 
 
 def _groups(x: jax.Array, initial) -> jax.Array:

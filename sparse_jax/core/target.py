@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from sparse_jax import _names
+from sparse_jax.core import errors
 
 PLATFORMS = ('cpu', 'gpu', 'tpu')
 
@@ -64,7 +64,7 @@ def lowering_for(platform: str, *, capability: str = '9.0', interpret: bool = Fa
       True
     """
     if platform not in PLATFORMS:
-        raise _names.unknown('platform', platform, PLATFORMS)
+        raise errors.unknown('platform', platform, PLATFORMS)
     token = _TARGET.set(Target(platform, capability, interpret))
     try:
         with (

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparse_jax import distributions
+from sparse_jax.core import distributions
 
 Masks = Any  # a tree like the params: bool arrays of the leaf's shape where it is sparse, a scalar True where it is dense
 PathPredicate = Callable[[str, Any], bool]

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparse_jax import _names, schedules
-from sparse_jax.criteria import signed_magnitude
+from sparse_jax.core import errors, schedules
+from sparse_jax.core.criteria import signed_magnitude
 
 
 def check(density, update_every, total_steps, prune_rate, start_step, stop_step, seed):
@@ -66,7 +66,7 @@ def check_criteria(**criteria):
 
 def check_rule(prune, prune_scope, update_every, accumulated_steps, dense):
     if prune_scope not in ('layer', 'global'):
-        raise _names.unknown('prune_scope', prune_scope, ['layer', 'global'])
+        raise errors.unknown('prune_scope', prune_scope, ['layer', 'global'])
     if accumulated_steps > update_every:
         raise ValueError(
             f'grow: gradients are accumulated over {accumulated_steps} steps, but masks are updated every {update_every}: '

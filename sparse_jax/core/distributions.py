@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-from sparse_jax import _names
+from sparse_jax.core import errors
 
 
 class Layer(NamedTuple):
@@ -151,7 +151,7 @@ def matching(patterns: Sequence[str], names: Sequence[str], setting: str) -> lis
     for i, pattern in enumerate(patterns):
         if not any(matches(pattern, name) for name in names):
             raise ValueError(
-                f'{setting}: the pattern {pattern!r} matches no sparse leaf.{_names.did_you_mean(pattern, names)} They are '
+                f'{setting}: the pattern {pattern!r} matches no sparse leaf.{errors.did_you_mean(pattern, names)} They are '
                 f'{", ".join(names)}; * matches any part of a path.'
             )
         if i not in found:
@@ -226,7 +226,7 @@ def get(distribution: str | Mapping[str, float] | Distribution) -> Distribution:
     if callable(distribution):
         return distribution
     if not isinstance(distribution, str) or distribution not in _BY_NAME:
-        raise _names.unknown('distribution', distribution, _BY_NAME)
+        raise errors.unknown('distribution', distribution, _BY_NAME)
     return _BY_NAME[distribution]
 
 

@@ -9,12 +9,12 @@ import numpy as np
 import optax
 from jax import lax
 
-from sparse_jax import _arguments, criteria, distributions, layer_groups, mask_update, redistribution, schedules, selection
-from sparse_jax import granularity as granularity_lib
-from sparse_jax import masks as masks_lib
-from sparse_jax import momentum as momentum_lib
-from sparse_jax.criteria import Criterion
-from sparse_jax.masks import PathPredicate, SparsifyState, UpdateStats
+from sparse_jax.core import allocation, arguments, criteria, distributions, grouping, mask_update, schedules, selection
+from sparse_jax.core import granularity as granularity_lib
+from sparse_jax.core import masks as masks_lib
+from sparse_jax.core import momentum as momentum_lib
+from sparse_jax.core.criteria import Criterion
+from sparse_jax.core.masks import PathPredicate, SparsifyState, UpdateStats
 
 _MASK_STREAM = 0x6D61736B  # 'mask' in ASCII
 _AVERAGE_DECAY = 0.9  # of the gradient average that stands in for a missing momentum
@@ -121,17 +121,17 @@ def sparsify(
     )
     share_by = None if grow_by is None else share_by  # nothing is grown: nothing is shared out
     fixed = grow_by is None and not callable(density)  # the mask is
-    _arguments.check(density, update_every, total_steps, prune_rate, start_step, stop_step, seed)
-    _arguments.check_functions(inner, sparsifiable, stacked)
-    _arguments.check_criteria(prune=prune_by, grow=grow_by, redistribute=share_by)
+    arguments.check(density, update_every, total_steps, prune_rate, start_step, stop_step, seed)
+    arguments.check_functions(inner, sparsifiable, stacked)
+    arguments.check_criteria(prune=prune_by, grow=grow_by, redistribute=share_by)
     needed = criteria.requirements(*([] if fixed else [prune_by, grow_by, share_by]))
     assert prune_by is not None
-    _arguments.check_rule(prune_by, prune_scope, update_every, needed['accumulated_gradient'], dense)
+    arguments.check_rule(prune_by, prune_scope, update_every, needed['accumulated_gradient'], dense)
     timing: dict[str, Any] = dict(update_every=update_every, total_steps=total_steps, start_step=start_step, stop_step=stop_step)
     last_density: Any = density
     least_density: Any = density
     if callable(density):
-        last_density, least_density = _arguments.check_density_schedule(density, can_grow=grow_by is not None, **timing)
+        last_density, least_density = arguments.check_density_schedule(density, can_grow=grow_by is not None, **timing)
     rate_schedule = prune_rate if callable(prune_rate) else schedules.cosine(prune_rate, total_steps)
     distribute = distributions.get(distribution)
     units = granularity_lib.get(granularity)
@@ -141,21 +141,21 @@ def sparsify(
     def initial_counts(layers, at_density):
         """Units of each layer at a density; checks it."""
         if at_density == 1:  # whatever the distribution
-            return layer_groups.unit_counts(units, layers)
+            return grouping.unit_counts(units, layers)
         names = masks_lib.names_of(layers)
-        sizes = layer_groups.unit_counts(units, layers)
+        sizes = grouping.unit_counts(units, layers)
         shapes = [layer.shape for layer in layers for _ in range(layer.depth or 1)]
         table = [distributions.Layer(*row) for row in zip(names, shapes, sizes, strict=True)]
         return distributions.counts(distribute, table, at_density)
 
-    def rule(layers) -> layer_groups.Rule:
+    def rule(layers) -> grouping.Rule:
         budgets, final = None, ()
         if callable(density):
-            sizes = layer_groups.unit_counts(units, layers)
+            sizes = grouping.unit_counts(units, layers)
             budgets = schedules.budgets(density, sum(sizes), **timing)
             # With redistribution the layers keep the proportions that they have found.
             final = tuple(initial_counts(layers, last_density) if share_by is None else [0] * len(sizes))
-        return layer_groups.Rule(
+        return grouping.Rule(
             prune_by, grow_by, share_by, rate_schedule, prune_scope == 'global', units, update_every, budgets, final
         )
 
@@ -168,11 +168,11 @@ def sparsify(
                 "contains none of 'embed', 'norm', 'bias', 'scale'; sparsifiable=lambda path, leaf: ... chooses others."
             )
         num_layers = layers[-1].stop if layers else 0
-        if num_layers > redistribution.MAX_LAYERS:
-            raise ValueError(f'params has {num_layers} sparse layers; at most {redistribution.MAX_LAYERS} are supported.')
+        if num_layers > allocation.MAX_LAYERS:
+            raise ValueError(f'params has {num_layers} sparse layers; at most {allocation.MAX_LAYERS} are supported.')
         if callable(density) and layers:
             initial_counts(layers, last_density)
-            distributions.budget([distributions.Layer('', (), n) for n in layer_groups.unit_counts(units, layers)], least_density)
+            distributions.budget([distributions.Layer('', (), n) for n in grouping.unit_counts(units, layers)], least_density)
         first = density if not callable(density) else float(schedules.densities(density, np.array([0]))[0])
         counts = jnp.asarray(initial_counts(layers, first), jnp.int32)
         keys = jax.random.split(key, max(num_layers, 1))
@@ -213,9 +213,7 @@ def sparsify(
                 [None] * len(params) if x is None else treedef.flatten_up_to(x) for x in (momenta, ever_active, accumulated)
             )
             return [
-                layer_groups.Operands(
-                    (params[i] + updates[i]).astype(params[i].dtype), mask, grads[i], momenta[i], ever[i], total[i]
-                )
+                grouping.Operands((params[i] + updates[i]).astype(params[i].dtype), mask, grads[i], momenta[i], ever[i], total[i])
                 for mask, i in zip(own_masks, [layers[m].leaf for m in members], strict=True)
             ]
 
@@ -236,10 +234,10 @@ def sparsify(
 
     def init_fn(params):
         # An integer's key is folded with a constant: masks drawn from the very bits of the weights would keep the largest ones.
-        rng_key = jnp.copy(seed) if _arguments.is_key(seed) else jax.random.fold_in(jax.random.key(seed), _MASK_STREAM)
+        rng_key = jnp.copy(seed) if arguments.is_key(seed) else jax.random.fold_in(jax.random.key(seed), _MASK_STREAM)
         masks, num_layers = init_masks(params, rng_key)
         inner_state = inner.init(params)
-        if any(_arguments.is_lookahead(x) for x in jax.tree.leaves(inner_state, is_leaf=_arguments.is_lookahead)):
+        if any(arguments.is_lookahead(x) for x in jax.tree.leaves(inner_state, is_leaf=arguments.is_lookahead)):
             raise ValueError(
                 'inner: optax.lookahead is not supported: its slow weights are not sparse. Wrap its fast optimizer alone.'
             )
@@ -264,7 +262,7 @@ def sparsify(
     def update_fn(updates, state, params=None, **extra_args):
         if params is None:
             raise ValueError('sparsify needs the current params: call tx.update(grads, state, params).')
-        _arguments.check_params(params, state.masks)
+        arguments.check_params(params, state.masks)
         grads = updates
         in_order = iter(jax.tree.leaves(state.masks))
         layers = masks_lib.layer_table(params, lambda path, leaf: next(in_order).ndim > 0, stacked)

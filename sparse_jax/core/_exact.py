@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sparse_jax import redistribution, selection
+from sparse_jax.core import allocation, selection
 
 Collapse = Callable[..., jax.Array]  # (array, initial value, lax operation): reduced
 
@@ -43,4 +43,4 @@ def mean_magnitude(values: jax.Array, where: jax.Array, collapse: Collapse, spre
     number = jnp.maximum(collapse(where.astype(jnp.int32), 0, lax.add), 1).astype(jnp.float32)
     # value = |v| * 2^(150 - largest); 2^(largest - 150) is a denormal for small exponents, so two normal factors
     scale = lax.bitcast_convert_type(largest << 23, jnp.float32)  # 2^(largest - 127)
-    return redistribution.divide(total, number) * 2.0**-23 * scale
+    return allocation.divide(total, number) * 2.0**-23 * scale
