@@ -8,7 +8,7 @@ import pytest
 from jax import lax
 
 import sparse_jax as sj
-from sparse_jax import _operations
+from sparse_jax.stats.operations import MASK_UPDATE_OPERATIONS
 
 pytestmark = pytest.mark.core
 
@@ -58,7 +58,7 @@ def test_two_linear_layers_and_their_gradients():
     counted = sj.stats.operations(apply, masks, params, jnp.ones((10, 20)), dense_gradient_window=5, update_every=20)
     assert counted.inference == 10 * (a + b) and counted.inference_dense == 10 * (240 + 84)
     products = 10 * (a + 2 * b) + 0.75 * 10 * (a + b) + 0.25 * 10 * (240 + 84)
-    assert counted.training == pytest.approx(products + _operations.MASK_UPDATE_OPERATIONS * 324 / 20)
+    assert counted.training == pytest.approx(products + MASK_UPDATE_OPERATIONS * 324 / 20)
     assert counted.training_dense == 10 * (2 * 240 + 3 * 84)
     ones = jax.tree.map(jnp.ones_like, masks)
     assert sj.stats.operations(apply, ones, params, jnp.ones((10, 20))).training == counted.training_dense

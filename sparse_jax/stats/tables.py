@@ -1,4 +1,4 @@
-"""Numbers to look at: density, exploration, flips, shares, dead neurons, memory, operations. For logging, on concrete arrays."""
+"""Numbers and tables of masks: density, exploration, flips, shares, dead neurons. For logging, on concrete arrays."""
 
 from typing import Any
 
@@ -6,15 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax._operations import LayerOperations, Operations, operations
 from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core import masks as masks_lib
 from sparse_jax.core.masks import Layer, Masks, PathPredicate
-
-__all__ = [
-    'LayerOperations', 'Operations', 'dead_neurons', 'density', 'exploration_rate', 'flip_rate', 'memory', 'nonzeros', 'operations',
-    'summary', 'table',
-]  # fmt: skip
 
 
 @jax.jit
@@ -136,36 +130,6 @@ def dead_neurons(masks: Masks, stacked: PathPredicate | None = None) -> dict[str
         inputs = jnp.sum(~mask.any(axis=(*axes[:-2], axes[-1])), axis=1) if len(axes) > 1 else jnp.zeros(len(mask), int)
         found += zip(outputs.tolist(), inputs.tolist(), strict=True)
     return dict(zip(masks_lib.names_of(layers), found, strict=True))
-
-
-def memory(params: Any, masks: Masks) -> dict[str, int]:
-    """Bytes that the params take: dense, with a bit a weight for the mask, and in compressed rows (int32 indices).
-
-    Training holds dense arrays today: these are the sizes of what could be stored or sent.
-
-    Args:
-      params: tree of parameters, or their shapes.
-      masks: tree of masks.
-
-    Returns:
-      ``dense``, ``values_and_bits``, ``compressed_rows``; leaves that are not sparse count as they are.
-
-    Example:
-      >>> memory({'w': jnp.ones((32, 32)), 'bias': jnp.ones(32)}, {'w': jnp.eye(32, dtype=bool), 'bias': jnp.array(True)})
-      {'dense': 4224, 'values_and_bits': 384, 'compressed_rows': 516}
-    """
-    counts = nonzeros(masks)
-    dense = bits = rows = 0
-    for name, param in masks_lib.leaf_paths(params):
-        size, width = int(np.prod(param.shape)), jnp.dtype(param.dtype).itemsize
-        dense += size * width
-        if name in counts:
-            bits += counts[name] * width + -(-size // 8)
-            rows += counts[name] * (width + 4) + 4 * (size // param.shape[-1] + 1)
-        else:
-            bits += size * width
-            rows += size * width
-    return {'dense': dense, 'values_and_bits': bits, 'compressed_rows': rows}
 
 
 def summary(opt_state: Any, stacked: PathPredicate | None = None) -> dict[str, float]:
