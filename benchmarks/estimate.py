@@ -25,7 +25,7 @@ import sparse_jax as sj
 from benchmarks import layers, twins
 from sparse_jax import models
 from sparse_jax.core import masks as masks_lib
-from sparse_jax.kernels import choice, products, stored
+from sparse_jax.kernels import api, measure, store
 
 
 def traced(name: str, batch_size: int, density: float):
@@ -43,15 +43,15 @@ def traced(name: str, batch_size: int, density: float):
     @jax.jit
     def densities(params, x):
         inputs.clear()
-        products.observers.append(note)
+        api.observers.append(note)
         try:
             model.apply(params, state, x, train=True, rng=jax.random.key(1), patterns=patterns)
         finally:
-            products.observers.remove(note)
+            api.observers.remove(note)
         return dict(inputs)
 
     seen = {path: float(value) for path, value in densities(params, batch['input']).items()}
-    with choice.recorded() as calls:
+    with measure.recorded() as calls:
         jax.eval_shape(
             lambda p: model.apply(p, state, batch['input'], train=True, rng=jax.random.key(1), patterns=patterns), params
         )
@@ -59,7 +59,7 @@ def traced(name: str, batch_size: int, density: float):
     return [(call, shares[call.name], seen[call.name]) for call in calls]
 
 
-def torch_shape(call: choice.Call, batch_size: int) -> tuple[int, ...]:
+def torch_shape(call: measure.Call, batch_size: int) -> tuple[int, ...]:
     """The layer as benchmarks/torch_layers.py takes it."""
     if call.x[1:3] == call.w[:2] == (1, 1):
         side = math.isqrt(call.x[0] // batch_size)  # a 1x1 convolution was flattened
@@ -73,7 +73,7 @@ def _torch_seconds(torch, shape: tuple[int, ...]) -> float:
     return float(np.median([torch.ask(run='torch') for _ in range(5)]))
 
 
-def measure(name: str, batch_size: int, density: float, torch) -> list[dict]:
+def estimate(name: str, batch_size: int, density: float, torch) -> list[dict]:
     """A row a layer; layers of one shape and density are measured once."""
     rows, known = [], {}
     calls = traced(name, batch_size, density)
@@ -82,9 +82,9 @@ def measure(name: str, batch_size: int, density: float, torch) -> list[dict]:
             _torch_seconds(torch, torch_shape(call, batch_size))
         time.sleep(1)
     for call, weights, inputs in calls:
-        key = (call._replace(name=''), stored.rounded(weights))
+        key = (call._replace(name=''), store.rounded(weights))
         if key not in known:
-            known[key] = choice.measure(call, weights, at_least=1.0, rounds=5)
+            known[key] = measure.measure(call, weights, at_least=1.0, rounds=5)
         seconds = dict(known[key])
         if torch:
             seconds['torch'] = _torch_seconds(torch, torch_shape(call, batch_size))
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument('--json', type=pathlib.Path, help='file for the results')
     args = parser.parse_args()
     torch = layers.Torch(args.torch_python) if args.torch_python else None
-    rows = measure(args.model, args.batch_size, args.density, torch)
+    rows = estimate(args.model, args.batch_size, args.density, torch)
     if torch:
         torch.close()
         print(torch.version)

@@ -29,8 +29,9 @@ from benchmarks import gpu_compile, gpu_model
 from benchmarks.gpu_check import CHECKED, arguments, check, operands
 from benchmarks.gpu_model import Shape
 from sparse_jax import kernels
+from sparse_jax.aot import compile_only
 from sparse_jax.core import target
-from sparse_jax.kernels import compile_only, products, reference, rules
+from sparse_jax.kernels import api, reference, rules
 from sparse_jax.kernels.gpu import config as config_lib
 from sparse_jax.kernels.reference import Geometry
 
@@ -82,7 +83,7 @@ def _dense(kernel: str, shape: Shape) -> Callable:
     """XLA's dense product of the same operands."""
     geometry = shape.geometry
     if kernel == 'forward':
-        return jax.jit(lambda x, w, _: products.reference.convolve_dense(x, w, geometry))
+        return jax.jit(lambda x, w, _: api.reference.convolve_dense(x, w, geometry))
     if kernel == 'input_gradient':
         return jax.jit(lambda dy, w, p: reference.input_gradient(dy, w, p, geometry, shape.x))
     return jax.jit(lambda x, dy, _: reference.dense_weight_gradient(x, dy, shape.w, geometry))
@@ -106,7 +107,7 @@ def sweep(
                     known = list(dict.fromkeys([*known, *config_lib.candidates(kernel, block, shape.x[0])]))
                 best[kernel] = _fastest(kernel, shape, block, arguments(kernel, *own), known, min(rounds, 3))
             if keep:
-                config_lib.store({config_lib.key(k, shape.x, shape.w, block, jnp.bfloat16): c for k, c in best.items()})
+                config_lib.write({config_lib.key(k, shape.x, shape.w, block, jnp.bfloat16): c for k, c in best.items()})
             for sparsity in sparsities:
                 own, predicted_dense, three = operands(shape, block, sparsity), gpu_model.dense_seconds(shape, gpu), np.zeros(5)
 
@@ -129,7 +130,7 @@ def sweep(
     if keep:
         for block, densities in won.items():  # up to which density all measured shapes win
             by_shape = np.array(densities).reshape(len(shapes), -1).max(1)
-            rules.store(block, float(by_shape.min()))
+            rules.write(block, float(by_shape.min()))
 
 
 def summary(shapes: tuple[Shape, ...], blocks=BLOCKS, sparsities=gpu_model.SPARSITIES) -> Iterator[str]:

@@ -20,8 +20,8 @@ from jax.sharding import SingleDeviceSharding
 from benchmarks import gpu_check, gpu_model
 from benchmarks.gpu_model import Shape
 from sparse_jax import kernels
+from sparse_jax.aot import compile_only
 from sparse_jax.core import target
-from sparse_jax.kernels import compile_only
 from sparse_jax.kernels.gpu import config as config_lib
 from sparse_jax.kernels.reference import Geometry
 

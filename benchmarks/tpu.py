@@ -21,8 +21,8 @@ from jax.sharding import SingleDeviceSharding
 from benchmarks import gpu_check, gpu_model
 from benchmarks.gpu_model import KERNELS, Shape
 from sparse_jax import kernels
+from sparse_jax.aot import compile_only
 from sparse_jax.core import target
-from sparse_jax.kernels import compile_only
 from sparse_jax.kernels.reference import Geometry
 from sparse_jax.kernels.tpu import BLOCK, operations
 

@@ -186,7 +186,7 @@ def by_lanes_errors(case, mode: str, seed: int = 0):
 
 
 def main() -> None:
-    from sparse_jax.kernels import cpu
+    from sparse_jax.kernels.cpu import operations as cpu
 
     if reason := cpu.unavailable():
         sys.exit(reason)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from sparse_jax.kernels import cpu
+from sparse_jax.kernels.cpu import operations as cpu
 
 needs_compiler = pytest.mark.skipif(bool(cpu.unavailable()), reason='needs a C++ compiler: install g++ or clang++')
 ROOT = pathlib.Path(__file__).parent.parent

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sparse_jax import kernels
-from sparse_jax.kernels import choice, dispatch, rules
+from sparse_jax.kernels import backend, measure, rules
 from sparse_jax.kernels.reference import Geometry
 
 pytestmark = pytest.mark.core
@@ -71,7 +71,7 @@ def test_unknown_names_are_told():
 
 
 def _fresh():
-    dispatch._say_once.cache_clear()
+    backend._say_once.cache_clear()
     rules._say_once.cache_clear()
 
 
@@ -97,7 +97,7 @@ def test_none_takes_a_gpus_kernels_up_to_the_density_that_was_measured(tmp_path,
         assert rules.by_rule(0.1, (64, 64)) == 'reference'
         assert rules.by_rule(0.1, (64, 64)) == 'reference'
     assert len(caplog.records) == 1 and 'blocks of 64x64 were not measured on cpu' in caplog.text
-    rules.store((64, 64), 1 - 0.9)
+    rules.write((64, 64), 1 - 0.9)
     densities = 0.05, 0.1, 410 / 4096, 0.11  # a tenth, as floats and whole blocks have it
     assert [rules.by_rule(density, (64, 64)) for density in densities] == ['gpu', 'gpu', 'gpu', 'reference']
     assert rules.by_rule(0.01, (1, 1)) == 'reference'  # single weights: masked dense products, always
@@ -149,14 +149,14 @@ def test_convolutions_with_an_empty_result_are_zeros(platform):
 
 
 def test_the_launchers_candidates_are_those_of_the_platform():
-    call = choice.Call('fc', (64, 1, 1, 128), (1, 1, 128, 128), Geometry(), (64, 64), 'bfloat16')
+    call = measure.Call('fc', (64, 1, 1, 128), (1, 1, 128, 128), Geometry(), (64, 64), 'bfloat16')
     with kernels.lowering_for('gpu'):
-        assert choice.candidates(call) == ('dense', 'gpu')
-        assert choice.candidates(call._replace(block=(8, 8))) == ('dense',)
-        assert choice.candidates(call._replace(dtype='float32')) == ('dense',)
+        assert measure.candidates(call) == ('dense', 'gpu')
+        assert measure.candidates(call._replace(block=(8, 8))) == ('dense',)
+        assert measure.candidates(call._replace(dtype='float32')) == ('dense',)
     with kernels.lowering_for('tpu'):
-        assert choice.candidates(call._replace(block=(128, 128))) == ('dense', 'tpu')
-    assert choice.candidates(call) == ('dense',)
+        assert measure.candidates(call._replace(block=(128, 128))) == ('dense', 'tpu')
+    assert measure.candidates(call) == ('dense',)
 
 
 def test_block_scores_of_the_reference_and_its_refusals():

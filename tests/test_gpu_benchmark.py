@@ -138,7 +138,7 @@ def test_the_best_configs_are_kept_for_this_kind_of_device(tmp_path, monkeypatch
     arguments = ('forward', _LAYER.x, _LAYER.w, (64, 64), jnp.bfloat16)
     assert config_lib.choose(*arguments) == config_lib.rule('forward', (64, 64), 8192)
     best = config_lib.Config(256, 64, 3)
-    config_lib.store({config_lib.key(*arguments): best})
+    config_lib.write({config_lib.key(*arguments): best})
     assert config_lib.choose(*arguments) == best
     assert config_lib.choose('forward', (64, 1, 1, 64), *arguments[2:]) == config_lib.rule('forward', (64, 64), 64)
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import sparse_jax as sj
 from sparse_jax import kernels
-from sparse_jax.kernels import choice, cpu, reference
+from sparse_jax.kernels import measure, reference
+from sparse_jax.kernels.cpu import operations as cpu
 from tests import kernel_cases
 
 pytestmark = pytest.mark.core
@@ -223,28 +224,28 @@ def test_many_products_at_once_neither_wait_for_each_other_nor_crash_on_nan():
 def test_measured_times_are_kept_by_shape_and_a_damaged_file_is_measured_again(tmp_path, monkeypatch):
     monkeypatch.setenv('SPARSE_JAX_CACHE', str(tmp_path))
     pattern = kernels.make_pattern(np.ones((3, 3, 4, 4), bool), name='conv')
-    with choice.recorded() as calls:
+    with measure.recorded() as calls:
         jax.eval_shape(lambda x, w: kernels.sparse_conv(x, w, pattern), jnp.ones((2, 6, 6, 4)), jnp.ones((3, 3, 4, 4)))
     (call,) = calls
     assert call.name == 'conv' and call.x == (2, 6, 6, 4) and call.geometry.padding == ((1, 1), (1, 1))
-    first = choice.measured(call, 0.0504)
+    first = measure.measured(call, 0.0504)
     assert set(first) == {'dense', 'cpu'} and min(first.values()) > 0
-    assert choice.measured(call, 0.0496) == first  # both are 5.0%
-    assert choice.measured(call._replace(name='other'), 0.05) == first
+    assert measure.measured(call, 0.0496) == first  # both are 5.0%
+    assert measure.measured(call._replace(name='other'), 0.05) == first
     (tmp_path / 'measured.json').write_text('{"')
-    assert choice.measured(call, 0.05) != first
-    both = choice.measured(call, 0.05, dense_share=0.25)
-    sparse, dense = choice.measured(call, 0.05), choice.measured(call, 0.05, dense_share=1.0)
+    assert measure.measured(call, 0.05) != first
+    both = measure.measured(call, 0.05, dense_share=0.25)
+    sparse, dense = measure.measured(call, 0.05), measure.measured(call, 0.05, dense_share=1.0)
     assert both['cpu'] == pytest.approx(0.75 * sparse['cpu'] + 0.25 * dense['cpu'])
     assert len(json.loads((tmp_path / 'measured.json').read_text())) == 2
-    choice.measured(call._replace(input_gradient=False), 0.05)
+    measure.measured(call._replace(input_gradient=False), 0.05)
     assert len(json.loads((tmp_path / 'measured.json').read_text())) == 3
 
 
 def test_the_choice_takes_a_sparse_kernel_only_where_it_wins():
-    assert choice.fastest({'dense': 1.0, 'cpu': 0.99}) == 'dense'
-    assert choice.fastest({'dense': 1.0, 'cpu': 0.9}) == 'cpu'
-    assert choice.fastest({'dense': 1.0}) == 'dense'
+    assert measure.fastest({'dense': 1.0, 'cpu': 0.99}) == 'dense'
+    assert measure.fastest({'dense': 1.0, 'cpu': 0.9}) == 'cpu'
+    assert measure.fastest({'dense': 1.0}) == 'dense'
 
 
 @needs_compiler

@@ -13,7 +13,8 @@ import sparse_jax as sj
 from sparse_jax import config as config_lib
 from sparse_jax import kernels, models
 from sparse_jax import train as train_lib
-from sparse_jax.kernels import choice, cpu
+from sparse_jax.kernels import measure
+from sparse_jax.kernels.cpu import operations as cpu
 from sparse_jax.models import by_lanes, layers
 from sparse_jax.train import layer_kernels
 from tests import kernel_cases
@@ -166,13 +167,13 @@ def test_a_layer_by_lanes_is_measured_as_it_lies():
     )
     patterns = kernels.make_patterns(masks, implementations={})
     x = jax.ShapeDtypeStruct((32, 32, 32, 3), jnp.float32)
-    with choice.recorded() as calls:
+    with measure.recorded() as calls:
         jax.eval_shape(lambda p, s, x: model.apply(p, s, x, train=False, rng=None, patterns=patterns), params, state, x)
     by_name = {call.name: call for call in calls}
     call = by_name['block2_1/conv1/kernel']
     assert call.x == (2, 32, 32, 32, 16) and call.w == (3, 3, 32, 64)
     assert by_name['fc/kernel'].x == (32, 1, 1, 128)  # a matrix product has no lanes
-    assert set(choice.measure(call, 0.1, rounds=1)) == {'dense', 'cpu'}
+    assert set(measure.measure(call, 0.1, rounds=1)) == {'dense', 'cpu'}
 
 
 def test_shapes_that_do_not_fit_are_refused_before_the_kernel_reads_them():

@@ -14,7 +14,8 @@ import sparse_jax as sj
 from configs import mnist_lenet5, mnist_lenet300
 from sparse_jax import config as config_lib
 from sparse_jax import models, train
-from sparse_jax.kernels import choice, cpu
+from sparse_jax.kernels import measure
+from sparse_jax.kernels.cpu import operations as cpu
 from sparse_jax.models import cifar
 from sparse_jax.train import devices as devices_lib
 from sparse_jax.train import layer_kernels
@@ -126,7 +127,7 @@ def _first_layer_wins(call, density, *, dense_share):
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp('run') / 'undisturbed'
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choice, 'measured', _first_layer_wins)
+        patch.setattr(measure, 'measured', _first_layer_wins)
         return folder, train.train(_config(), folder)
 
 
@@ -140,7 +141,7 @@ def test_a_run_resumed_within_a_window_keeps_its_bits_without_measuring_again(fi
     def measured(*_, **__):
         raise AssertionError('a resumed run measured again')
 
-    monkeypatch.setattr(choice, 'measured', measured)
+    monkeypatch.setattr(measure, 'measured', measured)
     again = train.train(_config(), folder)
     same = lambda r: {k: v for k, v in r.items() if 'second' not in k}
     assert json.loads((folder / 'run.json').read_text())['resumed_at'] == 38
@@ -155,7 +156,7 @@ def test_choices_are_written_and_shown(finished, capsys):
     for rows in history.values():
         for row in rows.values():
             if row['seconds']:
-                assert row['implementation'] == choice.fastest(row['seconds'])
+                assert row['implementation'] == measure.fastest(row['seconds'])
     assert history['0']['fc1/kernel']['density'] == pytest.approx(0.05, abs=1e-3)
     layer_kernels.print_table(_config(), finished[0])
     table = capsys.readouterr().out
@@ -173,7 +174,7 @@ def test_a_layer_is_measured_again_only_when_its_density_changed_much(tmp_path, 
         asked.append((call.name, round(density, 3), dense_share, call.input_gradient, call.x))
         return {'dense': 2.0, 'cpu': 1.0}
 
-    monkeypatch.setattr(choice, 'measured', measured)
+    monkeypatch.setattr(measure, 'measured', measured)
     kernels = layer_kernels.LayerKernels(config, experiment, tmp_path, 0)
     patterns = kernels.patterns(0, state)
     assert asked[0] == ('fc1/kernel', 0.05, 0.25, False, (100, 1, 1, 784)) and len(asked) == 3

@@ -8,7 +8,7 @@ import sys
 import jax
 import pytest
 
-from sparse_jax.kernels import compile_only
+from sparse_jax.aot import compile_only
 from tests.lowered import steps
 
 _ROOT = pathlib.Path(__file__).parents[1]

@@ -7,7 +7,7 @@ import pytest
 
 import sparse_jax as sj
 from sparse_jax import models
-from sparse_jax.kernels import choice
+from sparse_jax.kernels import measure
 from sparse_jax.models import layers
 
 TINY = dict(depth=2, features=16, heads=2)
@@ -273,7 +273,7 @@ def test_each_layer_takes_its_pattern_and_none_is_dense(name, path):
     run = lambda patterns: jax.eval_shape(
         lambda p, s, x: model.apply(p, s, x, train=False, rng=None, patterns=patterns), params, state, x
     )[0]
-    with choice.recorded() as calls:
+    with measure.recorded() as calls:
         assert run(None).shape == run(patterns).shape
     assert [call.name for call in calls] == ['w']
 

@@ -14,10 +14,10 @@ Example:
 """
 
 from sparse_jax.core.target import lowering_for
-from sparse_jax.kernels.dispatch import IMPLEMENTATIONS, unsupported
-from sparse_jax.kernels.lanes import from_lanes, lanes_unavailable, to_lanes
+from sparse_jax.kernels.api import convolve, convolve_by_lanes, max_pool_by_lanes, sparse_conv, sparse_dot
+from sparse_jax.kernels.backend import IMPLEMENTATIONS, unsupported
+from sparse_jax.kernels.cpu.lanes import from_lanes, lanes_unavailable, to_lanes
 from sparse_jax.kernels.pattern import Pattern, make_pattern, make_patterns, with_dense_gradients
-from sparse_jax.kernels.products import convolve, convolve_by_lanes, max_pool_by_lanes, sparse_conv, sparse_dot
 from sparse_jax.kernels.scores import block_scores
 
 __all__ = [

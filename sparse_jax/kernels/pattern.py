@@ -10,8 +10,7 @@ from jax.core import Tracer
 
 from sparse_jax.core import errors
 from sparse_jax.core import masks as masks_lib
-from sparse_jax.kernels import rules
-from sparse_jax.kernels import split as split_lib
+from sparse_jax.kernels import rules, sharded
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +48,7 @@ class Pattern:
     by_rule: str = dataclasses.field(default='reference', metadata=dict(static=True))
     dense_gradient: bool = dataclasses.field(default=False, metadata=dict(static=True))
     name: str = dataclasses.field(default='', metadata=dict(static=True))
-    split: split_lib.Split | None = dataclasses.field(default=None, metadata=dict(static=True))
+    split: sharded.Split | None = dataclasses.field(default=None, metadata=dict(static=True))
 
     @property
     def capacity(self) -> int:
@@ -229,8 +228,8 @@ def make_patterns(
 
         if path not in places:
             return build(mask)
-        split = split_lib.split_of(places[path], mask.shape, block)
-        return None if split is None else split_lib.make(mask, split, build, bool(rows))
+        split = sharded.split_of(places[path], mask.shape, block)
+        return None if split is None else sharded.make(mask, split, build, bool(rows))
 
     return jax.tree.unflatten(jax.tree.structure(masks), [make(p, m) for p, m in leaves])
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_jax.core import target
-from sparse_jax.kernels import gpu, stored, tpu
+from sparse_jax.kernels import gpu, store, tpu
 
 _LOG = logging.getLogger('sparse_jax')
 _FILE = 'crossovers.json'
@@ -35,18 +35,18 @@ def by_rule(density: float, block: tuple[int, int]) -> str:
         return 'reference'
     if backend.unsupported(jnp.bfloat16, block):
         return platform
-    most = stored.read(_FILE).get(_device(), {}).get(_name(block))
+    most = store.read(_FILE).get(_device(), {}).get(_name(block))
     if most is None:
         _say_once(_device(), _name(block), ' measure them with python -m benchmarks.gpu,' if platform == 'gpu' else '')
         return 'reference'
-    return platform if stored.rounded(density) <= most else 'reference'
+    return platform if store.rounded(density) <= most else 'reference'
 
 
-def store(block: tuple[int, int], density: float) -> None:
+def write(block: tuple[int, int], density: float) -> None:
     """Keeps up to which density a block's kernels were the faster ones on this device."""
-    content = stored.read(_FILE)
-    content.setdefault(_device(), {})[_name(block)] = stored.rounded(density)
-    stored.write(_FILE, content)
+    content = store.read(_FILE)
+    content.setdefault(_device(), {})[_name(block)] = store.rounded(density)
+    store.write(_FILE, content)
 
 
 def _device() -> str:

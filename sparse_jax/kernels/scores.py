@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sparse_jax.core import errors, granularity
-from sparse_jax.kernels import dispatch, products, reference
+from sparse_jax.kernels import api, backend, reference
 from sparse_jax.kernels.reference import Geometry
 
 _WITH_KERNELS = ('reference', 'gpu', 'tpu')
@@ -65,20 +65,20 @@ def block_scores(
             'dy [..., out] of the same floating type, and w_shape (in, out) or (height, width, in, out).'
         )
     block = _block(block)
-    if reason := dispatch.unsupported(name, x.dtype, block):
+    if reason := backend.unsupported(name, x.dtype, block):
         raise NotImplementedError(f'block_scores: implementation={name!r} does not run here: {reason}. Take implementation=None.')
     granularity.Block(*block).unit_shape(w_shape)  # ValueError for a block larger than the weight
     if len(w_shape) == 2:
         geometry, full = Geometry(), (1, 1, *w_shape)
         x, dy = x.reshape(-1, 1, 1, x.shape[-1]), dy.reshape(-1, 1, 1, dy.shape[-1])
     else:
-        geometry, full = products.geometry_of('block_scores', x.shape, w_shape, strides, padding, dilation), w_shape
+        geometry, full = api.geometry_of('block_scores', x.shape, w_shape, strides, padding, dilation), w_shape
     if geometry.output_shape(x.shape, full) != dy.shape:
         raise ValueError(f'block_scores: dy has shape {dy.shape}, the product has {geometry.output_shape(x.shape, full)}.')
     if name == 'reference' or 0 in (x.size, dy.size):
         scores = _reference(x, dy, full, geometry, block)
     else:
-        scores = dispatch.call('block_scores', name, x, dy, full, geometry, block)
+        scores = backend.call('block_scores', name, x, dy, full, geometry, block)
     return scores[0, 0] if len(w_shape) == 2 else scores
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_jax import kernels
-from sparse_jax.kernels import lanes
+from sparse_jax.kernels.cpu import lanes
 
 BATCH, MOST_POOLED = lanes.BATCH, lanes.MOST_POOLED
 

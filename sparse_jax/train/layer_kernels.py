@@ -19,8 +19,7 @@ import sparse_jax as sj
 from sparse_jax import config as config_lib
 from sparse_jax.core import masks as masks_lib
 from sparse_jax.core import target
-from sparse_jax.kernels import choice
-from sparse_jax.kernels import split as split_lib
+from sparse_jax.kernels import measure, sharded
 from sparse_jax.train import devices as devices_lib
 from sparse_jax.train import hosts, workdir
 from sparse_jax.train import state as state_lib
@@ -58,7 +57,7 @@ def cut_by_mesh(config: config_lib.Config, experiment: state_lib.Experiment, dev
     block, cut = block_of(config), []
     for path, mask in masks_lib.leaf_paths(sj.get_masks(devices.shapes.opt_state)):
         axes = mask.ndim - (experiment.stacked is not None and mask.ndim > 0 and experiment.stacked(path, mask))
-        if axes in (2, 4) and split_lib.split_of(mask.sharding, mask.shape, block) is None:
+        if axes in (2, 4) and sharded.split_of(mask.sharding, mask.shape, block) is None:
             cut.append(path)
     if cut and config.sparsity.kernels not in ('auto', 'dense', 'reference'):
         raise ValueError(
@@ -101,7 +100,7 @@ class LayerKernels:
         self._examples = config.data.batch_size // config.train.accumulate
         self._path = folder / FILE
         self._patterns: Any = None
-        self._calls: dict[str, choice.Call] | None = None
+        self._calls: dict[str, measure.Call] | None = None
         self._history: dict[str, dict[str, Any]] = {}
         if self._mode == 'auto' and start and self._path.exists():
             try:
@@ -162,16 +161,16 @@ class LayerKernels:
     def _measured(self, path: str, density: float) -> dict[str, Any]:
         assert self._calls is not None
         row: dict[str, Any] = {'density': density, 'implementation': 'dense', 'seconds': {}}
-        if path in self._calls and density <= _SPARSE and len(choice.candidates(self._calls[path])) > 1:
+        if path in self._calls and density <= _SPARSE and len(measure.candidates(self._calls[path])) > 1:
             window, every = self._experiment.dense_gradient_steps, self._experiment.update_every
             share = 1.0 if window is None else min(1.0, window / every)
-            row['seconds'] = choice.measured(self._calls[path], density, dense_share=share)
-            row['implementation'] = choice.fastest(row['seconds'])
+            row['seconds'] = measure.measured(self._calls[path], density, dense_share=share)
+            row['implementation'] = measure.fastest(row['seconds'])
             times = ', '.join(f'{name} {1e3 * seconds:.2f} ms' for name, seconds in row['seconds'].items())
             _LOG.info('kernels: %s at %.2f%% takes %s (%s)', path, 100 * density, row['implementation'], times)
         return row
 
-    def _traced(self, state, masks) -> dict[str, choice.Call]:
+    def _traced(self, state, masks) -> dict[str, measure.Call]:
         """The products that a device makes in a step with each sparse leaf, by tracing one."""
         experiment = self._experiment
         leaves = {path for path, mask in masks_lib.leaf_paths(masks) if np.ndim(mask)}
@@ -180,7 +179,7 @@ class LayerKernels:
         )
         patterns = sj.kernels.make_patterns(masks, **options, shardings=self._places)
         x = jax.ShapeDtypeStruct((self._examples, *experiment.example.shape[1:]), experiment.example.dtype)
-        with choice.recorded() as calls:
+        with measure.recorded() as calls:
             # in training: an evaluation fills its batch up, and may lie by lanes where training does not
             jax.eval_shape(lambda p, s, x: experiment.apply(p, s, x, patterns, train=True), state.params, state.model_state, x)
         # the first layer's input is the network's, whose gradient nobody wants

@@ -16,11 +16,11 @@ from rich.table import Table
 import sparse_jax as sj
 from sparse_jax import config as config_lib
 from sparse_jax import sharding
+from sparse_jax.aot import compile_only
 from sparse_jax.core import errors, target
 from sparse_jax.core import masks as masks_lib
-from sparse_jax.kernels import compile_only
 from sparse_jax.kernels import pattern as pattern_lib
-from sparse_jax.kernels import split as split_lib
+from sparse_jax.kernels import sharded
 from sparse_jax.train import collectives, layer_kernels
 from sparse_jax.train import devices as devices_lib
 from sparse_jax.train import run as run_lib
@@ -159,7 +159,7 @@ def _pattern(path, mask, rows: bool, block, implementation: str, density: float,
     shape = mask.shape[int(rows) :]
     split = None
     if devices.mesh is not None:
-        split = split_lib.split_of(mask.sharding, mask.shape, block)
+        split = sharded.split_of(mask.sharding, mask.shape, block)
         if split is None:
             return None
     local = split.shape(shape) if split else shape

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparse_jax.core import target
-from sparse_jax.kernels import stored
+from sparse_jax.kernels import store
 
 ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]  # sums in registers
 SHARED_MEMORY = 232_448  # bytes that a program may have on Hopper
@@ -151,15 +151,15 @@ def choose(kernel: str, x: tuple[int, ...], w: tuple[int, ...], block: tuple[int
 
 def measured() -> dict[str, dict[str, int]]:
     """What :func:`store` kept for this device; nothing where programs are traced for another machine."""
-    return {} if target.is_elsewhere() else stored.read(_FILE).get(jax.devices()[0].device_kind, {})
+    return {} if target.is_elsewhere() else store.read(_FILE).get(jax.devices()[0].device_kind, {})
 
 
-def store(configs: dict[str, Config]) -> None:
+def write(configs: dict[str, Config]) -> None:
     """Keeps the best configs of this device, for all later processes of this user."""
-    content = stored.read(_FILE)
+    content = store.read(_FILE)
     own = content.setdefault(jax.devices()[0].device_kind, {})
     own |= {name: dataclasses.asdict(config) for name, config in configs.items()}
-    stored.write(_FILE, content)
+    store.write(_FILE, content)
 
 
 def swizzled(dtype, *columns: int) -> tuple:

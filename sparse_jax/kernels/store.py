@@ -7,7 +7,7 @@ import pathlib
 import tempfile
 from typing import Any
 
-from sparse_jax.kernels import compiler
+from sparse_jax.kernels.cpu import compiler
 
 
 def rounded(density: float) -> float:

@@ -12,8 +12,8 @@ from jax import lax
 from jax.core import Tracer
 
 from sparse_jax.core import errors
-from sparse_jax.kernels import dispatch, lanes, reference
-from sparse_jax.kernels import split as split_lib
+from sparse_jax.kernels import backend, reference, sharded
+from sparse_jax.kernels.cpu import lanes
 from sparse_jax.kernels.pattern import Pattern
 from sparse_jax.kernels.reference import Geometry
 
@@ -24,7 +24,7 @@ observers: list[Callable[..., None]] = []
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _product(x, w, pattern: Pattern, geometry: Geometry, implementation: str, dense_gradient: bool):
     del dense_gradient
-    return dispatch.run('forward', implementation, pattern, x, w, pattern, geometry)
+    return backend.run('forward', implementation, pattern, x, w, pattern, geometry)
 
 
 def _product_forward(x, w, pattern, geometry, implementation, dense_gradient):
@@ -33,11 +33,11 @@ def _product_forward(x, w, pattern, geometry, implementation, dense_gradient):
 
 def _product_backward(geometry, implementation, dense_gradient, residuals, dy):
     x, w, pattern = residuals
-    dx = dispatch.run('input_gradient', implementation, pattern, dy, w, pattern, geometry, x.shape)
+    dx = backend.run('input_gradient', implementation, pattern, dy, w, pattern, geometry, x.shape)
     if dense_gradient:
         dw = reference.dense_weight_gradient(x, dy, w.shape, geometry)
     else:
-        dw = dispatch.run('weight_gradient', implementation, pattern, x, dy, pattern, geometry, w.shape)
+        dw = backend.run('weight_gradient', implementation, pattern, x, dy, pattern, geometry, w.shape)
     return dx, dw, None
 
 
@@ -85,7 +85,7 @@ def _check_zeros(w: jax.Array, pattern: Pattern) -> None:
                 'masks that the weight was multiplied with, again after each mask update.'
             )
 
-    mask = reference.mask_of(pattern) if pattern.split is None else split_lib.mask(reference.mask_of, pattern)
+    mask = reference.mask_of(pattern) if pattern.split is None else sharded.mask(reference.mask_of, pattern)
     jax.debug.callback(check, jnp.sum((w != 0) & ~mask))
 
 
@@ -96,7 +96,7 @@ def _apply(x, w, pattern, geometry, dense_gradient, implementation):
     if w.ndim == 2 or (w.shape[:2] == (1, 1) and geometry == Geometry()):  # one tap: a matrix product of all pixels
         x, w = x.reshape(-1, 1, 1, shape[-1]), w.reshape(1, 1, *w.shape[-2:])
     empty = 0 in (x.size, *geometry.output_shape(x.shape, w.shape))
-    chosen = dispatch.choose(implementation, x.dtype, pattern, empty=empty)
+    chosen = backend.choose(implementation, x.dtype, pattern, empty=empty)
     for observer in observers:
         observer(x, w, pattern, geometry)
     y: jax.Array = _product(x, w, pattern, geometry, chosen, dense_gradient)  # pyright: ignore[reportAssignmentType]

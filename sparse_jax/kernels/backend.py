@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 
 from sparse_jax.core import errors, target
-from sparse_jax.kernels import cpu, gpu, tpu
-from sparse_jax.kernels import split as split_lib
+from sparse_jax.kernels import gpu, sharded, tpu
+from sparse_jax.kernels.cpu import operations as cpu
 from sparse_jax.kernels.pattern import Pattern
 
 _LOG = logging.getLogger('sparse_jax')
@@ -31,7 +31,7 @@ class _Backend(NamedTuple):
 
 _BACKENDS = {
     'reference': _Backend('reference', lambda dtype, block: ''),
-    'cpu': _Backend('cpu', _on_cpu),
+    'cpu': _Backend('cpu.operations', _on_cpu),
     'gpu': _Backend('gpu.operations', gpu.unsupported, pallas=True),
     'tpu': _Backend('tpu.operations', tpu.unsupported, pallas=True),
 }
@@ -98,4 +98,4 @@ def call(name: str, implementation: str, *operands) -> jax.Array:
 def run(name: str, implementation: str, pattern: Pattern, *operands) -> jax.Array:
     """A backend's product, on a mesh by its parts."""
     function = functools.partial(call, name, implementation)
-    return function(*operands) if pattern.split is None else getattr(split_lib, name)(function, *operands)
+    return function(*operands) if pattern.split is None else getattr(sharded, name)(function, *operands)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_jax.core import target
-from sparse_jax.kernels import cpu
+from sparse_jax.kernels.cpu import operations as cpu
 from sparse_jax.kernels.pattern import Pattern
 from sparse_jax.kernels.reference import Geometry
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_jax.core import target
-from sparse_jax.kernels import compiler, dispatch, products, stored
+from sparse_jax.kernels import api, backend, store
+from sparse_jax.kernels.cpu import compiler
 from sparse_jax.kernels.pattern import make_pattern, with_dense_gradients
 from sparse_jax.kernels.reference import Geometry
 
@@ -42,7 +43,7 @@ def recorded() -> Iterator[list[Call]]:
       >>> import numpy as np
       >>> pattern = make_pattern(np.eye(4, dtype=bool), name='fc')
       >>> with recorded() as calls:
-      ...     y = jax.eval_shape(lambda x: products.sparse_dot(x, x, pattern), jnp.ones((4, 4)))
+      ...     y = jax.eval_shape(lambda x: api.sparse_dot(x, x, pattern), jnp.ones((4, 4)))
       >>> calls[0].name, calls[0].x
       ('fc', (4, 1, 1, 4))
     """
@@ -52,17 +53,17 @@ def recorded() -> Iterator[list[Call]]:
         x_shape, w_shape = (x.shape, w.shape) if pattern.split is None else pattern.split.local(x.shape, w.shape)
         calls.append(Call(pattern.name, x_shape, w_shape, geometry, pattern.block, str(x.dtype)))
 
-    products.observers.append(note)
+    api.observers.append(note)
     try:
         yield calls
     finally:
-        products.observers.remove(note)
+        api.observers.remove(note)
 
 
 def candidates(call: Call) -> tuple[str, ...]:
     """What can run a call here: always 'dense', the product with the masked weight: by lanes on the C++ kernels, else XLA's."""
     own = target.platform()
-    known = own in dispatch.IMPLEMENTATIONS and not dispatch.unsupported(own, call.dtype, call.block)
+    known = own in backend.IMPLEMENTATIONS and not backend.unsupported(own, call.dtype, call.block)
     return ('dense', own) if known else ('dense',)
 
 
@@ -75,11 +76,11 @@ def _step(name: str, geometry: Geometry, linear: bool, input_gradient: bool, den
         if x.ndim == 5:
             pattern = with_dense_gradients(pattern) if dense_gradient else pattern
             own = dict(strides=geometry.strides, padding=geometry.padding)
-            return products.convolve_by_lanes(x, None, w, None, None if name == 'dense' else pattern, **own)[0]
+            return api.convolve_by_lanes(x, None, w, None, None if name == 'dense' else pattern, **own)[0]
         if name == 'dense':
-            return x @ w if linear else products.convolve(x, w, **options)
+            return x @ w if linear else api.convolve(x, w, **options)
         own: dict[str, Any] = dict(dense_gradient=dense_gradient, implementation=name)
-        return products.sparse_dot(x, w, pattern, **own) if linear else products.sparse_conv(x, w, pattern, **options, **own)
+        return api.sparse_dot(x, w, pattern, **own) if linear else api.sparse_conv(x, w, pattern, **options, **own)
 
     @jax.jit
     def step(x, w, pattern, dy):
@@ -161,7 +162,7 @@ def _threads() -> int:
 
 
 def _measured_once(call: Call, density: float, dense_gradient: bool) -> dict[str, float]:
-    density, names = stored.rounded(density), candidates(call)
+    density, names = store.rounded(density), candidates(call)
     kernels = compiler.key() if 'cpu' in names else ''
     device = f'{compiler.processor()} {_threads()}' if target.platform() == 'cpu' else jax.devices()[0].device_kind
     machine = hashlib.sha256(f'{device} {jax.__version__} {kernels}'.encode()).hexdigest()[:12]
@@ -177,7 +178,7 @@ def _measured_once(call: Call, density: float, dense_gradient: bool) -> dict[str
     known = _read()
     if key not in known:
         seconds = measure(call, density, dense_gradient=dense_gradient)
-        stored.write(_FILE, _read() | {key: seconds})
+        store.write(_FILE, _read() | {key: seconds})
         return seconds
     return known[key]
 
@@ -188,7 +189,7 @@ def _plain(value):
 
 def _read() -> dict[str, dict[str, float]]:
     numbers = lambda row: isinstance(row, dict) and row and all(isinstance(s, float) and math.isfinite(s) for s in row.values())
-    return {key: row for key, row in stored.read(_FILE).items() if numbers(row)}
+    return {key: row for key, row in store.read(_FILE).items() if numbers(row)}
 
 
 def fastest(seconds: dict[str, float]) -> str:
