@@ -92,7 +92,7 @@ def main(argv) -> int:
     absl_logging.set_verbosity(absl_logging.WARNING)  # of jax, orbax and matplotlib
     logging.getLogger('sparse_jax').setLevel(logging.INFO)
     from sparse_jax import train  # after the flags: a wrong flag is told at once
-    from sparse_jax.train import hosts
+    from sparse_jax.runtime import hosts
 
     folder = pathlib.Path(_WORKDIR.value or '')
     try:
@@ -104,13 +104,13 @@ def main(argv) -> int:
             if not hosts.is_first():
                 logging.getLogger('sparse_jax').setLevel(logging.WARNING)
         if _LOWER_ONLY.value:
-            from sparse_jax.train import lowering
+            from sparse_jax.aot import lowering
 
             lowering.run(_CONFIG.value, _LOWER_ONLY.value)
         elif _MODE.value == 'report':
-            from sparse_jax.train import summary
+            from sparse_jax.report import aggregate
 
-            summary.report(folder, [pathlib.Path(path) for path in _RUNS.value])
+            aggregate.report(folder, [pathlib.Path(path) for path in _RUNS.value])
         elif _MODE.value == 'sweep':
             import jax
 
@@ -194,7 +194,7 @@ def _parse(argv):
             if flag.present and not _DISTRIBUTED.value:
                 raise ValueError(f'--{flag.name} has a meaning with --distributed only: give that too, or leave it out.')
         if _DISTRIBUTED.value:
-            from sparse_jax.train import hosts
+            from sparse_jax.runtime import hosts
 
             hosts.arguments(os.environ, coordinator=_COORDINATOR.value, num_processes=_PROCESSES.value, process_id=_PROCESS.value)
     except Exception as error:  # a config file may raise anything; its own message is the last line

@@ -26,7 +26,8 @@ from jax.sharding import PartitionSpec as P
 import sparse_jax as sj
 from benchmarks import mask_update, reliability
 from sparse_jax import sharding
-from sparse_jax.train import checkpoint, collectives
+from sparse_jax.aot import collectives
+from sparse_jax.runtime import checkpoint
 
 FOLDER = pathlib.Path('runs/distributed')
 

@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 import sparse_jax as sj
 from sparse_jax import config as config_lib
 from sparse_jax import sharding, train
-from sparse_jax.train import checkpoint, collectives
+from sparse_jax.aot import collectives
+from sparse_jax.runtime import checkpoint
 from sparse_jax.train import devices as devices_lib
 
 

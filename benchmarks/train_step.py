@@ -32,7 +32,7 @@ from sparse_jax import config as config_lib
 from sparse_jax import data as data_lib
 from sparse_jax import train
 from sparse_jax.core import masks as masks_lib
-from sparse_jax.train import layer_kernels
+from sparse_jax.train import kernel_choice
 
 UPDATE_EVERY = 390
 
@@ -69,7 +69,7 @@ class Ours:
         self.state = state._replace(params=params)
         self.batch = batch
         with tempfile.TemporaryDirectory() as folder:
-            self.patterns = layer_kernels.LayerKernels(settings, made, pathlib.Path(folder), 0).patterns(0, self.state)
+            self.patterns = kernel_choice.LayerKernels(settings, made, pathlib.Path(folder), 0).patterns(0, self.state)
         self.step = jax.jit(made.train_step, donate_argnums=0, static_argnames='dense_gradients')
         is_dense = [made.needs_dense_gradient(step) for step in range(UPDATE_EVERY + 1, 2 * UPDATE_EVERY + 1)]
         self.dense_share = sum(is_dense) / UPDATE_EVERY

@@ -6,8 +6,7 @@ import jax
 import pytest
 
 from configs import cifar10_vgg_d, lm_tiny
-from sparse_jax.aot import compile_only
-from sparse_jax.train import lowering
+from sparse_jax.aot import compile_only, lowering
 
 _BLOCK = {'cuda': 'block:64x64', 'tpu': 'block:128x128'}
 

@@ -10,7 +10,7 @@ import pytest
 from configs import cifar10
 from sparse_jax import config as config_lib
 from sparse_jax import data, models, train
-from sparse_jax.train import published
+from sparse_jax.report import published
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem not in ('__init__', 'cifar10'))

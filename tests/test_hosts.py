@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from benchmarks import reliability
-from sparse_jax.train import checkpoint, hosts
+from sparse_jax.runtime import checkpoint, hosts
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 200

@@ -16,7 +16,7 @@ from sparse_jax import train as train_lib
 from sparse_jax.kernels import measure
 from sparse_jax.kernels.cpu import operations as cpu
 from sparse_jax.models import by_lanes, layers
-from sparse_jax.train import layer_kernels
+from sparse_jax.train import kernel_choice
 from tests import kernel_cases
 
 pytestmark = [
@@ -200,5 +200,5 @@ def test_a_batch_that_cannot_lie_by_lanes_in_training_is_measured_by_channels(mo
         experiment = train_lib.create(config, num_examples=batch, input_shape=(32, 32, 3), num_outputs=10)
         state = jax.eval_shape(experiment.init, jax.random.key(0))
         masks = jax.tree.map(lambda p: np.ones(p.shape, bool) if p.ndim > 1 else np.array(True), state.params)
-        calls = layer_kernels.LayerKernels(config, experiment, tmp_path, 0)._traced(state, masks)
+        calls = kernel_choice.LayerKernels(config, experiment, tmp_path, 0)._traced(state, masks)
         assert len(calls['block1_1/conv1/kernel'].x) == axes

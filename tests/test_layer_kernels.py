@@ -18,7 +18,7 @@ from sparse_jax.kernels import measure
 from sparse_jax.kernels.cpu import operations as cpu
 from sparse_jax.models import cifar
 from sparse_jax.train import devices as devices_lib
-from sparse_jax.train import layer_kernels
+from sparse_jax.train import kernel_choice
 
 needs_compiler = pytest.mark.skipif(bool(cpu.unavailable()), reason='needs a C++ compiler: install g++ or clang++')
 
@@ -158,7 +158,7 @@ def test_choices_are_written_and_shown(finished, capsys):
             if row['seconds']:
                 assert row['implementation'] == measure.fastest(row['seconds'])
     assert history['0']['fc1/kernel']['density'] == pytest.approx(0.05, abs=1e-3)
-    layer_kernels.print_table(_config(), finished[0])
+    kernel_choice.print_table(_config(), finished[0])
     table = capsys.readouterr().out
     assert 'fc1/kernel' in table and 'ms' in table and 'takes' in table
 
@@ -175,7 +175,7 @@ def test_a_layer_is_measured_again_only_when_its_density_changed_much(tmp_path, 
         return {'dense': 2.0, 'cpu': 1.0}
 
     monkeypatch.setattr(measure, 'measured', measured)
-    kernels = layer_kernels.LayerKernels(config, experiment, tmp_path, 0)
+    kernels = kernel_choice.LayerKernels(config, experiment, tmp_path, 0)
     patterns = kernels.patterns(0, state)
     assert asked[0] == ('fc1/kernel', 0.05, 0.25, False, (100, 1, 1, 784)) and len(asked) == 3
     assert asked[1][3]  # the second layer's input has a gradient
@@ -238,22 +238,22 @@ def test_layers_whose_blocks_a_mesh_cuts_are_told_or_refused_where_kernels_are_n
     experiment = train.create(config, num_examples=100, input_shape=(16,), num_outputs=20)
     devices = devices_lib.Devices(config, experiment)
     with caplog.at_level(logging.INFO, 'sparse_jax'):
-        layer_kernels.LayerKernels(config, experiment, tmp_path, 0, devices)
+        kernel_choice.LayerKernels(config, experiment, tmp_path, 0, devices)
     assert 'the mesh cuts blocks of' in caplog.text and 'layers/attention/query/kernel' in caplog.text
     assert 'layers/mlp/up/kernel' not in caplog.text, '128 over 8 are two blocks of 8'
     config.sparsity.kernels = 'cpu'
     with pytest.raises(ValueError, match=r"kernels='cpu': over config.mesh.model=8 .*attention.* no whole blocks of 8x8"):
-        layer_kernels.cut_by_mesh(config, experiment, devices)
+        kernel_choice.cut_by_mesh(config, experiment, devices)
     config.mesh.data, config.mesh.model = 4, 2
-    assert layer_kernels.cut_by_mesh(config, experiment, devices_lib.Devices(config, experiment)) == []
+    assert kernel_choice.cut_by_mesh(config, experiment, devices_lib.Devices(config, experiment)) == []
     config.mesh.data, config.mesh.model, config.model.hidden = (
         8,
         1,
         68,
     )  # blocks that end early are not cut where nothing is divided
     experiment = train.create(config, num_examples=100, input_shape=(16,), num_outputs=20)
-    assert layer_kernels.cut_by_mesh(config, experiment, devices_lib.Devices(config, experiment)) == []
+    assert kernel_choice.cut_by_mesh(config, experiment, devices_lib.Devices(config, experiment)) == []
     config.mesh.rules = 'mlp/up/kernel=model,none,none'
     config.mesh.data, config.mesh.model = 4, 2
     with pytest.raises(ValueError, match='or divide other axes than inputs and outputs'):
-        layer_kernels.cut_by_mesh(config, experiment, devices_lib.Devices(config, experiment))
+        kernel_choice.cut_by_mesh(config, experiment, devices_lib.Devices(config, experiment))

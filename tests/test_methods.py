@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import sparse_jax as sj
-from sparse_jax.train import checkpoint
+from sparse_jax.runtime import checkpoint
 
 pytestmark = pytest.mark.core
 

@@ -198,7 +198,7 @@ def test_running_statistics_are_averaged_with_the_weights():
 
 def test_an_average_goes_on_after_a_restart(tmp_path):
     """The same bits with and without a checkpoint in the middle."""
-    from sparse_jax.train import checkpoint
+    from sparse_jax.runtime import checkpoint
 
     made = _create(train__average_decay=0.9, sparsity__update_every=2, data__batch_size=20)
     step = jax.jit(made.train_step)

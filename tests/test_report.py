@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from sparse_jax.train import metrics, report
+from sparse_jax.report import run_report
+from sparse_jax.train import metrics
 
 
 def _rows():
@@ -20,7 +21,7 @@ def test_picture_is_drawn(input_counts, dense, tmp_path):
     import matplotlib.image
 
     rows = [r for r in _rows() if not (dense and 'density' in r)]
-    report.draw(tmp_path / 'report.png', rows, title='a run', input_counts=input_counts)
+    run_report.draw(tmp_path / 'report.png', rows, title='a run', input_counts=input_counts)
     image = matplotlib.image.imread(tmp_path / 'report.png')
     assert image.shape[0] > 600 and image.shape[1] > 900
     assert len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 20, 'the picture is empty'
@@ -31,7 +32,7 @@ def test_table_tells_sizes_accuracy_and_time(capsys):
     layers = {'fc/kernel': [50, 1000]}
     result = {'model': 'm', 'method': 'sparse_momentum', 'layers': layers, 'nonzeros': 50, 'density': 0.05, 'parameters': 1010}
     costs = {'operations_inference_against_dense': 0.051, 'operations_training_against_dense': 0.366, 'exploration_rate': 0.25}
-    report.print_table(result | {'test_accuracy': 0.9312, 'steps': 4000, 'seconds': 12.34, 'steps_per_second': 324.1, **costs})
+    run_report.print_table(result | {'test_accuracy': 0.9312, 'steps': 4000, 'seconds': 12.34, 'steps_per_second': 324.1, **costs})
     out = capsys.readouterr().out
     for text in ('fc/kernel', '1,000', '5.00%', '93.12%', '4,000', '12.3 s', '5.1%', '36.6%', '25.0%'):
         assert text in out

@@ -13,9 +13,10 @@ from jax.sharding import PartitionSpec as P
 import sparse_jax as sj
 from sparse_jax import config as config_lib
 from sparse_jax import sharding, train
+from sparse_jax.aot import collectives
 from sparse_jax.core import masks as masks_lib
 from sparse_jax.kernels.cpu import operations as cpu
-from sparse_jax.train import checkpoint, collectives
+from sparse_jax.runtime import checkpoint
 from sparse_jax.train import devices as devices_lib
 from tests import kernel_cases
 

@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from sparse_jax import config as config_lib
-from sparse_jax.train import published, summary
+from sparse_jax.report import aggregate, published
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -54,22 +54,22 @@ def runs(tmp_path):
 
 
 def test_means_errors_and_intervals_equal_scipy(runs):
-    (table,) = summary.tables(summary.collect([runs])[0])
+    (table,) = aggregate.tables(aggregate.collect([runs])[0])
     assert [(g.method, g.density, len(g.runs)) for g in table.groups] == [('dense', 1.0, 3), ('sparse_momentum', 0.05, 3)]
     values = 100 * np.array(list(ACCURACIES.values()))
     low, high = stats.t.interval(0.95, 2, loc=values.mean(), scale=stats.sem(values))
-    row = dict(zip(summary.columns(table), summary.cells(table, table.groups[1]), strict=True))
+    row = dict(zip(aggregate.columns(table), aggregate.cells(table, table.groups[1]), strict=True))
     assert row['test accuracy %'] == f'{values.mean():.2f}' and row['standard error'] == f'{stats.sem(values):.2f}'
     assert row['95% interval'] == f'{low:.2f} to {high:.2f}'
     assert row['published %'] == '98.53' and row['runs'] == '3' and row['nonzeros'] == '50' and row['seconds a run'] == '11.0'
-    dense = dict(zip(summary.columns(table), summary.cells(table, table.groups[0]), strict=True))
+    dense = dict(zip(aggregate.columns(table), aggregate.cells(table, table.groups[0]), strict=True))
     assert dense['published %'] == '98.69' and dense['density'] == '100%'
 
 
 def test_one_run_has_no_interval(tmp_path):
     _write(tmp_path / 'one', data='digits32', model='vgg_d')
-    (table,) = summary.tables(summary.collect([tmp_path])[0])
-    row = dict(zip(summary.columns(table), summary.cells(table, table.groups[0]), strict=True))
+    (table,) = aggregate.tables(aggregate.collect([tmp_path])[0])
+    row = dict(zip(aggregate.columns(table), aggregate.cells(table, table.groups[0]), strict=True))
     assert row['test accuracy %'] == '90.00' and row['standard error'] == row['95% interval'] == ''
     assert 'published %' not in row, 'the digits are not CIFAR'
 
@@ -78,12 +78,12 @@ def test_groups_are_apart_by_every_setting_but_the_seed_and_copies_are_named(run
     _write(runs / 'copy', seed=0, accuracy=0.5)
     _write(runs / 'other', seed=0, accuracy=0.7, settings={'optimizer.learning_rate': '0.2'})
     _write(runs / 'dense_at_10', seed=0, accuracy=0.5, method='dense', density=0.1)  # the same as dense at 5%: it has no density
-    found, problems = summary.collect([runs])
+    found, problems = aggregate.collect([runs])
     assert {p.folder.name: p.reason for p in problems} == {
         'dense_at_10': f'has the settings and the seed of {runs / "deep" / "er" / "dense0"}',
         '0': f'has the settings and the seed of {runs / "copy"}',
     }
-    (table,) = summary.tables(found)
+    (table,) = aggregate.tables(found)
     assert [(g.label, len(g.runs)) for g in table.groups if g.method == 'dense'] == [('dense (learning_rate=0.1)', 3)]
     assert {g.label: len(g.runs) for g in table.groups if g.method != 'dense'} == {
         'sparse_momentum (learning_rate=0.1)': 3,
@@ -124,7 +124,7 @@ def _page(folder):
 
 
 def test_the_page_is_whole_self_contained_and_follows_the_theme(runs, capsys):
-    summary.report(runs)
+    aggregate.report(runs)
     checker, content = _page(runs)
     assert all(address.startswith('#') for address in checker.addresses), 'everything is in the page'
     assert not re.findall(r'@import|url\((?!#)', content)
@@ -163,7 +163,7 @@ def test_broken_unfinished_and_mixed_workdirs(runs):
     )
     (runs / 'rows_cut' / 'run.json').write_text('broken')
     (runs / 'empty').mkdir()
-    summary.report(runs)
+    aggregate.report(runs)
     checker, _ = _page(runs)
     text = ' '.join(checker.text)
     assert '6 workdirs not in the tables' in text
@@ -223,5 +223,5 @@ def test_a_run_from_before_a_setting_existed_is_of_its_default(runs):
     path = runs / 'sm' / '0' / 'config.json'
     old = {key: value for key, value in json.loads(path.read_text()).items() if not key.startswith(('model.d', 'train.a'))}
     path.write_text(json.dumps(old))
-    (table,) = summary.tables(summary.collect([runs])[0])
+    (table,) = aggregate.tables(aggregate.collect([runs])[0])
     assert [(group.label, len(group.runs)) for group in table.groups] == [('dense', 3), ('sparse_momentum', 3)]

@@ -112,7 +112,7 @@ def test_the_standard_library_is_there_and_has_no_tests():
 
 
 def test_a_resumed_run_refuses_another_text(folder, tmp_path_factory):
-    from sparse_jax.train import workdir
+    from sparse_jax.runtime import workdir
 
     first = data.load('text', str(folder), validation=0.25, length=16)
     assert first.fingerprint == data.load('text', str(folder), validation=0.25, length=32).fingerprint

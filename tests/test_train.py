@@ -18,7 +18,8 @@ import pytest
 import sparse_jax as sj
 from configs import mnist_lenet5, mnist_lenet300
 from sparse_jax import train
-from sparse_jax.train import checkpoint, metrics
+from sparse_jax.runtime import checkpoint
+from sparse_jax.train import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -175,7 +176,7 @@ def test_a_damaged_checkpoint_is_told(damage, undisturbed, tmp_path):
 
 
 def test_two_processes_cannot_share_a_workdir(tmp_path):
-    from sparse_jax.train import workdir
+    from sparse_jax.runtime import workdir
 
     with (
         workdir.locked(tmp_path / 'run'),

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import sparse_jax as sj
 from sparse_jax import config as config_lib
 from sparse_jax import data as data_lib
-from sparse_jax.train import checkpoint, hosts, layer_kernels, metrics, outcome, report, workdir
+from sparse_jax.report import run_report
+from sparse_jax.runtime import checkpoint, hosts, workdir
+from sparse_jax.train import kernel_choice, metrics, outcome
 from sparse_jax.train import state as state_lib
 from sparse_jax.train.run import Run, prepare
 
@@ -81,7 +83,7 @@ def train(config: config_lib.Config, folder: pathlib.Path) -> dict[str, Any]:
     if hosts.from_first((folder / 'result.json').exists):
         return hosts.together(_finished, config, folder)
     run = prepare(config, folder)
-    hosts.together(layer_kernels.cut_by_mesh, config, run.experiment, run.devices)
+    hosts.together(kernel_choice.cut_by_mesh, config, run.experiment, run.devices)
     new = not folder.exists()
     with contextlib.ExitStack() as stack:
         hosts.first(lambda: stack.enter_context(workdir.locked(folder)))
@@ -101,8 +103,8 @@ def _finished(config: config_lib.Config, folder: pathlib.Path) -> dict[str, Any]
         raise ValueError(f'--workdir={folder} {_NOT_SHARED}')
     result = json.loads((folder / 'result.json').read_text())
     if hosts.is_first():
-        layer_kernels.print_table(config, folder)
-        report.print_table(result)
+        kernel_choice.print_table(config, folder)
+        run_report.print_table(result)
     return result
 
 
@@ -128,7 +130,7 @@ def _train_or_go_on(run: Run) -> dict[str, Any]:
     found = checkpoints.restore_newest(devices.shapes)
     start, state, seconds = found or (0, init(key), 0.0)
     try:
-        kernels = layer_kernels.LayerKernels(config, experiment, folder, start, devices)
+        kernels = kernel_choice.LayerKernels(config, experiment, folder, start, devices)
         with hosts.Preemption() as preemption:
             state, seconds = _train_loop(run, checkpoints, kernels, state, start, seconds, preemption)
             checkpoints.close()

@@ -13,7 +13,9 @@ import jax
 import numpy as np
 
 import sparse_jax as sj
-from sparse_jax.train import hosts, layer_kernels, metrics, report, workdir
+from sparse_jax.report import run_report
+from sparse_jax.runtime import hosts, workdir
+from sparse_jax.train import kernel_choice, metrics
 from sparse_jax.train import state as state_lib
 from sparse_jax.train.run import Run
 
@@ -85,10 +87,10 @@ def _report(run: Run, result, rows, input_counts, start) -> None:
     """Writes and prints what is left of a run."""
     config, folder, devices = run.config, run.folder, run.devices
     sparse_size = sum(size for _, size in result['layers'].values())
-    report.draw(
+    run_report.draw(
         folder / 'report.png',
         rows,
-        title=f'{config.model.name}, {config.sparsity.method}: {report.headline(result)} with {result["nonzeros"]:,} of '
+        title=f'{config.model.name}, {config.sparsity.method}: {run_report.headline(result)} with {result["nonzeros"]:,} of '
         f'{sparse_size:,} weights',
         input_counts=input_counts,
     )
@@ -109,8 +111,8 @@ def _report(run: Run, result, rows, input_counts, start) -> None:
         },
     )
     workdir.write_json(folder / 'result.json', result)  # last: its presence says that the run is finished
-    layer_kernels.print_table(config, folder)
-    report.print_table(result)
+    kernel_choice.print_table(config, folder)
+    run_report.print_table(result)
 
 
 def _mean_density(rows, total_steps: int) -> dict[str, float]:

@@ -11,8 +11,9 @@ import numpy as np
 import sparse_jax as sj
 from sparse_jax import config as config_lib
 from sparse_jax import data as data_lib
+from sparse_jax.runtime import hosts, workdir
 from sparse_jax.train import devices as devices_lib
-from sparse_jax.train import hosts, layer_kernels, metrics, workdir
+from sparse_jax.train import kernel_choice, metrics
 from sparse_jax.train import state as state_lib
 
 
@@ -32,7 +33,7 @@ def check_settings(config: config_lib.Config) -> None:
     """What can be told to be wrong from the settings alone; ValueError."""
     config_lib.validate(config)
     state_lib.check_names(config)
-    layer_kernels.check(config)
+    kernel_choice.check(config)
     devices_lib.check(config)
 
 

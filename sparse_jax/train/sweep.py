@@ -17,7 +17,8 @@ from rich import progress
 from rich.console import Console
 
 from sparse_jax import config as config_lib
-from sparse_jax.train import report, summary, workdir
+from sparse_jax.report import aggregate, run_report
+from sparse_jax.runtime import workdir
 from sparse_jax.train import run as run_lib
 
 _LOG = logging.getLogger('sparse_jax')
@@ -116,7 +117,7 @@ def run(
             flags = [f'--config.{name}={value}' for name, value in point.items()]
             tasks[path] = [*command, *flags, f'--workdir={path}']
         outcome = run_all(tasks, jobs, folder / 'logs')
-        summary.report(folder)
+        aggregate.report(folder)
     if failed := outcome['failed']:
         raise RuntimeError(f'{len(failed)} of {len(runs)} runs failed, the others are done:\n' + '\n'.join(failed))
     return outcome
@@ -203,7 +204,7 @@ def run_all(tasks: Mapping[pathlib.Path, Sequence[str]], jobs: int, logs: pathli
             for future in concurrent.futures.as_completed(futures):
                 path, error = future.result()
                 failed += [error] if error else []
-                show(error or f'{path.name}: {report.headline(json.loads((path / "result.json").read_text()))}')
+                show(error or f'{path.name}: {run_report.headline(json.loads((path / "result.json").read_text()))}')
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -5,7 +5,7 @@ import html
 import pathlib
 from collections.abc import Sequence
 
-from sparse_jax.train import figures, summary
+from sparse_jax.report import aggregate, figures
 
 # Of the figures' series, on light and on dark paper.
 _LIGHT = ['#1f6fb4', '#c8501e', '#2b8a3e', '#8d4bb8', '#b5830f', '#0b8a94', '#b8336a', '#5c636b']
@@ -45,11 +45,11 @@ code { font-size: .875em; overflow-wrap: anywhere }
 """
 
 
-def page(tables: Sequence[summary.Table], problems: Sequence[summary.Problem], folder: pathlib.Path) -> str:
+def page(tables: Sequence[aggregate.Table], problems: Sequence[aggregate.Problem], folder: pathlib.Path) -> str:
     """The whole page.
 
     Args:
-      tables: from :func:`sparse_jax.train.summary.tables`.
+      tables: from :func:`sparse_jax.report.aggregate.tables`.
       problems: workdirs that are not in them.
       folder: that the report is of.
 
@@ -68,13 +68,13 @@ def page(tables: Sequence[summary.Table], problems: Sequence[summary.Problem], f
         body.append(f'<p><strong>{left_out} not in the tables</strong>: <a href="#problems">see the end of this page</a>.</p>')
     for number, table in enumerate(tables):
         body += _section(table, number)
-    if where := summary.sources(tables):
+    if where := aggregate.sources(tables):
         body.append(
             f'<h2>Published numbers</h2><p>By whole trainings with the settings of their sources:</p><ul>{"".join(f"<li>{html.escape(source)}</li>" for source in where)}</ul>'
         )
     if problems:
         items = ''.join(
-            f'<li><code>{html.escape(summary.relative(p.folder, folder))}</code>: {html.escape(p.reason)}</li>' for p in problems
+            f'<li><code>{html.escape(aggregate.relative(p.folder, folder))}</code>: {html.escape(p.reason)}</li>' for p in problems
         )
         body.append(f'<h2 id="problems">Not in the tables</h2><ul class="problems">{items}</ul>')
     title = f'Sparse training: {html.escape(folder.resolve().name)}'
@@ -93,11 +93,11 @@ def _html_table(heads: Sequence[str], rows: Sequence[Sequence[str]], starts: Seq
     return f'<div class="scroll"><table><thead><tr>{row(heads, "th")}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
-def _section(table: summary.Table, number: int) -> list[str]:
+def _section(table: aggregate.Table, number: int) -> list[str]:
     groups = table.groups
     starts = [i > 0 and group.label != groups[i - 1].label for i, group in enumerate(groups)]
     parts = [f'<h2>{html.escape(table.model)} on {html.escape(table.data)}</h2>']
-    parts.append(_html_table(summary.columns(table), [summary.cells(table, group) for group in groups], starts))
+    parts.append(_html_table(aggregate.columns(table), [aggregate.cells(table, group) for group in groups], starts))
     parts.append(
         '<p class="soft">Mean over seeds, its standard error, and its 95% interval by Student’s t. Operations are multiply-adds that the '
         'method needs, against the dense network’s.</p>'
@@ -108,7 +108,7 @@ def _section(table: summary.Table, number: int) -> list[str]:
     return parts
 
 
-def _cost(table: summary.Table) -> str:
+def _cost(table: aggregate.Table) -> str:
     rows = []
     for group in table.groups:
         for run in group.runs:

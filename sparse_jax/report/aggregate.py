@@ -9,8 +9,8 @@ import numpy as np
 from scipy import stats
 
 from sparse_jax.core import methods
-from sparse_jax.train import published
-from sparse_jax.train.collected import Problem, Run, collect, settings_of
+from sparse_jax.report import published
+from sparse_jax.report.collect import Problem, Run, collect, settings_of
 
 
 class Group(NamedTuple):
@@ -186,7 +186,7 @@ def report(folder: pathlib.Path, places: Sequence[pathlib.Path] = ()) -> dict[st
     Raises:
       ValueError: if there is no run, or the folder cannot be written.
     """
-    from sparse_jax.train import page  # matplotlib is needed for the page alone
+    from sparse_jax.report import page  # matplotlib is needed for the page alone
 
     for name, place in [('--runs', place) for place in places] or [('--workdir', folder)]:
         if not place.is_dir():

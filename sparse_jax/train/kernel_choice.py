@@ -20,8 +20,8 @@ from sparse_jax import config as config_lib
 from sparse_jax.core import masks as masks_lib
 from sparse_jax.core import target
 from sparse_jax.kernels import measure, sharded
+from sparse_jax.runtime import hosts, workdir
 from sparse_jax.train import devices as devices_lib
-from sparse_jax.train import hosts, workdir
 from sparse_jax.train import state as state_lib
 
 FILE = 'kernels.json'

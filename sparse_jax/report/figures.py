@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sparse_jax.train import summary
+from sparse_jax.report import aggregate
 
 # Colours that matplotlib writes stand for CSS variables, which the page sets for either theme.
 _INK, _GRID = '#010203', '#040506'
@@ -17,7 +17,7 @@ _DASHES: list[Any] = [(0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2))]  # of dense
 _VARIABLES = {_INK: 'var(--ink)', _GRID: 'var(--grid)'} | {c: f'var(--series-{i})' for i, c in enumerate(_SERIES)}
 
 
-def overview(table: summary.Table, number: int) -> str:
+def overview(table: aggregate.Table, number: int) -> str:
     """The table's three figures with their captions, as HTML; those that there is nothing for are left out."""
     captions = (
         ('density', _by_density, 'Bars are 95% intervals; the band is the dense network’s.'),
@@ -67,41 +67,41 @@ def _legend(axes) -> None:
     axes.figure.legend(loc='outside lower center', ncols=max(1, min(4, int(room))), fontsize=9)
 
 
-def _scale(table: summary.Table) -> tuple[float, str]:
+def _scale(table: aggregate.Table) -> tuple[float, str]:
     return (100, 'test accuracy %') if table.metric == 'test_accuracy' else (1, 'validation loss, nats a token')
 
 
-def _curves(table: summary.Table) -> dict[str, list[summary.Group]]:
+def _curves(table: aggregate.Table) -> dict[str, list[aggregate.Group]]:
     """The sparse groups of each method, by falling density."""
-    curves: dict[str, list[summary.Group]] = {}
+    curves: dict[str, list[aggregate.Group]] = {}
     for group in table.groups:
         if group.method != 'dense':
             curves.setdefault(group.label, []).append(group)
     return curves
 
 
-def _series(axes, table: summary.Table, horizontal: Callable[[summary.Group], float]) -> None:
+def _series(axes, table: aggregate.Table, horizontal: Callable[[aggregate.Group], float]) -> None:
     scale = _scale(table)[0]
     curves = _curves(table)
     for i, (label, groups) in enumerate(curves.items()):
         aside = 1.015 ** (i - (len(curves) - 1) / 2)  # so that bars at one place do not hide each other
-        stats = [summary.interval(scale * group.values(table.metric)) for group in groups]
+        stats = [aggregate.interval(scale * group.values(table.metric)) for group in groups]
         half = np.nan_to_num([s.high - s.mean for s in stats])
         x, y = [aside * horizontal(group) for group in groups], [s.mean for s in stats]
         colour = _SERIES[i % len(_SERIES)]
         axes.errorbar(x, y, half, color=colour, marker='o', markersize=4, linewidth=1.5, capsize=2, elinewidth=1, label=label)
 
 
-def _dense_band(axes, table: summary.Table) -> None:
+def _dense_band(axes, table: aggregate.Table) -> None:
     scale = _scale(table)[0]
     for i, group in enumerate(g for g in table.groups if g.method == 'dense'):
-        mean = summary.interval(scale * group.values(table.metric))
+        mean = aggregate.interval(scale * group.values(table.metric))
         axes.axhline(mean.mean, color=_INK, linewidth=1, linestyle=_DASHES[i % len(_DASHES)], label=group.label)
         if not np.isnan(mean.error):
             axes.axhspan(mean.low, mean.high, color=_INK, alpha=0.1, linewidth=0)
 
 
-def _keep_below_100(axes, table: summary.Table) -> None:
+def _keep_below_100(axes, table: aggregate.Table) -> None:
     if table.metric == 'test_accuracy':
         axes.set_ylim(top=min(axes.get_ylim()[1], 100))
 
@@ -118,7 +118,7 @@ def _percent_axis(axes, ticks: Sequence[float]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _by_density(axes, table: summary.Table) -> bool:
+def _by_density(axes, table: aggregate.Table) -> bool:
     densities = [group.density for groups in _curves(table).values() for group in groups]
     if not densities:
         return False
@@ -132,7 +132,7 @@ def _by_density(axes, table: summary.Table) -> bool:
     return True
 
 
-def _by_operations(axes, table: summary.Table) -> bool:
+def _by_operations(axes, table: aggregate.Table) -> bool:
     key = 'operations_training_against_dense'
     if not _curves(table) or not all(key in run.result for group in table.groups for run in group.runs):
         return False
@@ -149,7 +149,7 @@ def _by_operations(axes, table: summary.Table) -> bool:
     return True
 
 
-def _over_time(axes, table: summary.Table) -> bool:
+def _over_time(axes, table: aggregate.Table) -> bool:
     """One curve a method: dense, and each method's group of the middle density."""
     scale, metric = _scale(table)
     kind = 'accuracy' if table.metric == 'test_accuracy' else 'loss'
@@ -183,7 +183,7 @@ def _over_time(axes, table: summary.Table) -> bool:
 _NAMED = 8  # layers that get a colour and a name each
 
 
-def densities(table: summary.Table, number: int) -> list[str]:
+def densities(table: aggregate.Table, number: int) -> list[str]:
     """Density of each layer over time, a fold for each method, as parts of HTML."""
     parts = []
     for i, (label, groups) in enumerate(_curves(table).items()):
@@ -209,7 +209,7 @@ def densities(table: summary.Table, number: int) -> list[str]:
     return ['<h3>Density of each layer over time</h3>', *parts] if parts else []
 
 
-def _layer_densities(axes, group: summary.Group, low: float) -> bool:
+def _layer_densities(axes, group: aggregate.Group, low: float) -> bool:
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     run = group.runs[0]

@@ -16,13 +16,13 @@ from rich.table import Table
 import sparse_jax as sj
 from sparse_jax import config as config_lib
 from sparse_jax import sharding
-from sparse_jax.aot import compile_only
+from sparse_jax.aot import collectives, compile_only
 from sparse_jax.core import errors, target
 from sparse_jax.core import masks as masks_lib
 from sparse_jax.kernels import pattern as pattern_lib
 from sparse_jax.kernels import sharded
-from sparse_jax.train import collectives, layer_kernels
 from sparse_jax.train import devices as devices_lib
+from sparse_jax.train import kernel_choice
 from sparse_jax.train import run as run_lib
 from sparse_jax.train import state as state_lib
 
@@ -76,7 +76,7 @@ def lower(config: config_lib.Config, platform: str) -> Lowered:
                 f'set JAX_NUM_CPU_DEVICES={count}.'
             )
         devices = devices_lib.Devices(config, experiment, own)
-        layer_kernels.cut_by_mesh(config, experiment, devices)
+        kernel_choice.cut_by_mesh(config, experiment, devices)
     with target.lowering_for(backend, mesh=devices.mesh):
         patterns, layers = _patterns(config, experiment, devices, backend)
         arguments = _placed(devices, own[0]), _batch(config, experiment, devices, own[0]), _on(patterns, devices, own[0])
@@ -133,7 +133,7 @@ def _patterns(config, experiment: state_lib.Experiment, devices: devices_lib.Dev
     sparsity = config.sparsity
     masks = sj.get_masks(devices.shapes.opt_state) if sparsity.method != 'dense' else {}
     leaves = masks_lib.leaf_paths(masks)
-    block = layer_kernels.block_of(config)
+    block = kernel_choice.block_of(config)
     wanted = backend if sparsity.kernels == 'auto' else sparsity.kernels
     layers, made = {}, []
     for path, mask in leaves:

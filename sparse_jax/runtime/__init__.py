@@ -1,0 +1,1 @@
+"""What outlives a process: hosts that find each other, checkpoints, workdirs."""
