@@ -5,44 +5,44 @@ make test-gpu-aot [PYTHON=python3.12] installs what that takes.
 
 import pytest
 
-from benchmarks import gpu_compile, gpu_model
+from benchmarks.gpu import machine_code, model
 from sparse_jax.kernels.gpu import config as config_lib
 from tests.lowered import check_compiled, needs_compiler, steps
 
 pytestmark = needs_compiler('gpu')
-CASES = list(gpu_compile.cases())
+CASES = list(machine_code.cases())
 PRODUCT = {'forward': 'product', 'input_gradient': 'product'}
 
 
 @pytest.mark.parametrize('case', CASES, ids=lambda case: f'{case[0]} {case[1].name} {case[2][0]}x{case[2][1]}')
 def test_no_spills_tensor_cores_and_bytes_as_modelled(case):
     kernel, shape, block, config = case
-    code = gpu_compile.compiled(*case)
+    code = machine_code.compiled(*case)
     assert code.spills == 0 and code.registers <= 255
     assert code.shared_memory - config_lib.BARRIERS <= config.bytes(kernel, block) <= config_lib.SHARED_MEMORY - config_lib.BARRIERS
     assert code.tensor_core.startswith('wgmma.mma_async.sync.aligned.m64n') and '.f32.bf16.bf16' in code.tensor_core
     assert code.bulk_loads >= 2 and config.stages >= 3
-    traced = gpu_model.step(kernel, shape, block, config)
+    traced = model.step(kernel, shape, block, config)
     assert (code.step_operations, code.step_bytes) == (traced.operations, traced.bytes)
     # kernels.md's model: both tiles of a step, and the products of all their elements
     rows, columns = block
     if kernel in PRODUCT:
         depth, width = (rows, columns) if kernel == 'forward' else (columns, rows)
         depth = min(depth, config.depth)
-        model = 2 * config.tokens * depth * width, 2 * depth * (config.tokens + width)
+        modelled = 2 * config.tokens * depth * width, 2 * depth * (config.tokens + width)
     else:
         wide = config_lib.window(kernel, rows) * config.group
-        model = 2 * config.tokens * wide * columns, 2 * config.tokens * (wide + columns)
-    for counted, expected in zip((code.step_operations, code.step_bytes), model, strict=True):
+        modelled = 2 * config.tokens * wide * columns, 2 * config.tokens * (wide + columns)
+    for counted, expected in zip((code.step_operations, code.step_bytes), modelled, strict=True):
         assert abs(counted - expected) <= 0.1 * expected
 
 
 @pytest.mark.parametrize('block', ((32, 32), (64, 64), (128, 128)))
-@pytest.mark.parametrize('kernel', gpu_model.KERNELS)
+@pytest.mark.parametrize('kernel', model.KERNELS)
 def test_every_config_of_the_sweep_compiles_without_spills(kernel, block):
-    shape = gpu_model.SHAPES[0]
+    shape = model.SHAPES[0]
     for config in config_lib.candidates(kernel, block, shape.x[0])[::5]:  # a fifth of them here; the sweep on a GPU has all
-        code = gpu_compile.compiled(kernel, shape, block, config, 'float16')
+        code = machine_code.compiled(kernel, shape, block, config, 'float16')
         assert code.spills == 0, config
         assert code.shared_memory <= config_lib.SHARED_MEMORY
 
@@ -51,7 +51,7 @@ def test_too_large_tiles_are_refused_by_the_compiler_as_by_the_rule():
     config = config_lib.Config(tokens=256, stages=6)
     assert not config.fits('forward', (128, 128))
     with pytest.raises(ValueError, match='shared memory'):
-        gpu_compile.compiled('forward', gpu_model.SHAPES[0], (128, 128), config)
+        machine_code.compiled('forward', model.SHAPES[0], (128, 128), config)
 
 
 @pytest.mark.parametrize('name', steps)

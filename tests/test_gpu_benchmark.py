@@ -10,12 +10,12 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import gpu, gpu_check, gpu_model
+from benchmarks.gpu import check, kernels, model
 from sparse_jax.core import target
 from sparse_jax.kernels.gpu import config as config_lib
 
 _ROOT = pathlib.Path(__file__).parents[1]
-_LAYER = gpu_model.SHAPES[0]
+_LAYER = model.SHAPES[0]
 
 
 def _run(*flags):
@@ -36,32 +36,32 @@ def test_without_a_gpu_the_sweep_is_refused_in_a_line():
 
 
 def test_a_config_that_is_refused_is_told_and_left_out_but_not_the_one_of_the_rule(capsys):
-    shape, block = gpu_model.Shape((64, 1, 1, 128), (1, 1, 128, 64)), (64, 64)
-    given = gpu_check.arguments('forward', *gpu_check.operands(shape, block, 0.5))
+    shape, block = model.Shape((64, 1, 1, 128), (1, 1, 128, 64)), (64, 64)
+    given = check.arguments('forward', *check.operands(shape, block, 0.5))
     refused, rule = config_lib.Config(tokens=36), config_lib.rule('forward', block, 64)
     with target.lowering_for('gpu', interpret=True):
-        assert gpu._fastest('forward', shape, block, given, [rule, refused], 1) == rule
+        assert kernels._fastest('forward', shape, block, given, [rule, refused], 1) == rule
         assert 'left out: forward' in (said := capsys.readouterr().err) and 'tokens=36' in said
         with pytest.raises(AssertionError):
-            gpu._fastest('forward', shape, block, given, [refused, rule], 1)
+            kernels._fastest('forward', shape, block, given, [refused, rule], 1)
 
 
 def test_a_config_whose_numbers_are_others_is_told_and_left_out(capsys, monkeypatch):
     right, wrong = config_lib.Config(), config_lib.Config(stages=3)
     monkeypatch.setattr(
-        gpu_model, 'function', lambda kernel, shape, block, config: (lambda x: x * (1.02 if config == wrong else 1), ())
+        model, 'function', lambda kernel, shape, block, config: (lambda x: x * (1.02 if config == wrong else 1), ())
     )
-    shape = gpu_model.Shape((64, 1, 1, 128), (1, 1, 128, 64))
-    assert gpu._fastest('forward', shape, (64, 64), (jnp.ones(3),), [right, wrong], 1) == right
+    shape = model.Shape((64, 1, 1, 128), (1, 1, 128, 64))
+    assert kernels._fastest('forward', shape, (64, 64), (jnp.ones(3),), [right, wrong], 1) == right
     assert 'left out: forward' in (said := capsys.readouterr().err) and 'its result is not that of' in said
 
 
 def test_a_sweep_keeps_the_best_tiles_and_up_to_which_density_blocks_win(tmp_path, monkeypatch, capsys):
     """In the interpreter, which is slower than XLA's dense product: blocks never win."""
     monkeypatch.setenv('SPARSE_JAX_CACHE', str(tmp_path))
-    shape = gpu_model.Shape((64, 1, 1, 128), (1, 1, 128, 64))
+    shape = model.Shape((64, 1, 1, 128), (1, 1, 128, 64))
     with target.lowering_for('gpu', interpret=True):
-        gpu.sweep((shape,), ((64, 64),), (0.5,), ('forward',), rounds=1)
+        kernels.sweep((shape,), ((64, 64),), (0.5,), ('forward',), rounds=1)
     name = config_lib.key('forward', shape.x, shape.w, (64, 64), jnp.bfloat16)
     rule = config_lib.rule('forward', (64, 64), 64)
     assert json.loads((tmp_path / 'gpu_configs.json').read_text()) == {'cpu': {name: dataclasses.asdict(rule)}}
@@ -73,15 +73,15 @@ def test_a_sweep_keeps_the_best_tiles_and_up_to_which_density_blocks_win(tmp_pat
 
 def test_steps_are_those_of_the_tiles():
     """A 128x64 tile of tokens and a 64x64 block: two copies, and the products of all their elements."""
-    step = gpu_model.step('forward', _LAYER, (64, 64), config_lib.Config(128, 64, 4))
+    step = model.step('forward', _LAYER, (64, 64), config_lib.Config(128, 64, 4))
     assert step == (2 * 128 * 64 * 64, 2 * (128 * 64 + 64 * 64), 2, 1)
-    step = gpu_model.step('weight_gradient', _LAYER, (64, 64), config_lib.Config(64, 64, 3, 2))
+    step = model.step('weight_gradient', _LAYER, (64, 64), config_lib.Config(64, 64, 3, 2))
     assert step == (2 * 2 * 64 * 64 * 64, 2 * 3 * 64 * 64, 3, 2)
 
 
 def test_costs_are_those_of_the_pattern():
     """90% of 64 by 64 blocks: 410 units, 64 tiles of tokens; each unit of each tile is one step."""
-    cost = gpu_model.cost('forward', _LAYER, (64, 64), 0.9)
+    cost = model.cost('forward', _LAYER, (64, 64), 0.9)
     assert cost.operations == 410 * 64 * 2 * 128 * 64 * 64
     assert cost.cache_bytes == 410 * 64 * 2 * (128 * 64 + 64 * 64) + 2 * 8192 * 4096
     assert cost.memory_bytes == 2 * (2 * 8192 * 4096 + 410 * 64 * 64)
@@ -95,8 +95,8 @@ def test_costs_are_those_of_the_pattern():
 
 def test_few_programs_leave_multiprocessors_idle_and_parts_of_sums_are_paid_for():
     """14 of 144 units of a convolution, two a program and 16 parts each; XLA reads as many parts as the pattern has room for, 32."""
-    shape = gpu_model.SHAPES[2]
-    cost, mask = gpu_model.cost('weight_gradient', shape, (64, 64), 0.9), gpu_model.random_mask(shape, (64, 64), 0.1)
+    shape = model.SHAPES[2]
+    cost, mask = model.cost('weight_gradient', shape, (64, 64), 0.9), model.random_mask(shape, (64, 64), 0.1)
     lists = [int(mask[..., i * 64].sum()) // 64 for i in range(4)]
     assert sum(lists) == 14 and cost.programs == 16 * sum(-(-n // 2) for n in lists)
     assert cost.sum_bytes == 32 * 64 * 64 * (16 * 4 + 2 + 2) + 2 * mask.size
@@ -106,16 +106,16 @@ def test_few_programs_leave_multiprocessors_idle_and_parts_of_sums_are_paid_for(
 
 
 def test_every_shape_and_block_of_check_makes_a_pattern():
-    for shape in gpu_check.CHECKED:
-        for block in gpu.BLOCKS:
-            x, w, dy, pattern = gpu_check.operands(shape, block, 0.7)
+    for shape in check.CHECKED:
+        for block in kernels.BLOCKS:
+            x, w, dy, pattern = check.operands(shape, block, 0.7)
             assert (x.shape, w.shape, dy.shape, pattern.block) == (shape.x, shape.w, shape.y, block)
 
 
 def test_the_aims_of_64_blocks_at_90_percent_are_predicted():
-    parts = [gpu_model.cost(kernel, _LAYER, (64, 64), 0.9) for kernel in gpu_model.KERNELS[:3]]
-    for gpu_name in gpu_model.MEMORY:
-        dense = 3 * gpu_model.dense_seconds(_LAYER, gpu_name)
+    parts = [model.cost(kernel, _LAYER, (64, 64), 0.9) for kernel in model.KERNELS[:3]]
+    for gpu_name in model.MEMORY:
+        dense = 3 * model.dense_seconds(_LAYER, gpu_name)
         assert dense == pytest.approx(3 * 2 * 8192 * 4096 * 4096 / 700e12)
         assert dense / sum(cost.seconds('low', gpu_name) for cost in parts) >= 2
         assert dense / sum(cost.seconds('high', gpu_name) for cost in parts) >= 3
@@ -123,12 +123,12 @@ def test_the_aims_of_64_blocks_at_90_percent_are_predicted():
 
 def test_the_docs_have_the_tables_that_are_predicted():
     docs = {name: (_ROOT / 'docs' / name).read_text() for name in ('gpu.md', 'gpu_predicted.md')}
-    assert '\n'.join(gpu.summary((_LAYER,), ((64, 64),))).split('\n', 2)[2] in docs['gpu.md']
-    assert '\n'.join(gpu.predicted((gpu_model.SHAPES[2],), ((64, 64),), (0.9,))).split('\n', 2)[2] in docs['gpu_predicted.md']
+    assert '\n'.join(kernels.summary((_LAYER,), ((64, 64),))).split('\n', 2)[2] in docs['gpu.md']
+    assert '\n'.join(kernels.predicted((model.SHAPES[2],), ((64, 64),), (0.9,))).split('\n', 2)[2] in docs['gpu_predicted.md']
 
 
 def test_the_table_has_a_row_for_every_kernel_and_all_three():
-    lines = list(gpu.predicted((_LAYER,), ((64, 64),), (0.9,)))
+    lines = list(kernels.predicted((_LAYER,), ((64, 64),), (0.9,)))
     assert len(lines) == 2 + 4 + 1 and '**all three products**' in lines[-1] and '2.35x, 5.49x' in lines[-1]
     assert len({line.count('|') for line in lines}) == 1
 
@@ -143,7 +143,7 @@ def test_the_best_configs_are_kept_for_this_kind_of_device(tmp_path, monkeypatch
     assert config_lib.choose('forward', (64, 1, 1, 64), *arguments[2:]) == config_lib.rule('forward', (64, 64), 64)
 
 
-@pytest.mark.parametrize('kernel', gpu_model.KERNELS)
+@pytest.mark.parametrize('kernel', model.KERNELS)
 def test_every_config_of_a_rule_or_a_sweep_fits_and_has_three_stages(kernel):
     for block in ((32, 32), (64, 64), (128, 128), (128, 32)):
         known = [config_lib.rule(kernel, block, images) for images in (1, 64, 100, 128, 8192)]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import reliability
+from benchmarks.reliability import figures
 from sparse_jax.runtime import checkpoint, hosts
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -39,7 +39,7 @@ def _port() -> int:
         return found.getsockname()[1]
 
 
-class Hosts(reliability.Run):
+class Hosts(figures.Run):
     """Two processes, each with flags of its own too."""
 
     def __init__(self, folder, *flags, own=((), ())):
@@ -55,7 +55,7 @@ class Hosts(reliability.Run):
 def _outcome(folder):
     """What must be equal: results, and the fingerprint of every array at the end."""
     result = json.loads((folder / 'result.json').read_text())
-    return {k: v for k, v in result.items() if 'second' not in k and 'time' not in k} | {'fingerprint': reliability.digest(folder)}
+    return {k: v for k, v in result.items() if 'second' not in k and 'time' not in k} | {'fingerprint': figures.digest(folder)}
 
 
 @pytest.fixture(scope='module')
@@ -126,7 +126,7 @@ def test_one_process_alone_stops_and_goes_on(tmp_path):
     process = subprocess.Popen(
         command, cwd=ROOT, env=_environment(JAX_NUM_CPU_DEVICES='1'), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
-    while reliability.last_step(folder) < 100:
+    while figures.last_step(folder) < 100:
         assert process.poll() is None
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)

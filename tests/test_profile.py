@@ -6,7 +6,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from benchmarks import profile_step
+from benchmarks.steps import profile_step
 
 
 def test_doctests_of_the_benchmark():

@@ -3,16 +3,16 @@
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import tpu
+from benchmarks.tpu import kernels
 from tests.lowered import check_compiled, needs_compiler, steps
 
 pytestmark = needs_compiler('tpu')
 
 
-@pytest.mark.parametrize('case', tpu.CASES, ids=lambda case: f'{case[0].name}, {jnp.dtype(case[1]).name}')
-@pytest.mark.parametrize('kernel', tpu.KERNELS)
+@pytest.mark.parametrize('case', kernels.CASES, ids=lambda case: f'{case[0].name}, {jnp.dtype(case[1]).name}')
+@pytest.mark.parametrize('kernel', kernels.KERNELS)
 def test_every_kernel_compiles(kernel, case):
-    made = tpu.compiled(kernel, *case)
+    made = kernels.compiled(kernel, *case)
     assert made.kernel and f'sparse_jax_{kernel}' in made.text
 
 

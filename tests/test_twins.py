@@ -1,6 +1,6 @@
-"""The rivals of benchmarks/train_step.py do the same training: equal losses over three steps, PyTorch's recorded in golden/.
+"""The rivals of benchmarks/steps/train_step.py do the same training: equal losses over three steps, PyTorch's recorded in golden/.
 
-They were recorded by `python -m benchmarks.train_step --golden=tests/golden/torch_losses.json --torch_python=PYTHON`.
+They were recorded by `python -m benchmarks.steps.train_step --golden=tests/golden/torch_losses.json --torch_python=PYTHON`.
 """
 
 import json
@@ -9,7 +9,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from benchmarks import train_step, twins
+from benchmarks.steps import train_step, twins
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / 'golden' / 'torch_losses.json').read_text())
 

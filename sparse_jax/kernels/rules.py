@@ -12,7 +12,7 @@ from sparse_jax.kernels import gpu, store, tpu
 _LOG = logging.getLogger('sparse_jax')
 _FILE = 'crossovers.json'
 
-# Up to this density the C++ kernel was faster than XLA's dense product in every shape of benchmarks/layers.py.
+# Up to this density the C++ kernel was faster than XLA's dense product in every shape of benchmarks/layers/compare.py.
 _ON_CPU = 0.2
 
 

@@ -1,6 +1,6 @@
 """Test accuracy against wall clock, all costs in: dense (ours and PyTorch's), masked sparse, and sparse on the kernels.
 
-    python -m benchmarks.time_to_accuracy --torch_python=PYTHON
+    python -m benchmarks.accuracy.time_to_accuracy --torch_python=PYTHON
 
 trains LeNet-5 and VGG-D on the offline digits, one run after the other on all cores, each a process of its own from its start to its end: imports,
 data, compilation, measuring kernels, evaluations and checkpoints count (PyTorch is given arrays and parameters that are ready, and saves

@@ -1,8 +1,8 @@
 """Where each millisecond of a training step goes, beside what its bytes and operations would take at this machine's peaks.
 
-    python -m benchmarks.profile_step --model=wrn_16_8 --density=0.05
+    python -m benchmarks.steps.profile_step --model=wrn_16_8 --density=0.05
 
-traces some steps of ours (benchmarks/train_step.py) with jax.profiler, gives each moment to the instructions that run in it, in equal parts,
+traces some steps of ours (benchmarks/steps/train_step.py) with jax.profiler, gives each moment to the instructions that run in it, in equal parts,
 and prints a table by kind of work; --image=FILE draws it, --instructions=20 lists the longest ones. Operations are those of products,
 with weights that exist; bytes are those of operands and results, each once. Cost: two minutes on two cores.
 """
@@ -19,7 +19,8 @@ import jax
 import matplotlib.pyplot as plt
 
 import launch
-from benchmarks import layers, train_step, twins
+from benchmarks.layers import compare
+from benchmarks.steps import train_step, twins
 
 _SIZES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8}
 _SHAPE = re.compile(r'\b(' + '|'.join(_SIZES) + r')\[([\d,]*)\]')
@@ -219,7 +220,7 @@ def main() -> None:
     parser.add_argument('--instructions', type=int, default=0, help='how many of the longest to list')
     parser.add_argument('--image', type=pathlib.Path, help='default: runs/profile_step/MODEL-DENSITY.png')
     args = parser.parse_args()
-    peak = layers.peaks()
+    peak = compare.peaks()
     kinds, rows = measure(args.model, args.density, args.batch_size, args.dense_gradients, args.steps, args.layout)
     print(f'peaks: {2 * peak[0] / 1e9:.0f} GFLOP/s, {peak[1] / 1e9:.1f} GB/s')
     print(table(kinds, peak))

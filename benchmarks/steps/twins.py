@@ -1,4 +1,4 @@
-"""The networks of benchmarks/train_step.py in plain jax.lax, as anyone would write them, on the same parameters as ours.
+"""The networks of benchmarks/steps/train_step.py in plain jax.lax, as anyone would write them, on the same parameters as ours.
 
 Nothing here is tuned and nothing is shared with sparse_jax.models: it is the rival `xla_seconds`, and an oracle for the tests.
 """

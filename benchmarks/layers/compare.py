@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import launch
 from sparse_jax import kernels
 
 # batch, side of the image (0: a matrix product), in, out, taps a side, stride
@@ -225,8 +224,3 @@ def main() -> None:
     print('\n'.join(crossovers))
     if args.json:
         args.json.write_text(json.dumps({'peaks': peak, 'rows': rows + blocks}, indent=2) + '\n')
-
-
-if __name__ == '__main__':
-    launch.keep_memory()
-    main()

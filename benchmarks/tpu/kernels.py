@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks import gpu_check, gpu_model
-from benchmarks.gpu_model import KERNELS, Shape
+from benchmarks.gpu import check, model
+from benchmarks.gpu.model import KERNELS, Shape
 from sparse_jax import kernels
 from sparse_jax.aot import compile_only
 from sparse_jax.core import target
@@ -61,11 +61,11 @@ def compiled(kernel: str, shape: Shape, dtype: Any) -> Compiled:
     """Compiles one kernel; ValueError where nothing can be compiled for a TPU here."""
     place = SingleDeviceSharding(compile_only.devices('tpu')[0])
     of = lambda a, kind=None: jax.ShapeDtypeStruct(a.shape, kind or a.dtype, sharding=place)
-    pattern = kernels.make_pattern(gpu_model.random_mask(shape, BLOCKS, 0.3), block=BLOCKS)
+    pattern = kernels.make_pattern(model.random_mask(shape, BLOCKS, 0.3), block=BLOCKS)
     x, w, dy = (of(np.broadcast_to(0, s), dtype) for s in (shape.x, shape.w, shape.y))
     begin = time.perf_counter()
     with target.lowering_for('tpu'):
-        own = gpu_check.arguments(kernel, x, w, dy, jax.tree.map(of, pattern))
+        own = check.arguments(kernel, x, w, dy, jax.tree.map(of, pattern))
         lowered = jax.jit(function(kernel, shape)).trace(*own).lower(lowering_platforms=('tpu',))
     made = lowered.compile()
     spent, memory = time.perf_counter() - begin, made.memory_analysis()
@@ -76,10 +76,10 @@ def compiled(kernel: str, shape: Shape, dtype: Any) -> Compiled:
 
 def error(kernel: str, shape: Shape, dtype: Any) -> float:
     """Largest difference of a kernel, interpreted, from the reference, as a part of the largest value."""
-    x, w, dy, pattern = gpu_check.operands(shape, BLOCKS, 0.5, dtype)
+    x, w, dy, pattern = check.operands(shape, BLOCKS, 0.5, dtype)
     with target.lowering_for('tpu', interpret=True):
-        got = np.asarray(function(kernel, shape)(*gpu_check.arguments(kernel, x, w, dy, pattern)), np.float64)
-    want = np.asarray(gpu_check.expected(kernel, shape, x, w, dy, pattern, BLOCKS), np.float64)
+        got = np.asarray(function(kernel, shape)(*check.arguments(kernel, x, w, dy, pattern)), np.float64)
+    want = np.asarray(check.expected(kernel, shape, x, w, dy, pattern, BLOCKS), np.float64)
     return float(np.abs(got - want).max() / np.abs(want).max())
 
 
@@ -102,7 +102,3 @@ def main() -> None:
             row, wrong = compiled(kernel, shape, dtype), error(kernel, stand_in(shape), dtype)
             cells = kernel, shape.name, jnp.dtype(dtype).name, f'{row.seconds:.1f} s', f'{row.temporary:,}', f'{wrong:.1e}'
             print('| ' + ' | '.join(cells) + ' |', flush=True)
-
-
-if __name__ == '__main__':
-    main()

@@ -1,6 +1,6 @@
 """Both LeNets on the offline digits: densities against the dense twin, paired by seed.
 
-    python -m benchmarks.lenets
+    python -m benchmarks.accuracy.lenets
 
 trains 2 networks x 6 densities x 5 seeds with launch.py, two at a time, into runs/lenets (finished ones are kept, so that it can
 be stopped and started again), and prints a Markdown table. Cost: about an hour on two CPU cores; --models=lenet300: six minutes.
@@ -13,7 +13,7 @@ import pathlib
 import numpy as np
 from scipy import stats
 
-from benchmarks import _runs
+from benchmarks.accuracy import _runs
 
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 1.0)  # 1.0: the dense twin
 

@@ -1,6 +1,6 @@
 """What many devices and hosts cost: bytes and time of a mask update, the pause of a checkpoint, a restart, and two processes for one.
 
-    python -m benchmarks.distributed
+    python -m benchmarks.steps.distributed
 
 All on this machine's cores, with virtual devices: no speed-up can be seen here, only what is moved, and what it costs to be many.
 Cost: six minutes on two cores.
@@ -24,7 +24,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import sparse_jax as sj
-from benchmarks import mask_update, reliability
+from benchmarks.reliability import figures
+from benchmarks.steps import mask_update
 from sparse_jax import sharding
 from sparse_jax.aot import collectives
 from sparse_jax.runtime import checkpoint
@@ -112,7 +113,7 @@ def restart() -> dict[str, float]:
         command = [
             sys.executable,
             'launch.py',
-            *reliability.SHORT,
+            *figures.SHORT,
             f'--workdir={run}',
             '--config.log.every=1',
             '--config.train.steps=20',
@@ -133,8 +134,8 @@ def hosts(rounds: int) -> dict[str, Any]:
     flags = ('--config.train.steps=400', '--config.mesh.data=4', '--config.mesh.model=2', '--config.mesh.layout=model')
     for turn in range(rounds):
         for name, processes in (('1x8', 1), ('2x4', 2)):
-            with reliability.Run(FOLDER / f'hosts/{name}_{turn}', *flags, processes=processes, devices=8 // processes) as run:
-                reliability.done(run)
+            with figures.Run(FOLDER / f'hosts/{name}_{turn}', *flags, processes=processes, devices=8 // processes) as run:
+                figures.done(run)
             rows = [json.loads(line) for line in (run.folder / 'metrics.jsonl').read_text().splitlines()]
             row[name].append(statistics.median(r['steps_per_second'] for r in rows if 'steps_per_second' in r))
     return {name: statistics.median(values) for name, values in row.items()}

@@ -1,6 +1,6 @@
 """Block-sparse kernels on a Hopper GPU: predicted, compiled, checked, measured.
 
-    python -m benchmarks.gpu --predict    # by a model, on any machine: see benchmarks/gpu_model.py for what it assumes
+    python -m benchmarks.gpu --predict    # by a model, on any machine: see benchmarks/gpu/model.py for what it assumes
     python -m benchmarks.gpu --compile    # by the real compiler, without a GPU: registers, spills, shared memory (make test-gpu-aot has it)
     python -m benchmarks.gpu --check      # on a GPU: every kernel against the reference, then the sweep
     python -m benchmarks.gpu              # on a GPU: the sweep
@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import gpu_compile, gpu_model
-from benchmarks.gpu_check import CHECKED, arguments, check, operands
-from benchmarks.gpu_model import Shape
+from benchmarks.gpu import machine_code, model
+from benchmarks.gpu.check import CHECKED, arguments, check, operands
+from benchmarks.gpu.model import Shape
 from sparse_jax import kernels
 from sparse_jax.aot import compile_only
 from sparse_jax.core import target
@@ -36,7 +36,7 @@ from sparse_jax.kernels.gpu import config as config_lib
 from sparse_jax.kernels.reference import Geometry
 
 BLOCKS = ((32, 32), (64, 64), (128, 128))
-_PRODUCTS = gpu_model.KERNELS[:3]
+_PRODUCTS = model.KERNELS[:3]
 _SMALL = (Shape((64, 1, 1, 128), (1, 1, 128, 128)), Shape((64, 2, 2, 64), (3, 3, 64, 64), Geometry(padding=((1, 1), (1, 1)))))
 
 
@@ -62,7 +62,7 @@ def _fastest(kernel: str, shape: Shape, block: tuple[int, int], given: tuple, co
     is told and left out."""
     runs, first = {}, None
     for config in configs:
-        run = jax.jit(gpu_model.function(kernel, shape, block, config)[0])
+        run = jax.jit(model.function(kernel, shape, block, config)[0])
         try:
             result = np.asarray(run(*given), np.float32)
             first = result if first is None else first
@@ -90,7 +90,7 @@ def _dense(kernel: str, shape: Shape) -> Callable:
 
 
 def sweep(
-    shapes: tuple[Shape, ...], blocks, sparsities: tuple[float, ...], names=gpu_model.KERNELS, *, rounds: int = 7, keep: bool = True
+    shapes: tuple[Shape, ...], blocks, sparsities: tuple[float, ...], names=model.KERNELS, *, rounds: int = 7, keep: bool = True
 ) -> None:
     """Measures all configs at 90%, keeps the best, then measures all sparsities with it; prints a row for each."""
     gpu = 'H200' if 'H200' in jax.devices()[0].device_kind else 'H100'
@@ -109,7 +109,7 @@ def sweep(
             if keep:
                 config_lib.write({config_lib.key(k, shape.x, shape.w, block, jnp.bfloat16): c for k, c in best.items()})
             for sparsity in sparsities:
-                own, predicted_dense, three = operands(shape, block, sparsity), gpu_model.dense_seconds(shape, gpu), np.zeros(5)
+                own, predicted_dense, three = operands(shape, block, sparsity), model.dense_seconds(shape, gpu), np.zeros(5)
 
                 def row(kernel, tiles, times, shape=shape, block=block, sparsity=sparsity):
                     dense, sparse, wanted, low, high = times
@@ -119,10 +119,10 @@ def sweep(
 
                 for kernel in names:
                     given = arguments(kernel, *own)
-                    run = jax.jit(gpu_model.function(kernel, shape, block, best[kernel])[0])
+                    run = jax.jit(model.function(kernel, shape, block, best[kernel])[0])
                     dense, sparse = turns([_dense(kernel, shape), run], given, rounds=rounds)
-                    cost = gpu_model.cost(kernel, shape, block, sparsity, best[kernel])
-                    times = np.array([dense, sparse, predicted_dense, *(cost.seconds(rate, gpu) for rate in gpu_model.FEED)])
+                    cost = model.cost(kernel, shape, block, sparsity, best[kernel])
+                    times = np.array([dense, sparse, predicted_dense, *(cost.seconds(rate, gpu) for rate in model.FEED)])
                     three += times * (kernel in _PRODUCTS)
                     row(kernel, ', '.join(map(str, dataclasses.astuple(best[kernel]))), times)
                 row('**all three products**', '', three)
@@ -133,22 +133,22 @@ def sweep(
             rules.write(block, float(by_shape.min()))
 
 
-def summary(shapes: tuple[Shape, ...], blocks=BLOCKS, sparsities=gpu_model.SPARSITIES) -> Iterator[str]:
+def summary(shapes: tuple[Shape, ...], blocks=BLOCKS, sparsities=model.SPARSITIES) -> Iterator[str]:
     """Ratios of all three products to dense ones on an H100, at the low and the high rate; bold where the low one wins."""
     yield '| shape | block | ' + ' | '.join(f'{sparsity:.0%}' for sparsity in sparsities) + ' |'
     yield '|---|---|' + '---:|' * len(sparsities)
     for shape in shapes:
-        dense = len(_PRODUCTS) * gpu_model.dense_seconds(shape, 'H100')
+        dense = len(_PRODUCTS) * model.dense_seconds(shape, 'H100')
         for block in blocks:
             cells = [shape.name, f'{block[0]}x{block[1]}']
             for sparsity in sparsities:
-                costs = [gpu_model.cost(kernel, shape, block, sparsity) for kernel in _PRODUCTS]
-                low, high = (f'{dense / sum(cost.seconds(rate, "H100") for cost in costs):.2f}x' for rate in gpu_model.FEED)
+                costs = [model.cost(kernel, shape, block, sparsity) for kernel in _PRODUCTS]
+                low, high = (f'{dense / sum(cost.seconds(rate, "H100") for cost in costs):.2f}x' for rate in model.FEED)
                 cells.append(f'**{low}**, {high}' if float(low[:-1]) > 1 else f'{low}, {high}')
             yield '| ' + ' | '.join(cells) + ' |'
 
 
-def predicted(shapes: tuple[Shape, ...], blocks=BLOCKS, sparsities=gpu_model.SPARSITIES) -> Iterator[str]:
+def predicted(shapes: tuple[Shape, ...], blocks=BLOCKS, sparsities=model.SPARSITIES) -> Iterator[str]:
     """The table of predictions, line by line."""
     columns = 'shape', 'block', 'sparsity', 'kernel', 'programs', 'GFLOP', 'memory MB', 'cache MB', 'H100 limit low, high'
     yield '| ' + ' | '.join((*columns, 'H100 low', 'H100 high', 'ratio to dense', 'H200 low', 'H200 high', 'ratio to dense')) + ' |'
@@ -156,7 +156,7 @@ def predicted(shapes: tuple[Shape, ...], blocks=BLOCKS, sparsities=gpu_model.SPA
     for shape in shapes:
         for block in blocks:
             for sparsity in sparsities:
-                costs = {kernel: gpu_model.cost(kernel, shape, block, sparsity) for kernel in gpu_model.KERNELS}
+                costs = {kernel: model.cost(kernel, shape, block, sparsity) for kernel in model.KERNELS}
                 rows = {name: [cost] for name, cost in costs.items()}
                 rows['**all three products**'] = [costs[name] for name in _PRODUCTS]
                 for name, parts in rows.items():
@@ -167,11 +167,11 @@ def predicted(shapes: tuple[Shape, ...], blocks=BLOCKS, sparsities=gpu_model.SPA
                         f'{sum(moved) / 1e6:.0f}'
                         for moved in zip(*((c.memory_bytes + c.sum_bytes, c.cache_bytes) for c in parts), strict=True)
                     ]
-                    limits = [max(p := parts[0].parts(rate, 'H100'), key=lambda k, p=p: p[k]) for rate in gpu_model.FEED]
+                    limits = [max(p := parts[0].parts(rate, 'H100'), key=lambda k, p=p: p[k]) for rate in model.FEED]
                     cells.append(', '.join(limits) if len(parts) == 1 else '')
-                    for gpu in gpu_model.MEMORY:
-                        dense = len(parts) * gpu_model.dense_seconds(shape, gpu)
-                        times = [sum(cost.seconds(rate, gpu) for cost in parts) for rate in gpu_model.FEED]
+                    for gpu in model.MEMORY:
+                        dense = len(parts) * model.dense_seconds(shape, gpu)
+                        times = [sum(cost.seconds(rate, gpu) for cost in parts) for rate in model.FEED]
                         cells += [f'{1e6 * t:.0f} us' for t in times] + [', '.join(f'{dense / t:.2f}x' for t in times)]
                     yield '| ' + ' | '.join(cells) + ' |'
 
@@ -182,13 +182,13 @@ def main() -> None:
         parser.add_argument(f'--{name}', action='store_true')
     asked = parser.parse_args()
     if asked.predict:
-        print('\n'.join([*summary(gpu_model.SHAPES), '', *predicted(gpu_model.SHAPES)]))
+        print('\n'.join([*summary(model.SHAPES), '', *predicted(model.SHAPES)]))
         return
     if asked.compile:
         compile_only.run_on_cpu()
         if reason := compile_only.unavailable('gpu'):
             parser.error(f'nothing can be compiled for a GPU here: {reason}.')
-        gpu_compile.print_report()
+        machine_code.print_report()
         return
     if asked.dry_run:
         names: Any = (
@@ -202,8 +202,4 @@ def main() -> None:
         parser.error(f'no measurement here: {reason}. --predict and --compile need no GPU, --dry_run neither.')
     if asked.check:
         check(CHECKED, BLOCKS)
-    sweep(gpu_model.SHAPES, BLOCKS, gpu_model.SPARSITIES)
-
-
-if __name__ == '__main__':
-    main()
+    sweep(model.SHAPES, BLOCKS, model.SPARSITIES)

@@ -1,11 +1,11 @@
 """The paper's estimate of a sparse network's speed beside its measurement, layer by layer.
 
-    python -m benchmarks.estimate --model=vgg_d --torch_python=PYTHON
+    python -m benchmarks.layers.estimate --model=vgg_d --torch_python=PYTHON
 
 The paper could not measure: it took the dense time of each layer, times the share of its weights that exist, times the share of its inputs
 that are not zero (it skips products with what ReLU zeroed as well), and so came to 3.5x for VGG and 12x for wide residual networks. Here
 each convolution and matrix product of the network is run for real, forward and both gradients, at the densities of a uniform start, by
-XLA's dense product, by ours, and by PyTorch's (its other Python as in benchmarks/layers.py; without it the estimate is of XLA's time). The
+XLA's dense product, by ours, and by PyTorch's (its other Python as in benchmarks/layers/compare.py; without it the estimate is of XLA's time). The
 density of the inputs is counted on a batch of random images at the start of training. Cost: two minutes; wrn_16_8: four.
 """
 
@@ -22,7 +22,8 @@ import numpy as np
 
 import launch
 import sparse_jax as sj
-from benchmarks import layers, twins
+from benchmarks.layers import compare
+from benchmarks.steps import twins
 from sparse_jax import models
 from sparse_jax.core import masks as masks_lib
 from sparse_jax.kernels import api, measure, store
@@ -60,7 +61,7 @@ def traced(name: str, batch_size: int, density: float):
 
 
 def torch_shape(call: measure.Call, batch_size: int) -> tuple[int, ...]:
-    """The layer as benchmarks/torch_layers.py takes it."""
+    """The layer as benchmarks/layers/torch_layers.py takes it."""
     if call.x[1:3] == call.w[:2] == (1, 1):
         side = math.isqrt(call.x[0] // batch_size)  # a 1x1 convolution was flattened
         return (batch_size, side if side > 1 else 0, *call.w[2:], 1, 1)
@@ -125,7 +126,7 @@ def main() -> None:
     parser.add_argument('--torch_python', default='', help='a Python in which torch is installed')
     parser.add_argument('--json', type=pathlib.Path, help='file for the results')
     args = parser.parse_args()
-    torch = layers.Torch(args.torch_python) if args.torch_python else None
+    torch = compare.Torch(args.torch_python) if args.torch_python else None
     rows = estimate(args.model, args.batch_size, args.density, torch)
     if torch:
         torch.close()

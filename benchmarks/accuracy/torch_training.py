@@ -1,6 +1,6 @@
-"""A whole dense training in PyTorch, for benchmarks/time_to_accuracy.py: oneDNN, channels_last, torch.optim.SGD.
+"""A whole dense training in PyTorch, for benchmarks/accuracy/time_to_accuracy.py: oneDNN, channels_last, torch.optim.SGD.
 
-    python benchmarks/torch_training.py FOLDER
+    python benchmarks/accuracy/torch_training.py FOLDER
 
 reads FOLDER/settings.json, params.npz and data.npz, and appends step and test accuracy to FOLDER/metrics.jsonl. Needs torch and numpy only.
 """

@@ -1,6 +1,6 @@
 """The cost of a mask update: time against sorting, memory, compilation, and how it grows with the number of weights.
 
-    python -m benchmarks.mask_update
+    python -m benchmarks.steps.mask_update
 
 ResNet-50's 53 convolutions and its output layer, 25.5 million weights, sparse momentum at 5%, `tx.update` and `apply_updates` in one
 jit with donated state. What counts is the time of a step with an update beyond that of an ordinary step of the same program. The

@@ -1,6 +1,6 @@
 """LeNet-5 at 5% on the sparse kernels, chosen by measurement, against masked dense products: accuracy and time, paired by seed.
 
-    python -m benchmarks.kernels
+    python -m benchmarks.accuracy.kernels
 
 trains on the offline digits with launch.py, one at a time on all cores, into runs/kernels (finished runs are kept): masked with dense
 gradients in every step, masked with the window of 22 steps, and with the window on the kernels that win. Cost: 25 minutes on two CPU cores.
@@ -13,7 +13,7 @@ import pathlib
 import numpy as np
 from scipy import stats
 
-from benchmarks import _runs
+from benchmarks.accuracy import _runs
 
 ROWS = {
     'masked, all gradients dense': ['--config.sparsity.dense_gradient_window=None', '--config.sparsity.kernels=dense'],

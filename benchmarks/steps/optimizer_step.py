@@ -1,10 +1,10 @@
 """The cost of sparsity in the optimizer: an ordinary step of sparse momentum against the dense optimizer's.
 
-    python -m benchmarks.optimizer_step
+    python -m benchmarks.steps.optimizer_step
 
 A tree of 25 million float32 weights, `tx.update` and `apply_updates` in one jit, the state donated, SGD with momentum and weight
 decay. The rivals take turns in one process; the figure is the median over rounds of the ratio within a round. Steps with a mask
-update: benchmarks/mask_update.py. Cost: one minute.
+update: benchmarks/steps/mask_update.py. Cost: one minute.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""One layer in PyTorch (oneDNN, channels_last) and in SparseProp, run by another Python; the rival of benchmarks/layers.py.
+"""One layer in PyTorch (oneDNN, channels_last) and in SparseProp, run by another Python; the rival of benchmarks/layers/compare.py.
 
-    python benchmarks/torch_layers.py
+    python benchmarks/layers/torch_layers.py
 
 reads a JSON object a line from standard input: one with "shape" (batch, side, in, out, taps, stride) and "density" prepares a layer, one
 with "run" ("torch" or "sparseprop") makes a call of it, forward and both gradients, and prints its seconds (null: it is not there). Needs

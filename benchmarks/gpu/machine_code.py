@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks import gpu_check, gpu_model
-from benchmarks.gpu_model import Shape
+from benchmarks.gpu import check, model
+from benchmarks.gpu.model import Shape
 from sparse_jax import kernels
 from sparse_jax.aot import compile_only
 from sparse_jax.core import target
@@ -57,7 +57,7 @@ def compiled(
     """Compiles one kernel and reads what came of it; ValueError where the compiler refuses.
 
     Args:
-      kernel: one of gpu_model.KERNELS.
+      kernel: one of model.KERNELS.
       shape: of the product.
       block: inputs and outputs.
       config: tiles.
@@ -67,9 +67,9 @@ def compiled(
     os.environ['MOSAIC_GPU_DUMP_TO'] = _DUMPS.name
     place = SingleDeviceSharding(compile_only.devices('gpu')[0])
     of = lambda x, kind=None: jax.ShapeDtypeStruct(x.shape, kind or x.dtype, sharding=place)
-    mask = gpu_model.random_mask(shape, block, 0.1)
+    mask = model.random_mask(shape, block, 0.1)
     pattern = jax.tree.map(of, kernels.make_pattern(mask, block=block, implementation='gpu', at_least=capacity))
-    run, arrays = gpu_model.function(kernel, shape, block, config)
+    run, arrays = model.function(kernel, shape, block, config)
     before, begin = set(glob.glob(f'{_DUMPS.name}/*.ptx')), time.perf_counter()
     with target.lowering_for('gpu'):
         jax.jit(run).trace(*(of(x, jnp.dtype(dtype)) for x in arrays), pattern).lower(lowering_platforms=('cuda',)).compile()
@@ -125,7 +125,7 @@ def cases() -> Iterator[tuple[str, Shape, tuple[int, int], config_lib.Config]]:
     """Every kernel at every shape and block, with the config that the rule gives."""
     for shape, blocks in CASES:
         for block in blocks:
-            for kernel in gpu_model.KERNELS[: 4 if block[0] == block[1] else 3]:  # scores of 64x32 are the program of 32x32
+            for kernel in model.KERNELS[: 4 if block[0] == block[1] else 3]:  # scores of 64x32 are the program of 32x32
                 yield kernel, shape, block, config_lib.rule(kernel, block, shape.x[0])
 
 
@@ -159,5 +159,5 @@ def print_report() -> None:
         cells += [f'{row.seconds:.1f} s', f'wgmma {row.tensor_core.split(".")[4]}']
         with target.lowering_for('gpu', interpret=True):
             runs = transposed or kernel == 'forward'  # older interpreters know no transposed operands
-            cells.append(f'{gpu_check.error(kernel, stand_in(shape, block), block):.1e}' if runs else '-')
+            cells.append(f'{check.error(kernel, stand_in(shape, block), block):.1e}' if runs else '-')
         print('| ' + ' | '.join(map(str, cells)) + ' |', flush=True)

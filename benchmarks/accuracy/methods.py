@@ -1,6 +1,6 @@
 """All methods on LeNet-300-100 and the offline digits, and sparse momentum in blocks: accuracy, operations, paired with static.
 
-    python -m benchmarks.methods
+    python -m benchmarks.accuracy.methods
 
 trains dense, 9 methods x 3 densities and 4 block sizes x 3 densities, 5 seeds each (200 runs of launch.py, two at a time, into
 runs/methods; finished ones are kept, so that it can be stopped and started again) and prints two Markdown tables. Cost: about half
@@ -14,7 +14,7 @@ import pathlib
 import numpy as np
 from scipy import stats
 
-from benchmarks import _runs
+from benchmarks.accuracy import _runs
 
 DENSITIES = (0.05, 0.02, 0.01)
 # row -> flags

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import gpu_model
-from benchmarks.gpu_model import Shape
+from benchmarks.gpu import model
+from benchmarks.gpu.model import Shape
 from sparse_jax import kernels
 from sparse_jax.kernels import reference
 from sparse_jax.kernels.reference import Geometry
@@ -25,7 +25,7 @@ CHECKED = (
 
 def operands(shape: Shape, block: tuple[int, int], sparsity: float, dtype: Any = jnp.bfloat16) -> tuple[Any, ...]:
     """x, w, dy and the pattern."""
-    random, mask = np.random.default_rng(0), gpu_model.random_mask(shape, block, 1 - sparsity)
+    random, mask = np.random.default_rng(0), model.random_mask(shape, block, 1 - sparsity)
     draw = lambda s: jnp.asarray(random.standard_normal(s, np.float32), dtype)
     pattern = jax.device_put(kernels.make_pattern(mask, block=block, implementation='gpu'))
     return draw(shape.x), draw(shape.w) * mask.astype(dtype), draw(shape.y), pattern
@@ -52,7 +52,7 @@ def expected(kernel: str, shape: Shape, x, w, dy, pattern, block: tuple[int, int
 def error(kernel: str, shape: Shape, block: tuple[int, int], sparsity: float = 0.7, dtype: Any = jnp.bfloat16) -> float:
     """Largest difference of a kernel from the reference, as a part of the largest value."""
     own = operands(shape, block, sparsity, dtype)
-    run, _ = gpu_model.function(kernel, shape, block)
+    run, _ = model.function(kernel, shape, block)
     got = np.asarray(jax.jit(run)(*arguments(kernel, *own)), np.float64)
     x, w, dy, pattern = own
     want = np.asarray(expected(kernel, shape, x, w, dy, pattern, block), np.float64)
@@ -64,7 +64,7 @@ def error(kernel: str, shape: Shape, block: tuple[int, int], sparsity: float = 0
 BOUNDS = {jnp.bfloat16: 0.51 * 2**-7, jnp.float16: 0.51 * 2**-10}  # one rounding to nearest, at the largest value, and float32 sums
 
 
-def check(shapes: tuple[Shape, ...], blocks: Sequence[tuple[int, int]], names=gpu_model.KERNELS) -> None:
+def check(shapes: tuple[Shape, ...], blocks: Sequence[tuple[int, int]], names=model.KERNELS) -> None:
     """Every kernel against the reference; AssertionError where one is wrong."""
     print('| shape | block | type | ' + ' | '.join(names) + ' |\n|---|---|---|' + '---:|' * len(names))
     wrong = []

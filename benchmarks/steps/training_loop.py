@@ -1,6 +1,6 @@
 """The cost of the training loop: launch.py's, with progress, metrics, evaluation and checkpoints, against a bare optax loop.
 
-    python -m benchmarks.training_loop
+    python -m benchmarks.steps.training_loop
 
 LeNet-300-100 at 5% on the offline digits, 4,000 steps. Both loops run the same steps over the same arrays; the bare one does
 nothing but draw a batch and call the jitted step. Compared is the time of the steps after the first 100, which hold the

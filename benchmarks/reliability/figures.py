@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 FOLDER = pathlib.Path('runs/reliability')
 SHORT = (
     '--config=configs/mnist_lenet300.py:offline', '--config.sparsity.kernels=dense', '--config.log.every=10',
@@ -210,7 +210,7 @@ def determinism(counts: int, random_: random.Random) -> Figure:
 def _inside(name: str, counts: int) -> dict[str, Any]:
     """What a figure measures within one process of eight devices."""
     environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '8'}
-    command = [sys.executable, '-m', 'benchmarks.reliability_inside', name, str(counts), str(FOLDER / name)]
+    command = [sys.executable, '-m', 'benchmarks.reliability.inside', name, str(counts), str(FOLDER / name)]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if ended.returncode:
         raise SystemExit(f'error: {name} failed:\n{ended.stderr[-2000:]}')
@@ -370,7 +370,3 @@ def main() -> None:
     (FOLDER / 'figures.json').write_text(json.dumps([f._asdict() for f in figures], indent=2) + '\n')
     print('\n'.join(_rows(figures)))
     sys.exit(0 if all(f.reached or (args.reduced and f.but_slow) for f in figures) else 1)
-
-
-if __name__ == '__main__':
-    main()

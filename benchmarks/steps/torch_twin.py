@@ -1,6 +1,6 @@
-"""The networks of benchmarks/train_step.py in PyTorch, run by another Python: oneDNN, channels_last, torch.optim.SGD.
+"""The networks of benchmarks/steps/train_step.py in PyTorch, run by another Python: oneDNN, channels_last, torch.optim.SGD.
 
-    python benchmarks/torch_twin.py MODEL PARAMETERS.npz BATCH.npz
+    python benchmarks/steps/torch_twin.py MODEL PARAMETERS.npz BATCH.npz
 
 reads parameters and a batch, then for each line on standard input makes a training step and prints its seconds and loss. Needs torch
 and numpy only.
@@ -33,7 +33,7 @@ def conv(x, p, name, stride=1, padding=1):
 
 
 def norm(x, p, name, running=None, train=True):
-    """running: running means and variances by name, in benchmarks/torch_training.py."""
+    """running: running means and variances by name, in benchmarks/accuracy/torch_training.py."""
     mean, var = running[name] if running else (None, None)
     return F.batch_norm(x, mean, var, p[f'{name}/scale'], p[f'{name}/bias'], training=train, eps=1e-5)
 

@@ -1,11 +1,11 @@
 """A whole training step of four networks: ours dense and sparse, plain jax.lax, and PyTorch.
 
-    python -m benchmarks.train_step --density=0.05,0.2,0.1,0.02,0.01 --json=FILE --torch_python=PYTHON
+    python -m benchmarks.steps.train_step --density=0.05,0.2,0.1,0.02,0.01 --json=FILE --torch_python=PYTHON
 
 Forward, backward, SGD with Nesterov momentum and L2, no dropout, float32, a batch of noise. The rivals take turns, times are medians over
-rounds and ratios medians of those within a round: `xla` (benchmarks/twins.py), `dense` (ours), sparse (ours at each density, as
+rounds and ratios medians of those within a round: `xla` (benchmarks/steps/twins.py), `dense` (ours), sparse (ours at each density, as
 launch.py trains: kernels where they are measured fastest, the window of dense gradients and a mask update every 390 steps amortised),
-`torch` (benchmarks/torch_twin.py by the Python that is named, in which torch is installed). All keep their memory (launch.MALLOC), PyTorch
+`torch` (benchmarks/steps/torch_twin.py by the Python that is named, in which torch is installed). All keep their memory (launch.MALLOC), PyTorch
 also as it comes. Without --model all four. For images of CIFAR's shape it also prints how many a
 second the input pipeline makes. Cost: fifteen minutes on two cores with five densities.
 """
@@ -27,7 +27,8 @@ import numpy as np
 
 import launch
 import sparse_jax as sj
-from benchmarks import layers, twins
+from benchmarks.layers import compare
+from benchmarks.steps import twins
 from sparse_jax import config as config_lib
 from sparse_jax import data as data_lib
 from sparse_jax import train
@@ -228,7 +229,7 @@ def measure(name: str, densities: Sequence[float], batch_size: int, rounds: int,
 def crossover(result: dict[str, Any], rival: str) -> str:
     """The density below which the sparse step is the faster one, log-linear between those measured."""
     rows = [{'density': row['density'], 'ratios': {rival: row[f'{rival}_ratio']}} for row in result['densities']]
-    return layers.crossover(rows, rival)
+    return compare.crossover(rows, rival)
 
 
 GOLDEN_SIZES = {'vgg_d': 16, 'wrn_16_8': 4, 'lenet5': 4, 'lm_tiny': 4}

@@ -1,0 +1,4 @@
+from benchmarks.tpu.kernels import main
+
+if __name__ == '__main__':
+    main()
