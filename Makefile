@@ -24,10 +24,10 @@ test-core: $(VENV)/installed
 AOT = .venv-aot-$(notdir $(PYTHON))
 
 test-gpu-aot: $(AOT)/gpu-installed
-	AOT=1 JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest -n 2 tests/test_gpu_kernels.py tests/test_gpu_aot.py
+	AOT=1 JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest -n 2 tests/kernels/test_gpu_kernels.py tests/aot/test_gpu.py
 
 test-tpu-aot: $(AOT)/tpu-installed
-	AOT=1 JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest -n 2 --dist loadfile tests/test_tpu_kernels.py tests/test_tpu_aot.py
+	AOT=1 JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest -n 2 --dist loadfile tests/kernels/test_tpu_kernels.py tests/aot/test_tpu.py
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.steps import train_step, twins
 
-GOLDEN = json.loads((pathlib.Path(__file__).parent / 'golden' / 'torch_losses.json').read_text())
+GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / 'golden' / 'torch_losses.json').read_text())
 
 
 # VGG-D ends in images of 1x1 pixels, normalised over 16 examples: plain jax.lax in float32 and in float64 differ by 4% at its third loss.

@@ -13,7 +13,7 @@ import pytest
 from sparse_jax import config as config_lib
 from sparse_jax.train import sweep
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 # masked dense products and one kind of step: less to compile
 SETTINGS = (
     *('--config.train.steps=60', '--config.checkpoint.every=20', '--config.log.every=20', '--config.data.batch_size=20'),

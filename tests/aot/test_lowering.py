@@ -9,9 +9,9 @@ import jax
 import pytest
 
 from sparse_jax.aot import compile_only
-from tests.lowered import steps
+from tests.aot.lowered import steps
 
-_ROOT = pathlib.Path(__file__).parents[1]
+_ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize('name', steps)

@@ -13,7 +13,7 @@ import sparse_jax as sj
 from sparse_jax import kernels
 from sparse_jax.kernels import measure, reference
 from sparse_jax.kernels.cpu import operations as cpu
-from tests import kernel_cases
+from tests.kernels import kernel_cases
 
 pytestmark = pytest.mark.core
 needs_compiler = pytest.mark.skipif(bool(cpu.unavailable()), reason='needs a C++ compiler: install g++ or clang++')

@@ -21,7 +21,7 @@ from sparse_jax import train
 from sparse_jax.runtime import checkpoint
 from sparse_jax.train import metrics
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def _config(**settings):

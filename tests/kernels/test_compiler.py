@@ -10,7 +10,7 @@ import pytest
 from sparse_jax.kernels.cpu import operations as cpu
 
 needs_compiler = pytest.mark.skipif(bool(cpu.unavailable()), reason='needs a C++ compiler: install g++ or clang++')
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 QUICK = {'SPARSE_JAX_CXXFLAGS': '-O0'}  # the kernels compile in a fifth of the time, and are as right
 
 
@@ -23,7 +23,10 @@ def _process(*arguments: str, **environment: str) -> subprocess.Popen:
 
 @needs_compiler
 def test_two_processes_build_the_cache_at_once_and_threads_change_no_bit(tmp_path):
-    both = [_process('-m', 'tests.kernel_cases', SPARSE_JAX_CACHE=str(tmp_path), NPROC=n, SPARSE_JAX_CXXFLAGS='-O1') for n in '15']
+    both = [
+        _process('-m', 'tests.kernels.kernel_cases', SPARSE_JAX_CACHE=str(tmp_path), NPROC=n, SPARSE_JAX_CXXFLAGS='-O1')
+        for n in '15'
+    ]
     outputs = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert outputs[0][0] == outputs[1][0] and len(outputs[0][0]) == 65

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from tests.block_cases import NONE, SAME, errors, matrix, rounding, score_error
+from tests.kernels.block_cases import NONE, SAME, errors, matrix, rounding, score_error
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 CASES = {

@@ -12,7 +12,7 @@ import pytest
 
 from sparse_jax import kernels, sharding
 from sparse_jax.kernels.gpu import config as config_lib
-from tests.block_cases import NONE, SAME, errors, matrix, rounding, score_error
+from tests.kernels.block_cases import NONE, SAME, errors, matrix, rounding, score_error
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 gradients = jax.__version_info__ >= (0, 11)

@@ -1,6 +1,6 @@
 """Fixed cases of the sparse products against float64, for processes of their own: other compiler flags, sanitizers, numbers of threads.
 
-python -m tests.kernel_cases        prints the digest of all results of the C++ kernels
+python -m tests.kernels.kernel_cases        prints the digest of all results of the C++ kernels
 """
 
 import hashlib

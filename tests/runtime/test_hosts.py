@@ -20,7 +20,7 @@ import pytest
 from benchmarks.reliability import figures
 from sparse_jax.runtime import checkpoint, hosts
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 200
 FLAGS = (
     '--config=configs/mnist_lenet300.py:offline', f'--config.train.steps={STEPS}', '--config.checkpoint.every=50',

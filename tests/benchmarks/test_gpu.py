@@ -14,7 +14,7 @@ from benchmarks.gpu import check, kernels, model
 from sparse_jax.core import target
 from sparse_jax.kernels.gpu import config as config_lib
 
-_ROOT = pathlib.Path(__file__).parents[1]
+_ROOT = pathlib.Path(__file__).parents[2]
 _LAYER = model.SHAPES[0]
 
 

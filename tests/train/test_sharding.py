@@ -18,7 +18,7 @@ from sparse_jax.core import masks as masks_lib
 from sparse_jax.kernels.cpu import operations as cpu
 from sparse_jax.runtime import checkpoint
 from sparse_jax.train import devices as devices_lib
-from tests import kernel_cases
+from tests.kernels import kernel_cases
 
 needs_compiler = pytest.mark.skipif(bool(cpu.unavailable()), reason='needs a C++ compiler: install g++ or clang++')
 

@@ -17,7 +17,7 @@ from sparse_jax.kernels import measure
 from sparse_jax.kernels.cpu import operations as cpu
 from sparse_jax.models import by_lanes, layers
 from sparse_jax.train import kernel_choice
-from tests import kernel_cases
+from tests.kernels import kernel_cases
 
 pytestmark = [
     pytest.mark.core,

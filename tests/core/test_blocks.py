@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import sparse_jax as sj
 from sparse_jax.core import grouping
-from tests import oracle
+from tests.core import oracle
 
 pytestmark = pytest.mark.core
 

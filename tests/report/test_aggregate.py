@@ -14,7 +14,7 @@ from scipy import stats
 from sparse_jax import config as config_lib
 from sparse_jax.report import aggregate, published
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def _write(

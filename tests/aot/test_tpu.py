@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.tpu import kernels
-from tests.lowered import check_compiled, needs_compiler, steps
+from tests.aot.lowered import check_compiled, needs_compiler, steps
 
 pytestmark = needs_compiler('tpu')
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import sparse_jax as sj
 from sparse_jax.core import _reduce, allocation, grouping
-from tests import oracle
+from tests.core import oracle
 
 pytestmark = pytest.mark.core
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_jax import kernels
-from tests import kernel_cases
+from tests.kernels import kernel_cases
 
 NONE, SAME = ((0, 0), (0, 0)), ((1, 1), (1, 1))
 

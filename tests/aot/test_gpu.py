@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.gpu import machine_code, model
 from sparse_jax.kernels.gpu import config as config_lib
-from tests.lowered import check_compiled, needs_compiler, steps
+from tests.aot.lowered import check_compiled, needs_compiler, steps
 
 pytestmark = needs_compiler('gpu')
 CASES = list(machine_code.cases())
