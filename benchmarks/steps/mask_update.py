@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 import sparse_jax as sj
-from sparse_jax.core import _reduce, selection
+from sparse_jax.core import numerics, selection
 
 EVERY = 10**6
 
@@ -137,7 +137,7 @@ def against_sorting(rounds: int) -> None:
         seconds[name] = time.perf_counter() - begin
         memory[name] = _temporaries(compiled, size) - fixed
         runners[name] = Runner(compiled, params, state, grads)
-    with mock.patch.object(_reduce, 'one_cpu_device', return_value=False):
+    with mock.patch.object(numerics, 'one_cpu_device', return_value=False):
         shared = _temporaries(_lower(_optimizer(), shapes).compile(), size) - fixed
     times = {name: [] for name in runners}
     ordinary = {name: [] for name in runners}

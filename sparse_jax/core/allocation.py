@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Amount = tuple[jax.Array, jax.Array]  # uint32 scalars (high, low): high * 2^16 + low, the low below 2^16, the high below 2^32
+from sparse_jax.core.numerics import Amount, at_most, divide, multiply_divide, saturated, subtract, total
 
 MAX_LAYERS = 2047  # their weights, of at most 2^20 each, must add up to less than 2^31
 
@@ -21,15 +21,6 @@ class Weights(NamedTuple):
 
     weight: jax.Array  # int32[layers], 0 to 2^20
     total: jax.Array  # int32
-
-
-def divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    """Correctly rounded float32 quotient of arrays that broadcast.
-
-    XLA turns a division by a constant or by a broadcast scalar into a multiplication by its reciprocal, which rounds twice. The
-    barrier hides from it that the denominator is one.
-    """
-    return numerator / lax.optimization_barrier(jnp.broadcast_to(denominator, jnp.shape(numerator)))
 
 
 def weights(shares: jax.Array) -> Weights:
@@ -47,41 +38,6 @@ def weights(shares: jax.Array) -> Weights:
     return Weights(weight, jnp.sum(weight, dtype=jnp.int32))
 
 
-def total(x: jax.Array) -> Amount:
-    """Exact sum of up to 2^11 integers in [0, 2^32).
-
-    >>> [int(part) for part in total(jnp.array([2**32 - 1, 2**32 - 1], jnp.uint32))]
-    [131071, 65534]
-    """
-    x = x.astype(jnp.uint32)
-    low = jnp.sum(x & 0xFFFF, dtype=jnp.uint32)
-    return jnp.sum(x >> 16, dtype=jnp.uint32) + (low >> 16), low & 0xFFFF
-
-
-def at_most(a: Amount, b: Amount) -> jax.Array:
-    """Whether a <= b."""
-    return (a[0] < b[0]) | ((a[0] == b[0]) & (a[1] <= b[1]))
-
-
-def add(a: Amount, b: Amount) -> Amount:
-    """a + b."""
-    low = a[1] + b[1]
-    return a[0] + b[0] + (low >> 16), low & 0xFFFF
-
-
-def subtract(a: Amount, b: Amount) -> Amount:
-    """a - b, or zero where that would be negative."""
-    borrow = (a[1] < b[1]).astype(jnp.uint32)
-    negative = ~at_most(b, a)
-    zero = jnp.uint32(0)
-    return jnp.where(negative, zero, a[0] - b[0] - borrow), jnp.where(negative, zero, (borrow << 16) + a[1] - b[1])
-
-
-def _small(a: Amount) -> jax.Array:
-    """The amount as one uint32, 2^31 where it is larger."""
-    return jnp.where(a[0] >= 2**15, jnp.uint32(2**31), (a[0] << 16) | a[1])
-
-
 def first_come(amount: Amount, most: jax.Array) -> jax.Array:
     """An amount given out to the layers in order, to each as much as it takes: int32[layers].
 
@@ -90,42 +46,10 @@ def first_come(amount: Amount, most: jax.Array) -> jax.Array:
     """
 
     def give(left, takes):
-        given = jnp.minimum(_small(left), takes.astype(jnp.uint32))
+        given = jnp.minimum(saturated(left), takes.astype(jnp.uint32))
         return subtract(left, (given >> 16, given & 0xFFFF)), given.astype(jnp.int32)
 
     return lax.scan(give, amount, most)[1]
-
-
-def multiply_divide(amount: tuple[jax.Array, jax.Array], weight: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
-    r"""Quotient and remainder of amount * weight / total, exact, by long division.
-
-    With the bits b of the amount taken from the top, :math:`a' = 2a + b`, and :math:`a w = q W + r`, so
-    :math:`a' w = 2q W + (2r + b w)`: double, add, and subtract W where it fits. As r < W and w <= W < 2^31 nothing overflows.
-
-    Args:
-      amount: (high, low), uint32 scalars, below 2^48.
-      weight: uint32[n], each at most the total.
-      total: uint32 scalar, positive, below 2^31.
-
-    Returns:
-      uint32[n] quotients, 2^31 - 1 where they would be larger, and uint32[n] remainders (meaningful where they are not).
-    """
-    limit = jnp.uint32(2**31 - 1)
-    high, low = amount
-
-    def reduce(quotient, remainder):
-        carry = (remainder >= total).astype(jnp.uint32)
-        return jnp.minimum(quotient + carry, limit), remainder - carry * total
-
-    def bit(i, state):
-        position = jnp.uint32(47) - i.astype(jnp.uint32)
-        set_ = jnp.where(position >= 16, high >> (position - 16), low >> position) & 1
-        quotient, remainder = state
-        quotient, remainder = reduce(2 * quotient, 2 * remainder)
-        return reduce(quotient, remainder + set_ * weight)
-
-    zeros = jnp.zeros_like(weight)
-    return lax.fori_loop(0, 48, bit, (zeros, zeros))
 
 
 def prune_counts(
@@ -170,7 +94,7 @@ def share_out(amount: Amount, shares: Weights, room: jax.Array) -> jax.Array:
 
     extra = lax.fori_loop(0, 31, bit, jnp.uint32(0))
     target = jnp.minimum(room, base + extra)
-    left = _small(subtract(amount, total(target)))  # fewer than there are layers with room, if there are any
+    left = saturated(subtract(amount, total(target)))  # fewer than there are layers with room, if there are any
     order = jnp.where(target < room, remainder.astype(jnp.int32), -1)
     earlier = jnp.arange(len(order))[None, :] < jnp.arange(len(order))[:, None]
     ahead = (order[None, :] > order[:, None]) | ((order[None, :] == order[:, None]) & earlier)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sparse_jax.core import _exact, _reduce, allocation, errors, selection
+from sparse_jax.core import errors, numerics, selection
 from sparse_jax.core import granularity as granularity_lib
 
 
@@ -142,11 +142,11 @@ def signed_magnitude(info: LeafInfo) -> jax.Array:
     size, negative = jnp.abs(info.weight), info.weight < 0
     finite = info.mask & jnp.isfinite(info.weight)
     groups = jnp.stack([finite & ~negative, finite & negative])
-    numbers = jax.vmap(_reduce.count)(groups)
+    numbers = jax.vmap(numerics.count)(groups)
     active_units = granularity_lib.active(info.granularity, info.mask)
     # of a part amount / units of the weights, those that are not negative; in blocks units and weights are not the same number
-    amount, units = (x.astype(jnp.uint32) for x in (jnp.asarray(info.amount), jnp.maximum(_reduce.count(active_units), 1)))
-    quotient, remainder = allocation.multiply_divide(
+    amount, units = (x.astype(jnp.uint32) for x in (jnp.asarray(info.amount), jnp.maximum(numerics.count(active_units), 1)))
+    quotient, remainder = numerics.multiply_divide(
         (numbers[0].astype(jnp.uint32) >> 16, numbers[0].astype(jnp.uint32) & 0xFFFF), amount[None], units
     )
     positive = (quotient + (2 * remainder >= units))[0].astype(jnp.int32)
@@ -157,7 +157,7 @@ def signed_magnitude(info: LeafInfo) -> jax.Array:
     for group, k in zip(groups, pruned, strict=True):
         goes = selection.select_smallest(size, k, group)
         limit = jnp.max(jnp.where(goes, size, 0)).astype(jnp.float32)
-        ratio = allocation.divide(size.astype(jnp.float32), jnp.maximum(limit, jnp.finfo(jnp.float32).tiny))
+        ratio = numerics.divide(size.astype(jnp.float32), jnp.maximum(limit, jnp.finfo(jnp.float32).tiny))
         score = jnp.where(group, jnp.where(goes, jnp.minimum(ratio, 1.0), jnp.maximum(ratio, 1.0 + 2.0**-20)), score)
     return score
 
@@ -224,7 +224,7 @@ def momentum_by_neuron(info: LeafInfo) -> jax.Array:
     columns = jnp.moveaxis(scores, -1, 0)
     room = jnp.moveaxis(~info.mask, -1, 0)
     axes = tuple(range(1, columns.ndim))
-    means = _exact.mean_magnitude(
+    means = numerics.mean_magnitude(
         columns,
         jnp.ones(columns.shape, bool),
         lambda x, initial, operation: lax.reduce(x, jnp.asarray(initial, x.dtype), operation, axes),
@@ -233,18 +233,18 @@ def momentum_by_neuron(info: LeafInfo) -> jax.Array:
     )
     # integers whose sum stays below 2^31, however many outputs there are
     scale = 2.0 ** min(20, 30 - len(means).bit_length())
-    weight = jnp.round(allocation.divide(means, jnp.maximum(jnp.max(means), jnp.finfo(jnp.float32).tiny)) * scale)
+    weight = jnp.round(numerics.divide(means, jnp.maximum(jnp.max(means), jnp.finfo(jnp.float32).tiny)) * scale)
     weight = weight.astype(jnp.uint32)
     units = jnp.asarray(info.amount).astype(jnp.uint32) * granularity_lib.unit_size(info.granularity, info.weight.shape)
-    share, _ = allocation.multiply_divide((units >> 16, units & 0xFFFF), weight, jnp.maximum(jnp.sum(weight, dtype=jnp.uint32), 1))
+    share, _ = numerics.multiply_divide((units >> 16, units & 0xFFFF), weight, jnp.maximum(jnp.sum(weight, dtype=jnp.uint32), 1))
     chosen = jax.vmap(selection.select_largest)(columns, share.astype(jnp.int32), room)
     finite = jnp.where(jnp.isfinite(scores), scores, 0.0)
-    relative = allocation.divide(finite, jnp.maximum(jnp.max(finite), jnp.finfo(jnp.float32).tiny))
+    relative = numerics.divide(finite, jnp.maximum(jnp.max(finite), jnp.finfo(jnp.float32).tiny))
     return jnp.moveaxis(chosen, 0, -1) + relative
 
 
 def _mean(values: jax.Array, info: LeafInfo) -> jax.Array:
-    return _exact.mean_magnitude(values, info.mask, _reduce.reduce_all, lambda x: x, info.mask.size)
+    return numerics.mean_magnitude(values, info.mask, numerics.reduce_all, lambda x: x, info.mask.size)
 
 
 def mean_momentum(info: LeafInfo) -> jax.Array:
@@ -279,7 +279,7 @@ def mean_gradient(info: LeafInfo) -> jax.Array:
 @needs(amount=True, momentum=False)
 def nonzeros(info: LeafInfo) -> jax.Array:
     """Redistribute by the number of units that a layer has left after the pruning (DSR: https://arxiv.org/abs/1902.05967)."""
-    left = _reduce.count(granularity_lib.active(info.granularity, info.mask)) - info.amount
+    left = numerics.count(granularity_lib.active(info.granularity, info.mask)) - info.amount
     return left.astype(jnp.float32)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sparse_jax.core import _exact, _reduce, criteria, selection
+from sparse_jax.core import criteria, numerics, selection
 from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core.masks import Layer
 
@@ -83,7 +83,7 @@ def _bundles(layers: list[Layer]) -> list[list[int]]:
     """Which leaves are computed as one with more rows; on one CPU device, as a leaf that is sharded is not moved."""
     bundles: dict[Any, list[int]] = {}
     for i, layer in enumerate(layers):
-        small = math.prod(layer.shape) <= BUNDLE_WEIGHTS and _reduce.one_cpu_device()
+        small = math.prod(layer.shape) <= BUNDLE_WEIGHTS and numerics.one_cpu_device()
         bundles.setdefault((layer.shape, layer.dtype) if small else i, []).append(i)
     return list(bundles.values())
 
@@ -178,7 +178,7 @@ class Group:
         columns = []
         for leaf, may_move in zip(leaves, self.may_move(finite), strict=True):
             active = self.units(granularity_lib.active, leaf.mask)
-            columns.append([jax.vmap(_reduce.count)(x) for x in (active, active & may_move, may_move)])
+            columns.append([jax.vmap(numerics.count)(x) for x in (active, active & may_move, may_move)])
         nonzeros, prunable, movable = (self.in_layer_order(column) for column in zip(*columns, strict=True))
         sizes = jnp.asarray(unit_counts(self.rule.granularity, self.own), jnp.int32)
         counts = Counts(nonzeros, sizes - nonzeros, prunable, movable - prunable)
@@ -264,7 +264,7 @@ class Group:
             scores = self.scores('grow', self.rule.grow, pruned_leaves, self.keys, targets)
             keys = [selection.keys(s, ~a & m) for s, a, m in zip(scores, after, may_move, strict=True)]
             after = [a | chosen for a, chosen in zip(after, selection.select(keys, targets[self.order]), strict=True)]
-        new = self.in_layer_order([jax.vmap(_reduce.count)(now & ~old) for now, old in zip(after, active, strict=True)])
+        new = self.in_layer_order([jax.vmap(numerics.count)(now & ~old) for now, old in zip(after, active, strict=True)])
         # n - pruned + targets = n - removed + new, so as many units as pruned - targets + new are now empty
         flipped = 2 * new + pruned - targets
         new_masks, grown, changed = [], [], []
@@ -272,7 +272,7 @@ class Group:
         for layer, mask, now in zip(self.own, masks, expanded, strict=True):
             now = now[0] if layer.depth is None else now
             if not isinstance(self.rule.granularity, granularity_lib.Unstructured):  # weights, not units
-                changed.append(jax.vmap(_reduce.count)(_as_rows(layer, now ^ mask)))
+                changed.append(jax.vmap(numerics.count)(_as_rows(layer, now ^ mask)))
             # Written so that the old mask's buffer can become the new mask's: `grown` reads it first.
             grown.append(now & ~mask)
             new_masks.append((mask & now) | grown[-1])
@@ -294,7 +294,7 @@ def unit_scores(granularity: granularity_lib.Granularity, scores: jax.Array) -> 
     """Each unit's score: the mean of its weights' scores, exact (scores that are not finite count as 0)."""
     if isinstance(granularity, granularity_lib.Unstructured):
         return scores
-    return _exact.mean_magnitude(
+    return numerics.mean_magnitude(
         scores,
         jnp.ones(scores.shape, bool),
         granularity.collapse,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax.core import _reduce, allocation, grouping, selection, target
+from sparse_jax.core import allocation, grouping, numerics, selection, target
 from sparse_jax.core.masks import Layer, UpdateStats
 
 
@@ -48,7 +48,7 @@ def move(
         return [grouping.Group(rule, layers, load, group, keys, into_groups) for group in groups]
 
     measured = divided(target.platform() == 'cpu')
-    parts = divided(_reduce.one_cpu_device() and not rule.globally)
+    parts = divided(numerics.one_cpu_device() and not rule.globally)
 
     firsts = [part.run(t, part.measure, part.nothing_measured, operands, part.of(masks)) for part in measured]
     finite = [leaf for f in firsts for leaf in f[0]]
@@ -73,7 +73,7 @@ def move(
         rate = jnp.clip(jnp.nan_to_num(jnp.asarray(rule.prune_rate(t), jnp.float32)), 0, 1)
         moved = allocation.prune_counts(rate, nonzeros - given_up, counts.missing + given_up, most - given_up, shares)
         if rule.globally and rule.budgets is None:
-            moved = one_threshold(allocation.total(moved))
+            moved = one_threshold(numerics.total(moved))
     pruned = given_up + moved
     if rule.redistribute is not None and rule.after_pruning:
         late = [part.run(t, part.share, part.no_share, operands, (part.of(masks), part.pick(pruned))) for part in parts]
@@ -83,7 +83,7 @@ def move(
         if rule.budgets is not None:
             free = counts.room + given_up  # what is left of the room when each layer has regrown its own
             targets = moved + allocation.share_out(rise, allocation.weights(free.astype(jnp.float32)), free)
-        amount = allocation.add(allocation.total(moved), rise)
+        amount = numerics.add(numerics.total(moved), rise)
         targets = allocation.growth_targets(amount, targets, shares, counts.room + pruned)
 
     results = [
@@ -101,7 +101,7 @@ def move(
     if shares is None:
         share = jnp.zeros(len(nonzeros), jnp.float32)
     else:
-        share = allocation.divide(shares.weight.astype(jnp.float32), jnp.maximum(shares.total, 1).astype(jnp.float32))
+        share = numerics.divide(shares.weight.astype(jnp.float32), jnp.maximum(shares.total, 1).astype(jnp.float32))
     return new_masks, new_grown, UpdateStats(share, pruned, targets, flipped)
 
 
@@ -113,6 +113,6 @@ def _density_change(rule: grouping.Rule, t, nonzeros):
     index = t // rule.update_every - 1  # beyond the table its last entry is read
     high, low = (jnp.asarray(part.astype(np.uint32))[index] for part in (rule.budgets >> 16, rule.budgets & 0xFFFF))
     budget = high, low
-    present = allocation.total(nonzeros)
-    rise = allocation.subtract(budget, present) if rule.grow is not None else zero
-    return allocation.subtract(present, budget), rise
+    present = numerics.total(nonzeros)
+    rise = numerics.subtract(budget, present) if rule.grow is not None else zero
+    return numerics.subtract(present, budget), rise

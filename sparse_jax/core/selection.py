@@ -17,25 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sparse_jax.core import _reduce, allocation
-
-
-def score_bits(scores: jax.Array) -> jax.Array:
-    """Non-negative scores as unsigned integers of the same order, shape and width.
-
-    Zeros of both signs are equal, and scores that are not finite count as 0; bool and integer scores are taken as float32. No
-    floating-point operation is involved, so denormal scores keep their order where the processor flushes denormals to zero.
-
-    >>> score_bits(jnp.array([1.0, -0.0, jnp.nan])).tolist()
-    [1065353216, 0, 0]
-    """
-    if not jnp.issubdtype(scores.dtype, jnp.floating):
-        scores = scores.astype(jnp.float32)
-    finfo = jnp.finfo(scores.dtype)
-    dtype = jnp.dtype(f'uint{finfo.bits}')
-    bits = lax.bitcast_convert_type(scores, dtype) & dtype.type(2 ** (finfo.bits - 1) - 1)
-    infinity = dtype.type((2**finfo.nexp - 1) << finfo.nmant)
-    return jnp.where(bits < infinity, bits, dtype.type(0))
+from sparse_jax.core import allocation, numerics
+from sparse_jax.core.numerics import score_bits
 
 
 def keys(scores: jax.Array, where: jax.Array, *, smallest: bool = False) -> jax.Array:
@@ -91,12 +74,12 @@ class _Chunks:
     """All layers one after the other in one array of chunks of 32 x 32 entries, each of one layer: the form for one CPU device.
 
     A round is then one pass, whatever the number of layers, and little to compile; and a count by chunks needs no memory
-    (:func:`sparse_jax.core._reduce.count` says why).
+    (:func:`sparse_jax.core.numerics.count` says why).
     """
 
     def __init__(self, leaves: Sequence[jax.Array]):
         self._shapes = [leaf.shape for leaf in leaves]
-        self._chunks = [-(-math.prod(shape[1:]) // _reduce.GROUP**2) for shape in self._shapes]  # of each layer of a leaf
+        self._chunks = [-(-math.prod(shape[1:]) // numerics.GROUP**2) for shape in self._shapes]  # of each layer of a leaf
         self.parts = [jnp.concatenate([self._cut(leaf, chunks) for leaf, chunks in zip(leaves, self._chunks, strict=True)])]
         lengths = [chunks for shape, chunks in zip(self._shapes, self._chunks, strict=True) for _ in range(shape[0])]
         self._layer = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
@@ -105,19 +88,19 @@ class _Chunks:
 
     def _cut(self, leaf: jax.Array, chunks: int) -> jax.Array:
         flat = leaf.reshape(len(leaf), -1)
-        flat = lax.pad(flat, jnp.zeros((), leaf.dtype), [(0, 0, 0), (0, chunks * _reduce.GROUP**2 - flat.shape[1], 0)])
-        return flat.reshape(-1, _reduce.GROUP, _reduce.GROUP)
+        flat = lax.pad(flat, jnp.zeros((), leaf.dtype), [(0, 0, 0), (0, chunks * numerics.GROUP**2 - flat.shape[1], 0)])
+        return flat.reshape(-1, numerics.GROUP, numerics.GROUP)
 
     def split(self, per_layer: jax.Array) -> list[jax.Array]:
         return [per_layer[self._layer][:, None, None]]
 
     def count(self, masks: Sequence[jax.Array]) -> jax.Array:
-        of_chunks = jnp.sum(_reduce.count_groups(masks[0]), axis=1, dtype=jnp.int32)
+        of_chunks = jnp.sum(numerics.count_groups(masks[0]), axis=1, dtype=jnp.int32)
         return jax.ops.segment_sum(of_chunks, jnp.asarray(self._layer), self._num_layers, indices_are_sorted=True)
 
     def index(self) -> list[jax.Array]:
-        within = _flat_index((_reduce.GROUP, _reduce.GROUP))
-        return [jnp.asarray(self._place)[:, None, None] * _reduce.GROUP**2 + within]
+        within = _flat_index((numerics.GROUP, numerics.GROUP))
+        return [jnp.asarray(self._place)[:, None, None] * numerics.GROUP**2 + within]
 
     def join(self, masks: Sequence[jax.Array]) -> list[jax.Array]:
         leaves, start = [], 0
@@ -130,7 +113,7 @@ class _Chunks:
 
 
 def _arrange(leaves: Sequence[jax.Array]) -> _Rows | _Chunks:
-    return _Chunks(leaves) if _reduce.one_cpu_device() else _Rows(leaves)
+    return _Chunks(leaves) if numerics.one_cpu_device() else _Rows(leaves)
 
 
 def _search(num_bits: jax.typing.ArrayLike, dtype, shape, enough, *, stop: jax.Array | None = None):
@@ -231,12 +214,12 @@ def joint_counts(leaves: Sequence[jax.Array], amount: tuple[jax.Array, jax.Array
         return jnp.minimum(rows.count([(key >= t) & (key > 0) for key in rows.parts]), most)
 
     def enough(candidate):
-        return allocation.at_most(amount, allocation.total(counted(candidate))), jnp.int32(0)
+        return numerics.at_most(amount, numerics.total(counted(candidate))), jnp.int32(0)
 
     threshold, _ = _search(dtype.itemsize * 8, dtype, (), enough)
     at_least = counted(threshold)
     above = jnp.where(threshold == ~dtype.type(0), 0, counted(threshold + dtype.type(1)))
-    needed = allocation.subtract(amount, allocation.total(above))
+    needed = numerics.subtract(amount, numerics.total(above))
     return above + allocation.first_come(needed, at_least - above)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sparse_jax.core import _reduce, selection
+from sparse_jax.core import numerics, selection
 
 pytestmark = pytest.mark.core
 
@@ -38,7 +38,7 @@ def _select(largest: bool, one_cpu_device: bool = False):
 
     def select(*args):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_reduce, 'one_cpu_device', lambda: one_cpu_device)
+            patch.setattr(numerics, 'one_cpu_device', lambda: one_cpu_device)
             return jitted(*args)
 
     return select if one_cpu_device else jitted

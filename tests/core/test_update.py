@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparse_jax as sj
-from sparse_jax.core import _reduce, allocation, grouping
+from sparse_jax.core import allocation, grouping, numerics
 from tests.core import oracle
 
 pytestmark = pytest.mark.core
@@ -70,7 +70,7 @@ def _jitted(redistribute: bool, stacked: bool = False, one_cpu_device: bool = Fa
 
     def step(*args):  # group by group and in chunks, or all in one loop: by what there is when it is traced
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_reduce, 'one_cpu_device', lambda: one_cpu_device)
+            patch.setattr(numerics, 'one_cpu_device', lambda: one_cpu_device)
             patch.setattr(grouping, 'GROUP_WEIGHTS', 64)
             patch.setattr(grouping, 'MOST_GROUPS', 64)
             return jitted(*args)
