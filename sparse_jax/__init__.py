@@ -12,14 +12,17 @@ from sparse_jax.core import allocation as redistribution
 from sparse_jax.core import criteria, distributions, granularity, masks, methods, momentum, schedules, selection
 from sparse_jax.core.masks import SparsifyState, UpdateStats, apply_masks, check_sparse, get_masks, layer_names, set_masks
 from sparse_jax.core.methods import sparse_momentum
-from sparse_jax.core.schedules import needs_dense_gradient
+from sparse_jax.core.rule import Rule
+from sparse_jax.core.schedules import Timing, needs_dense_gradient
 from sparse_jax.core.sparsify import sparsify
 
 if TYPE_CHECKING:
     from sparse_jax import kernels, stats
 
 __all__ = [
+    'Rule',
     'SparsifyState',
+    'Timing',
     'UpdateStats',
     '__version__',
     'apply_masks',

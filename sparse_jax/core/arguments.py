@@ -1,8 +1,10 @@
-"""What sparsify is given: one clear error for each thing that cannot work."""
+"""What a rule and an update are given: one clear error for each thing that cannot work."""
 
+import functools
 import inspect
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,38 +12,62 @@ import numpy as np
 import optax
 
 from sparse_jax.core import errors, schedules
-from sparse_jax.core.criteria import signed_magnitude
+from sparse_jax.core.criteria import requirements, signed_magnitude
+
+_P = ParamSpec('_P')
+_R = TypeVar('_R')
 
 
-def check(density, update_every, total_steps, prune_rate, start_step, stop_step, seed):
-    """One clear error for each argument that cannot work."""
-    static = dict(density=density, update_every=update_every, total_steps=total_steps, start_step=start_step, stop_step=stop_step)
-    for name, value in static.items():
-        if isinstance(value, jax.Array):
-            raise ValueError(
-                f'{name} must be a Python number, but is a jax array: it decides shapes and counts. Under optax.inject_hyperparams '
-                'inject into the inner optimizer, sparsify(inject_hyperparams(optax.sgd)(learning_rate=...), ...), or name every '
-                'argument but the learning rate in static_args.'
-            )
+def stated_once(**stated_by: Sequence[str] | None) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Makes a function refuse keywords beside one that states them too, as one of the two would be ignored.
+
+    Args:
+      **stated_by: keyword to the keywords that it stands for; None: all but ``inner``.
+    """
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.wraps(function)
+        def checked(*args: _P.args, **keywords: _P.kwargs) -> _R:
+            for name, stated in stated_by.items():
+                if keywords.get(name) is not None:
+                    others = keywords.keys() - {name, 'inner'}
+                    if twice := sorted(others if stated is None else others.intersection(stated)):
+                        raise ValueError(f'{name}= states {", ".join(twice)} too: give one or the other.')
+            return function(*args, **keywords)
+
+        return checked
+
+    return decorate
+
+
+def check_numbers(density, prune_rate, seed):
+    """Checks a density, a prune rate and a seed."""
+    schedules.refuse_arrays(density=density)
     if not is_key(seed) and not isinstance(seed, numbers.Integral):
         raise ValueError(f'seed={seed!r}: must be an integer, or a typed random key such as jax.random.key(0).')
     if not callable(density) and (not isinstance(density, numbers.Real) or not 0 < float(density) <= 1):
         raise ValueError(
             f'density={density!r}: must be a number in (0, 1], the share of the weights that exist, or a schedule of the step.'
         )
-    for name, least in {'update_every': 1, 'total_steps': 1, 'start_step': 0}.items():
-        if not isinstance(static[name], numbers.Integral) or static[name] < least:
-            raise ValueError(f'{name}={static[name]!r}: must be an integer, at least {least} (in steps).')
-    if stop_step is not None and (not isinstance(stop_step, numbers.Integral) or stop_step < 0):
-        raise ValueError(f'stop_step={stop_step!r}: must be an integer, at least 0 (in steps), or None for total_steps.')
     if not callable(prune_rate) and not (isinstance(prune_rate, numbers.Real) and 0 <= float(prune_rate) <= 1):
         raise ValueError(f'prune_rate={prune_rate!r}: must be in [0, 1], or a schedule of the step.')
 
 
-def check_functions(inner, sparsifiable, stacked):
+def required(name: str, value: Any) -> Any:
+    """The value; ValueError where it is missing."""
+    if value is None:
+        raise ValueError(f'{name} is missing: give {name}=, or rule=.')
+    return value
+
+
+def check_inner(inner):
     if not isinstance(inner, optax.GradientTransformation):
         raise ValueError(f'inner={inner!r}: must be an optax transformation, such as optax.adam(1e-3).')
-    for name, function in {'sparsifiable': sparsifiable, 'stacked': stacked}.items():
+
+
+def check_functions(**functions):
+    """Checks that each is a function (path, leaf) -> bool, or None."""
+    for name, function in functions.items():
         if function is not None and not callable(function):
             raise ValueError(
                 f'{name}={function!r}: must be a function (path, leaf) -> bool, or None. Patterns of leaves that stay dense: dense=.'
@@ -49,7 +75,7 @@ def check_functions(inner, sparsifiable, stacked):
 
 
 def check_criteria(**criteria):
-    """That each criterion is a function of one argument."""
+    """Checks that each criterion is a function of one argument."""
     for setting, criterion in criteria.items():
         if criterion is None:
             if setting == 'prune':
@@ -64,29 +90,27 @@ def check_criteria(**criteria):
             ) from None
 
 
-def check_rule(prune, prune_scope, update_every, accumulated_steps, dense):
-    if prune_scope not in ('layer', 'global'):
-        raise errors.unknown('prune_scope', prune_scope, ['layer', 'global'])
-    if accumulated_steps > update_every:
+def check_together(rule):
+    """Checks what the parts of a rule ask of each other."""
+    if rule.prune_scope not in ('layer', 'global'):
+        raise errors.unknown('prune_scope', rule.prune_scope, ['layer', 'global'])
+    steps, update_every = requirements(rule.prune, rule.grow, rule.redistribute).accumulated_gradient, rule.timing.update_every
+    if steps > update_every and not rule.is_fixed:
         raise ValueError(
-            f'grow: gradients are accumulated over {accumulated_steps} steps, but masks are updated every {update_every}: '
+            f'grow: gradients are accumulated over {steps} steps, but masks are updated every {update_every}: '
             f'accumulate over at most update_every steps.'
         )
+    dense = rule.dense
     if isinstance(dense, str) or not isinstance(dense, Sequence) or not all(isinstance(d, str) for d in dense):
         raise ValueError(f"dense={dense!r}: must be a sequence of path patterns, such as ('out/*',).")
-    if prune_scope == 'global' and prune is signed_magnitude:
+    if rule.is_global and rule.prune is signed_magnitude:
         raise ValueError("prune='signed_magnitude' ranks the weights of one layer: it does not go with prune_scope='global'.")
 
 
-def check_density_schedule(density, *, can_grow, update_every, total_steps, start_step, stop_step) -> tuple[float, float]:
-    """Checks a density schedule at 0 and at every update; returns the density after the last one, and the least."""
-    steps = [
-        t
-        for t in range(0, total_steps, update_every)
-        if t == 0
-        or schedules.is_update(t, update_every=update_every, total_steps=total_steps, start_step=start_step, stop_step=stop_step)
-    ]
-    values = schedules.densities(density, np.array(steps))
+def check_density_schedule(density: optax.Schedule, timing: schedules.Timing, *, can_grow: bool) -> None:
+    """Checks a density schedule at step 0 and at every update."""
+    steps = timing.steps()
+    values = schedules.densities(density, steps)
     wrong = ~((values > 0) & (values <= 1))
     if wrong.any():
         i = int(wrong.argmax())
@@ -98,18 +122,47 @@ def check_density_schedule(density, *, can_grow, update_every, total_steps, star
             f'density: the schedule rises from {values[i]:.6g} at step {steps[i]} to {values[i + 1]:.6g} at step {steps[i + 1]}, but '
             'grow=None grows nothing: give a grow criterion, or a schedule that only falls.'
         )
-    return float(values[-1]), float(values.min())
 
 
-def is_key(x):
+def check_update_masks(rule, update_masks: Any) -> None:
+    """Checks the extra argument of update: it decides what the program is, so it must be known when tracing."""
+    if update_masks is not None and not isinstance(update_masks, bool):
+        raise ValueError(
+            f'update_masks={update_masks!r}: must be True, False or None (by the timing), a Python value that is static under jit.'
+        )
+    if update_masks and rule.is_fixed:
+        raise ValueError('update_masks=True: this rule has grow=None and a constant density, so its masks never change.')
+
+
+def is_key(x: Any) -> bool:
+    """Whether x is a typed random key."""
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def is_lookahead(x):
-    return isinstance(x, optax.LookaheadState)
+def check_inner_state(inner_state: Any) -> None:
+    """Refuses an optimizer whose state holds weights of its own, which would not be sparse."""
+    is_lookahead = lambda x: isinstance(x, optax.LookaheadState)
+    if any(map(is_lookahead, jax.tree.leaves(inner_state, is_leaf=is_lookahead))):
+        raise ValueError('inner: optax.lookahead is not supported: its slow weights are not sparse. Wrap its fast optimizer alone.')
 
 
-def check_params(params, masks):
+def check_masks(masks: Any) -> None:
+    """Refuses masks that something has computed with: they would no longer be masks."""
+    if not any(mask.ndim for mask in jax.tree.leaves(masks)):
+        raise ValueError('no leaf of params is sparse.')
+    for path, mask in jax.tree_util.tree_leaves_with_path(masks):
+        if mask.dtype != jnp.bool_:
+            name = jax.tree_util.keystr(path, simple=True, separator='/')
+            raise ValueError(
+                f'the mask of {name} is {mask.dtype}, not bool: something around sparsify averages its state, as '
+                'optax.lookahead(reset_state=True) does. Leave that out, or wrap the optimizer inside with it.'
+            )
+
+
+def check_params(params: Any, masks: Any) -> None:
+    """Checks that params are those that the masks were made for."""
+    if params is None:
+        raise ValueError('sparsify needs the current params: call tx.update(grads, state, params).')
     if jax.tree.structure(params) != jax.tree.structure(masks):
         raise ValueError(
             f'params has the tree {jax.tree.structure(params)}, but init was given {jax.tree.structure(masks)}: update must be given '

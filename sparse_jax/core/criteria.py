@@ -12,6 +12,7 @@ have in common. Writing one takes a line::
 A criterion that reads one of the last two fields of ``LeafInfo`` says so with :func:`needs`, and ``sparsify`` keeps it.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -40,6 +41,17 @@ class LeafInfo(NamedTuple):
 Criterion = Callable[[LeafInfo], jax.Array]
 
 
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What criteria read that ``sparsify`` provides only on demand; see :func:`needs`."""
+
+    ever_active: bool = False
+    accumulated_gradient: int = 0
+    amount: bool = False
+    dense_gradients: int | None = None
+    momentum: bool = True
+
+
 def needs(
     *,
     ever_active: bool = False,
@@ -51,11 +63,11 @@ def needs(
     """Marks a criterion that reads what ``sparsify`` provides only on demand: state in ``SparsifyState.method_state``, or an amount.
 
     Args:
-      ever_active: it reads ``info.ever_active`` (one byte a weight).
-      accumulated_gradient: it reads ``info.accumulated_gradient``, of so many steps (four bytes a weight).
-      amount: it redistributes and reads ``info.amount``: it is then called once it is known how much each layer prunes.
-      dense_gradients: to grow it needs the gradients of missing weights in so many steps before an update; None: in all.
-      momentum: it reads ``info.momentum``; where no criterion does, and the optimizer has none, none is kept (then it is None).
+      ever_active: whether it reads ``info.ever_active`` (one byte a weight).
+      accumulated_gradient: of how many steps it reads ``info.accumulated_gradient`` (four bytes a weight).
+      amount: whether it redistributes and reads ``info.amount``: it is then called once it is known how much each layer prunes.
+      dense_gradients: in how many steps before an update it needs the gradients of missing weights to grow; None: in all.
+      momentum: whether it reads ``info.momentum``; where no criterion does, and the optimizer has none, none is kept (it is then None).
 
     Returns:
       A decorator.
@@ -64,37 +76,33 @@ def needs(
       >>> @needs(accumulated_gradient=10)
       ... def score(info):
       ...     return jnp.abs(info.accumulated_gradient)
-      >>> requirements(score)['accumulated_gradient']
+      >>> requirements(score).accumulated_gradient
       10
     """
 
     def mark(criterion: Criterion) -> Criterion:
-        criterion.needs = {  # pyright: ignore[reportFunctionMemberAccess]
-            'ever_active': ever_active,
-            'accumulated_gradient': accumulated_gradient,
-            'amount': amount,
-            'dense_gradients': dense_gradients,
-            'momentum': momentum,
-        }
+        vars(criterion)['needs'] = Needs(ever_active, accumulated_gradient, amount, dense_gradients, momentum)
         return criterion
 
     return mark
 
 
-def requirements(*criteria: Criterion | None) -> dict[str, Any]:
-    """What the given criteria need together (see :func:`needs`)."""
-    marks = [getattr(criterion, 'needs', {}) for criterion in criteria]
-    steps = sorted({mark['accumulated_gradient'] for mark in marks if mark.get('accumulated_gradient')})
+def _needs_of(criterion: Criterion) -> Needs:
+    return getattr(criterion, 'needs', Needs())
+
+
+def requirements(*criteria: Criterion | None) -> Needs:
+    """What the given criteria need together (see :func:`needs`); ``dense_gradients`` is that of growth alone."""
+    marks = [_needs_of(criterion) for criterion in criteria if criterion is not None]
+    steps = sorted({mark.accumulated_gradient for mark in marks if mark.accumulated_gradient})
     if len(steps) > 1:
         raise ValueError(f'criteria need gradients accumulated over {steps} steps: one sum is kept, so they must agree.')
-    return {
-        'ever_active': any(mark.get('ever_active', False) for mark in marks),
-        'amount': any(mark.get('amount', False) for mark in marks),
-        'momentum': any(
-            mark.get('momentum', True) for mark, criterion in zip(marks, criteria, strict=True) if criterion is not None
-        ),
-        'accumulated_gradient': max([mark.get('accumulated_gradient', 0) for mark in marks], default=0),
-    }
+    return Needs(
+        ever_active=any(mark.ever_active for mark in marks),
+        accumulated_gradient=max(steps, default=0),
+        amount=any(mark.amount for mark in marks),
+        momentum=any(mark.momentum for mark in marks),
+    )
 
 
 def dense_gradient_steps(grow: Criterion | None) -> int | None:
@@ -103,7 +111,7 @@ def dense_gradient_steps(grow: Criterion | None) -> int | None:
     >>> dense_gradient_steps(gradient), dense_gradient_steps(random), dense_gradient_steps(momentum)
     (1, 0, None)
     """
-    return 0 if grow is None else getattr(grow, 'needs', {}).get('dense_gradients')
+    return 0 if grow is None else _needs_of(grow).dense_gradients
 
 
 @needs(momentum=False)
@@ -186,7 +194,7 @@ def accumulated_gradient(steps: int) -> Criterion:
       ValueError: if steps is not an integer of at least 1.
 
     Example:
-      >>> requirements(accumulated_gradient(8))['accumulated_gradient']
+      >>> requirements(accumulated_gradient(8)).accumulated_gradient
       8
     """
     if not isinstance(steps, int) or steps < 1:

@@ -153,3 +153,23 @@ def get(granularity: str | Granularity) -> Granularity:
             f"granularity={granularity!r}: must be 'block:RxC' or 'block:RxC:kernel' with R inputs and C outputs, such as 'block:16x16'."
         )
     raise errors.unknown('granularity', granularity, ['unstructured', 'block:16x16', 'block:16x16:kernel'])
+
+
+def encode(granularity: Granularity) -> tuple[int, int, int]:
+    """The granularity as three integers: its kind and the two numbers of that kind.
+
+    >>> encode(Unstructured()), encode(Block(8, 4)), encode(Block(8, 4, whole_kernel=True))
+    ((0, 0, 0), (1, 8, 4), (2, 8, 4))
+    """
+    if isinstance(granularity, Unstructured):
+        return 0, 0, 0
+    return 2 if granularity.whole_kernel else 1, granularity.rows, granularity.columns
+
+
+def decode(kind: int, first: int, second: int) -> Granularity:
+    """The inverse of :func:`encode`.
+
+    >>> decode(2, 8, 4)
+    Block(rows=8, columns=4, whole_kernel=True)
+    """
+    return Unstructured() if kind == 0 else Block(first, second, whole_kernel=kind == 2)

@@ -6,112 +6,280 @@ their own leaf: group by group on one CPU device, all in one loop elsewhere (acc
 sharded and one loop needs one small reduction a round).
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from sparse_jax.core import allocation, grouping, numerics, selection, target
-from sparse_jax.core.masks import Layer, UpdateStats
+from sparse_jax.core import allocation, group_update, grouping, numerics, schedules, selection, target
+from sparse_jax.core import layers as layers_lib
+from sparse_jax.core import momentum as momentum_lib
+from sparse_jax.core.allocation import Weights
+from sparse_jax.core.group_update import Counts, LeafOperands, Load, Part, Selecting
+from sparse_jax.core.layers import Layer
+from sparse_jax.core.masks import Masks, UpdateStats
+from sparse_jax.core.momentum import Read
+from sparse_jax.core.numerics import Amount
+from sparse_jax.core.rule import Rule
 
 
-def move(
-    rule: grouping.Rule,
-    layers: list[Layer],
-    load: grouping.Load,
-    operands: Any,
-    masks: list[jax.Array],
-    grown: list[jax.Array],
-    t,
-    rng_key,
-):
-    """The update.
+class Operands(NamedTuple):
+    """What the condition around an update is given: trees like the params, and None where something is not kept."""
+
+    grads: Any
+    inner_state: Any
+    average: Any  # of the gradients
+    accumulated: Any  # gradients, summed
+    params: Any
+    masks: Masks
+    grown: Masks
+    ever_active: Any
+    stats: UpdateStats
+    t: jax.Array  # the step, 1-based
+    rng_key: jax.Array
+
+
+class Moved(NamedTuple):
+    """What an update changes."""
+
+    masks: Masks
+    grown: Masks
+    ever_active: Any
+    stats: UpdateStats
+
+    @staticmethod
+    def unmoved(operands: Operands) -> 'Moved':
+        """What it was before."""
+        return Moved(operands.masks, operands.grown, operands.ever_active, operands.stats)
+
+
+def first_masks(rule: Rule, layers: list[Layer], params: Any, key: jax.Array) -> Masks:
+    """Random masks of the rule's initial counts."""
+    leaves, treedef = jax.tree.flatten(params)
+    units, counts = rule.granularity, jnp.asarray(rule.initial_counts(layers), jnp.int32)
+    keys = jax.random.split(key, max(layers[-1].stop if layers else 0, 1))
+    scores = [
+        jax.vmap(lambda key, shape=units.unit_shape(layer.shape): jnp.maximum(jax.random.bits(key, shape), 1))(
+            keys[layer.start : layer.stop]
+        )
+        for layer in layers
+    ]
+    masks = [jnp.array(True) for _ in leaves]
+    for layer, chosen in zip(layers, selection.select(scores, counts) if layers else [], strict=True):
+        mask = jax.vmap(lambda row, layer=layer: units.expand(row, layer.shape))(chosen)
+        masks[layer.leaf] = mask[0] if layer.depth is None else mask
+    return jax.tree.unflatten(treedef, masks)
+
+
+def move_weights(
+    inner: optax.GradientTransformationExtraArgs,
+    rule: Rule,
+    operands: Operands,
+    extra_args: dict[str, Any],
+    *,
+    by_hand: bool = False,
+) -> Moved:
+    """The mask update, on trees like the params.
+
+    ``by_hand`` says that it comes when the timing does not ask for it: a density schedule is then read at this very step, and outside
+    of the steps whose gradients are summed the step's own gradient stands for the sum.
+    """
+    treedef, t = jax.tree.structure(operands.params), operands.t
+    masks = treedef.flatten_up_to(operands.masks)
+    is_sparse = dict(zip((path for path, _ in layers_lib.leaf_paths(operands.params)), (m.ndim > 0 for m in masks), strict=True))
+    layers = layers_lib.layer_table(operands.params, lambda path, _: is_sparse[path], rule.stacked)
+
+    def load(read: Read, masks: list[jax.Array], members: list[int]) -> list[LeafOperands]:
+        updates, _, _, momenta = momentum_lib.advance(inner, rule.momentum, read, extra_args)
+        params, updates, grads = map(treedef.flatten_up_to, (read.params, updates, read.grads))
+        momenta, ever_active, accumulated = (
+            [None] * len(params) if x is None else treedef.flatten_up_to(x) for x in (momenta, read.ever_active, read.accumulated)
+        )
+        return [
+            LeafOperands(
+                weight=(params[i] + updates[i]).astype(params[i].dtype),
+                mask=mask,
+                gradient=grads[i],
+                momentum=momenta[i],
+                ever_active=ever_active[i],
+                accumulated_gradient=accumulated[i],
+            )
+            for mask, i in zip(masks, [layers[m].leaf for m in members], strict=True)
+        ]
+
+    grown = treedef.flatten_up_to(operands.grown)
+    keys = jax.random.split(jax.random.fold_in(operands.rng_key, t), layers[-1].stop)
+    update = Update(rule, layers, load, t, keys, by_hand)
+    new_masks, new_grown, stats = move(
+        update, _read(rule, operands, by_hand), [masks[x.leaf] for x in layers], [grown[x.leaf] for x in layers]
+    )
+    ever_active = None if operands.ever_active is None else treedef.flatten_up_to(operands.ever_active)
+    for layer, mask, new in zip(layers, new_masks, new_grown, strict=True):
+        if ever_active is not None:
+            ever_active[layer.leaf] = ever_active[layer.leaf] | mask
+        masks[layer.leaf], grown[layer.leaf] = mask, new
+    return Moved(
+        masks=jax.tree.unflatten(treedef, masks),
+        grown=jax.tree.unflatten(treedef, grown),
+        ever_active=None if ever_active is None else jax.tree.unflatten(treedef, ever_active),
+        stats=stats,
+    )
+
+
+def _read(rule: Rule, operands: Operands, by_hand: bool) -> Read:
+    """What ``load`` reads of the operands, and nothing else: what a condition is given is kept until it is done."""
+    accumulated = operands.accumulated
+    if by_hand and accumulated is not None:
+        every = rule.timing.update_every
+        summing = (operands.t - 1) % every >= every - rule.needs.accumulated_gradient
+        accumulated = jax.tree.map(
+            lambda a, g: a if a.ndim == 0 else jnp.where(summing, a, g.astype(jnp.float32)), accumulated, operands.grads
+        )
+    return Read(
+        grads=operands.grads,
+        inner_state=operands.inner_state,
+        average=operands.average,
+        accumulated=accumulated,
+        ever_active=operands.ever_active if rule.needs.ever_active else None,
+        params=operands.params,
+    )
+
+
+class Amounts(NamedTuple):
+    """How many units each layer prunes and grows, int32[layers], and the shares by which growth was shared out; None: it was not."""
+
+    pruned: jax.Array
+    grown: jax.Array
+    shares: Weights | None
+
+
+class Update(NamedTuple):
+    """What an update does, and with which leaves.
+
+    ``load(operands, masks, members)`` computes what is read of some leaves: it is called anew for each group, so that none is held
+    longer than needed.
+    """
+
+    rule: Rule
+    layers: list[Layer]  # the sparse leaves
+    load: Load
+    t: jax.Array  # the step, 1-based
+    keys: jax.Array  # random keys, one a layer
+    by_hand: bool  # whether it comes when the timing does not ask for it
+
+
+def move(update: Update, operands: Any, masks: list[jax.Array], grown: list[jax.Array]):
+    """Moves weights.
 
     Args:
-      rule: what to do.
-      layers: the sparse leaves.
-      load: computes what is read of some leaves; called anew for each group of leaves, so that none is held longer than needed.
-      operands: what ``load`` computes them from.
+      update: what to do.
+      operands: what ``update.load`` computes from.
       masks: masks of the sparse leaves.
-      grown: where the last update grew, likewise; only their buffers are used.
-      t: the step, 1-based.
-      rng_key: of this run.
+      grown: where the update before grew, likewise; only their buffers are used.
 
     Returns:
       For each sparse leaf the new mask and where it grew new weights, and the stats.
     """
-    keys = jax.random.split(jax.random.fold_in(rng_key, t), layers[-1].stop)
 
-    def divided(into_groups: bool) -> list[grouping.Group]:
-        groups = grouping.groups(layers) if into_groups else [list(range(len(layers)))]
-        return [grouping.Group(rule, layers, load, group, keys, into_groups) for group in groups]
+    def divided(in_turn: bool) -> list[Part]:
+        groups = grouping.divide(update.layers, in_turn=in_turn)
+        return [Part(update.rule, update.load, group, group.layers_of(update.keys)) for group in groups]
 
-    measured = divided(target.platform() == 'cpu')
-    parts = divided(numerics.one_cpu_device() and not rule.globally)
+    def run(part: Part, function: Callable, otherwise: Callable, arguments: Any) -> Any:
+        bind = lambda f: lambda operands, arguments: f(part, operands, arguments)
+        return part.group.run(update.t, bind(function), bind(otherwise), operands, arguments)
 
-    firsts = [part.run(t, part.measure, part.nothing_measured, operands, part.of(masks)) for part in measured]
-    finite = [leaf for f in firsts for leaf in f[0]]
-    counts = grouping.Counts(*(jnp.concatenate(column) for column in zip(*(f[1] for f in firsts), strict=True)))
-    nonzeros = counts.nonzeros
-    none = jnp.zeros_like(nonzeros)
-    most = jnp.maximum(jnp.minimum(counts.prunable, nonzeros - 1), 0)
-
-    def one_threshold(amount):
-        # one part, of all layers
-        return selection.joint_counts(parts[0].joint_keys(operands, masks, finite), amount, most)
-
-    fall, rise = _density_change(rule, t, nonzeros)
-    given_up, moved, shares = none, none, None
-    if rule.budgets is not None and rule.globally:
-        given_up = one_threshold(fall)
-    elif rule.budgets is not None:
-        given_up = allocation.decreases(fall, nonzeros, counts.prunable, jnp.asarray(rule.final, jnp.int32))
-    if rule.grow is not None:
-        if rule.redistribute is not None and not rule.after_pruning:
-            shares = allocation.weights(jnp.concatenate([f[2] for f in firsts]))
-        rate = jnp.clip(jnp.nan_to_num(jnp.asarray(rule.prune_rate(t), jnp.float32)), 0, 1)
-        moved = allocation.prune_counts(rate, nonzeros - given_up, counts.missing + given_up, most - given_up, shares)
-        if rule.globally and rule.budgets is None:
-            moved = one_threshold(numerics.total(moved))
-    pruned = given_up + moved
-    if rule.redistribute is not None and rule.after_pruning:
-        late = [part.run(t, part.share, part.no_share, operands, (part.of(masks), part.pick(pruned))) for part in parts]
-        shares = allocation.weights(jnp.concatenate(late))
-    targets = moved
-    if rule.grow is not None:
-        if rule.budgets is not None:
-            free = counts.room + given_up  # what is left of the room when each layer has regrown its own
-            targets = moved + allocation.share_out(rise, allocation.weights(free.astype(jnp.float32)), free)
-        amount = numerics.add(numerics.total(moved), rise)
-        targets = allocation.growth_targets(amount, targets, shares, counts.room + pruned)
-
-    results = [
-        part.run(
-            t,
-            part.select,
-            part.as_before,
-            operands,
-            (part.of(masks), part.of(grown), part.of(finite), part.pick(pruned), part.pick(targets)),
-        )
-        for part in parts
+    measured_parts = divided(target.platform() == 'cpu')
+    parts = divided(numerics.one_cpu_device() and not update.rule.is_global)
+    measured = [
+        run(part, group_update.measure, group_update.nothing_measured, part.group.leaves_of(masks)) for part in measured_parts
     ]
+    finite = [leaf for m in measured for leaf in m[0]]
+    counts = Counts(*(jnp.concatenate(column) for column in zip(*(m[1] for m in measured), strict=True)))
+
+    def one_threshold(amount: Amount, most: jax.Array) -> jax.Array:  # there is one part, of all layers
+        return selection.joint_counts(group_update.joint_keys(parts[0], operands, masks, finite), amount, most)
+
+    def early_shares() -> jax.Array:
+        return jnp.concatenate([m[2] for m in measured])
+
+    def late_shares(pruned: jax.Array) -> jax.Array:
+        arguments = [(part.group.leaves_of(masks), part.group.layers_of(pruned)) for part in parts]
+        return jnp.concatenate(
+            [run(part, group_update.late_shares, group_update.no_shares, a) for part, a in zip(parts, arguments, strict=True)]
+        )
+
+    amounts = _amounts(update, counts, one_threshold, early_shares, late_shares)
+    results = []
+    for part in parts:
+        selecting = Selecting(
+            masks=part.group.leaves_of(masks),
+            grown=part.group.leaves_of(grown),
+            finite=part.group.leaves_of(finite),
+            pruned=part.group.layers_of(amounts.pruned),
+            targets=part.group.layers_of(amounts.grown),
+        )
+        results.append(run(part, group_update.select, group_update.as_before, selecting))
     new_masks, new_grown = ([x for r in results for x in r[i]] for i in (0, 1))
     flipped = jnp.concatenate([r[2] for r in results])
-    if shares is None:
-        share = jnp.zeros(len(nonzeros), jnp.float32)
-    else:
-        share = numerics.divide(shares.weight.astype(jnp.float32), jnp.maximum(shares.total, 1).astype(jnp.float32))
-    return new_masks, new_grown, UpdateStats(share, pruned, targets, flipped)
+    return new_masks, new_grown, UpdateStats(_share(amounts), amounts.pruned, amounts.grown, flipped)
 
 
-def _density_change(rule: grouping.Rule, t, nonzeros):
+def _amounts(update: Update, counts: Counts, one_threshold: Callable, early_shares: Callable, late_shares: Callable) -> Amounts:
+    """How much each layer prunes and grows. The functions compute what is not always needed, from the leaves."""
+    rule, nonzeros = update.rule, counts.nonzeros
+    none = jnp.zeros_like(nonzeros)
+    most = jnp.maximum(jnp.minimum(counts.prunable, nonzeros - 1), 0)  # no layer loses its last unit
+    fall, rise = _density_change(update, nonzeros)
+    given_up, moved, shares = none, none, None
+    follows_schedule = callable(rule.density)
+    if follows_schedule and rule.is_global:
+        given_up = one_threshold(fall, most)
+    elif follows_schedule:
+        final = jnp.asarray(tuple(rule.final_counts(update.layers)), jnp.int32)
+        given_up = allocation.decreases(fall, nonzeros, counts.prunable, final)
+    if rule.grow is not None:
+        if rule.redistribute is not None and not rule.shares_after_pruning:
+            shares = allocation.weights(early_shares())
+        rate = jnp.clip(jnp.nan_to_num(jnp.asarray(rule.prune_rate_schedule(update.t), jnp.float32)), 0, 1)
+        moved = allocation.prune_counts(rate, nonzeros - given_up, counts.missing + given_up, most - given_up, shares)
+        if rule.is_global and not follows_schedule:
+            moved = one_threshold(numerics.total(moved), most)
+    pruned = given_up + moved
+    if rule.redistribute is not None and rule.shares_after_pruning:
+        shares = allocation.weights(late_shares(pruned))
+    targets = moved
+    if rule.grow is not None:
+        if follows_schedule:
+            free = counts.growable + given_up  # what is left of the room when each layer has regrown its own
+            targets = moved + allocation.share_out(rise, allocation.weights(free.astype(jnp.float32)), free)
+        amount = numerics.add(numerics.total(moved), rise)
+        targets = allocation.growth_targets(amount, targets, shares, counts.growable + pruned)
+    return Amounts(pruned, targets, shares)
+
+
+def _share(amounts: Amounts) -> jax.Array:
+    """The part of all growth that each layer was to have, float32[layers]."""
+    if amounts.shares is None:
+        return jnp.zeros(len(amounts.pruned), jnp.float32)
+    weight, total = amounts.shares
+    return numerics.divide(weight.astype(jnp.float32), jnp.maximum(total, 1).astype(jnp.float32))
+
+
+def _density_change(update: Update, nonzeros: jax.Array) -> tuple[Amount, Amount]:
     """By how many units the total is to fall, and by how many to rise."""
+    rule, timing = update.rule, update.rule.timing
     zero = jnp.uint32(0), jnp.uint32(0)
-    if rule.budgets is None:
+    if not callable(rule.density):
         return zero, zero
-    index = t // rule.update_every - 1  # beyond the table its last entry is read
-    high, low = (jnp.asarray(part.astype(np.uint32))[index] for part in (rule.budgets >> 16, rule.budgets & 0xFFFF))
+    every = 1 if update.by_hand else timing.update_every
+    size = sum(layers_lib.unit_counts(rule.granularity, update.layers))
+    budgets = schedules.budgets(rule.density, size, timing, every=every)
+    index = update.t // every - 1  # beyond the table its last entry is read
+    high, low = (jnp.asarray(part.astype(np.uint32))[index] for part in (budgets >> 16, budgets & 0xFFFF))
     budget = high, low
     present = numerics.total(nonzeros)
     rise = numerics.subtract(budget, present) if rule.grow is not None else zero

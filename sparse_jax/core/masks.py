@@ -1,19 +1,17 @@
 """The state of a sparse optimizer, and the masks in it: find, replace, apply and check them."""
 
-import math
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
-from sparse_jax.core import distributions
+from sparse_jax.core import layers as layers_lib
+from sparse_jax.core.granularity import Granularity
+from sparse_jax.core.layers import Layer, PathPredicate, layer_table, leaf_paths, names_of
 
 Masks = Any  # a tree like the params: bool arrays of the leaf's shape where it is sparse, a scalar True where it is dense
-PathPredicate = Callable[[str, Any], bool]
-
-_DENSE_NAMES = ('embed', 'norm', 'bias', 'scale')
 
 
 class UpdateStats(NamedTuple):
@@ -29,110 +27,14 @@ class SparsifyState(NamedTuple):
     """State of :func:`sparse_jax.sparsify`: arrays only."""
 
     count: jax.Array  # int32, steps done
-    rng_key: jax.Array  # typed random key, constant; folded with the count at an update
+    rng_key: jax.Array  # jax.random.key_data of a random key, constant; folded with the count at an update
     masks: Masks
     grown: Masks  # True where the last update grew a new weight; scalar False at dense leaves
+    layers: jax.Array  # int32[leaves, 4], constant: which leaves are sparse, stacked, and in which units; see layers.encode
     inner_state: Any
     stats: UpdateStats
     # 'gradient_average' where the inner optimizer keeps no momentum; 'ever_active', 'accumulated_gradient' where they are needed
     method_state: dict[str, Any]
-
-
-class Layer(NamedTuple):
-    """Where one sparse leaf stands among the layers; a stacked leaf holds several."""
-
-    leaf: int  # index among the params' leaves
-    name: str
-    shape: tuple[int, ...]  # of one layer
-    start: int  # index of its first layer
-    depth: int | None  # number of stacked layers, None where the leaf is one layer
-    dtype: Any  # of the leaf
-
-    @property
-    def stop(self) -> int:
-        return self.start + (1 if self.depth is None else self.depth)
-
-
-def default_sparsifiable(path: str, leaf: Any) -> bool:
-    """Whether a leaf is trained sparse unless told otherwise: floating point, two or more axes, no dense name in its path.
-
-    >>> default_sparsifiable('dense/kernel', jnp.ones((2, 2))), default_sparsifiable('LayerNorm_0/kernel', jnp.ones((2, 2)))
-    (True, False)
-    """
-    named_dense = any(part in path.lower() for part in _DENSE_NAMES)
-    return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim >= 2 and not named_dense
-
-
-def sparse_leaves(params: Any, sparsifiable: PathPredicate | None, dense: Sequence[str]) -> PathPredicate:
-    """The predicate of the leaves that are trained sparse; ValueError for a dense pattern that matches none of them.
-
-    >>> params = {'conv1': jnp.ones((3, 3)), 'conv2': jnp.ones((3, 3))}
-    >>> [path for path in params if sparse_leaves(params, None, ['conv1'])(path, params[path])]
-    ['conv2']
-    """
-    chosen = sparsifiable or default_sparsifiable
-    names = [path for path, leaf in leaf_paths(params) if chosen(path, leaf)]
-    kept_dense = {name for name, i in zip(names, distributions.matching(dense, names, 'dense'), strict=True) if i is not None}
-    return lambda path, leaf: path not in kept_dense and chosen(path, leaf)
-
-
-def leaf_paths(tree: Any) -> list[tuple[str, Any]]:
-    """(path joined by /, leaf) of all leaves.
-
-    >>> leaf_paths({'a': {'b': 1}})
-    [('a/b', 1)]
-    """
-    return [
-        (jax.tree_util.keystr(key_path, simple=True, separator='/'), leaf)
-        for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    ]
-
-
-def names_of(layers: Sequence[Layer]) -> list[str]:
-    """A name for each layer; those of a stacked leaf end in [0], [1], ..."""
-    names = []
-    for layer in layers:
-        names += [layer.name] if layer.depth is None else [f'{layer.name}[{i}]' for i in range(layer.depth)]
-    return names
-
-
-def layer_table(tree: Any, is_sparse: PathPredicate, stacked: PathPredicate | None) -> list[Layer]:
-    """The sparse leaves of a tree (params, masks, or their shapes) in its order; ValueError for a leaf that cannot be sparse."""
-    layers, start = [], 0
-    for i, (path, leaf) in enumerate(leaf_paths(tree)):
-        if not is_sparse(path, leaf):
-            continue
-        is_stacked = stacked is not None and stacked(path, leaf)
-        shape = tuple(leaf.shape[1:] if is_stacked else leaf.shape)
-        if not leaf.shape or math.prod(leaf.shape) == 0 or (is_stacked and not shape):
-            raise ValueError(
-                f'sparsifiable chose the leaf {path!r} of shape {tuple(leaf.shape)}; a sparse leaf needs at least one axis '
-                '(two where it is stacked) and one element.'
-            )
-        if math.prod(leaf.shape) >= 2**31:
-            raise ValueError(
-                f'the leaf {path!r} has {math.prod(leaf.shape)} elements; a sparse leaf takes fewer than 2^31 = {2**31}.'
-            )
-        layers.append(Layer(i, path, shape, start, leaf.shape[0] if is_stacked else None, leaf.dtype))
-        start = layers[-1].stop
-    return layers
-
-
-def layer_names(masks: Masks, stacked: PathPredicate | None = None) -> list[str]:
-    """Names of the layers, in the order of :class:`UpdateStats`.
-
-    Args:
-      masks: tree of masks.
-      stacked: as given to ``sparsify``.
-
-    Returns:
-      Paths joined by ``/``; the layers of a stacked leaf end in ``[0]``, ``[1]``, ...
-
-    Example:
-      >>> layer_names({'a': {'kernel': jnp.ones((2, 2), bool), 'bias': jnp.array(True)}})
-      ['a/kernel']
-    """
-    return names_of(layer_table(masks, lambda _, mask: mask.ndim > 0, stacked))
 
 
 def _is_state(x: Any) -> bool:
@@ -152,6 +54,54 @@ def find_state(opt_state: Any) -> SparsifyState:
             'sparsify(...), or the part of the state that does.'
         )
     return states[0]
+
+
+def masks_in(tree: Any) -> Masks:
+    """The masks of any chain's state, or the given tree itself where it is one of masks; ValueError for anything else."""
+    if any(map(_is_state, jax.tree.leaves(tree, is_leaf=_is_state))):
+        return find_state(tree).masks
+    for path, leaf in leaf_paths(tree):
+        if getattr(leaf, 'dtype', None) != jnp.bool_:
+            raise ValueError(
+                f'expected the state of an optimizer with sparsify(...), or its masks, but {path or "the argument"} is '
+                f'{getattr(leaf, "dtype", type(leaf).__name__)}: give opt_state, or sj.get_masks(opt_state).'
+            )
+    return tree
+
+
+def layers_in(opt_state: Any) -> list[tuple[Layer, Granularity]]:
+    """The layers of any chain's state with their granularity; ValueError where the state is traced or has shapes only."""
+    state = find_state(opt_state)
+    if isinstance(state.layers, (Tracer, jax.ShapeDtypeStruct)):
+        raise ValueError('opt_state is traced, or has shapes only: which of its leaves are stacked is known of concrete states.')
+    return layers_lib.decode(state.masks, jax.device_get(state.layers))
+
+
+def layer_names(opt_state: Any, stacked: PathPredicate | None = None) -> list[str]:
+    """Names of the layers, in the order of :class:`UpdateStats`.
+
+    Args:
+      opt_state: state of an optax optimizer that contains one :func:`sparse_jax.sparsify`; or a tree of masks.
+      stacked: with masks only: as given to ``sparsify``. A state knows it.
+
+    Returns:
+      Paths joined by ``/``; the layers of a stacked leaf end in ``[0]``, ``[1]``, ...
+
+    Example:
+      >>> layer_names({'a': {'kernel': jnp.ones((2, 2), bool), 'bias': jnp.array(True)}})
+      ['a/kernel']
+    """
+    return names_of(layers_of(opt_state, stacked))
+
+
+def layers_of(tree: Any, stacked: PathPredicate | None = None) -> list[Layer]:
+    """The layers of a state, or of masks, where ``stacked`` says which leaves hold several."""
+    masks = masks_in(tree)
+    if masks is tree:
+        return layer_table(masks, lambda _, mask: mask.ndim > 0, stacked)
+    if stacked is not None:
+        raise ValueError('stacked: the state knows which leaves are stacked; give it with masks only.')
+    return [layer for layer, _ in layers_in(tree)]
 
 
 def get_masks(opt_state: Any) -> Masks:

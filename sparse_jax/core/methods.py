@@ -8,15 +8,19 @@ An inner optimizer's momentum is not touched by any of them: a new weight starts
 it was missing, and moves with the next step. RigL's and SET's own programs start it without.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
 
-from sparse_jax.core import arguments, criteria, distributions, errors, schedules, sparsify
+from sparse_jax.core import arguments, criteria, distributions, errors, schedules
 from sparse_jax.core import granularity as granularity_lib
-from sparse_jax.core.masks import PathPredicate
+from sparse_jax.core import sparsify as sparsify_lib
+from sparse_jax.core.layers import PathPredicate
+from sparse_jax.core.rule import Rule
+from sparse_jax.core.schedules import Timing
 
 
 def _gradual(initial: float, density: float, update_every: int, total_steps: int, options: Mapping[str, Any]) -> optax.Schedule:
@@ -113,14 +117,53 @@ def parts(name: str, density: float, update_every: int, total_steps: int, **opti
         raise errors.unknown('method', name, _ROWS)
     if callable(density):
         raise ValueError(f'density={density!r}: {name} takes a number in (0, 1]; sparsify(density=...) takes a schedule.')
-    steps = options.get('start_step', 0), options.get('stop_step')
-    arguments.check(density, update_every, total_steps, 0.5, *steps, 0)
+    arguments.check_numbers(density, 0.5, 0)
+    Timing(update_every, total_steps, options.get('start_step', 0), options.get('stop_step'))
     begin = options.get('initial_density', 1)
     if name == 'granet' and not (isinstance(begin, (int, float)) and density <= begin <= 1):
         raise ValueError(f'initial_density={begin!r}: must be a number from density={density!r} to 1.')
     row = dict(density=density, update_every=update_every, total_steps=total_steps)
     given = {key: value for key, value in options.items() if key != 'initial_density' or name != 'granet'}
     return {**row, **_ROWS[name](density, update_every, total_steps, options), **given}
+
+
+@arguments.stated_once(timing=('update_every', 'total_steps', 'start_step', 'stop_step'))
+def rule(
+    name: str,
+    density: float,
+    update_every: int | None = None,
+    total_steps: int | None = None,
+    *,
+    timing: Timing | None = None,
+    **options: Any,
+) -> Rule:
+    """The rule of a method, for ``sparsify(inner, rule=...)``.
+
+    Args:
+      name: as for :func:`parts`.
+      density: share of the weights that exist, in (0, 1]; where the density follows a schedule, at its end.
+      update_every: steps between mask updates.
+      total_steps: length of the training, in steps.
+      timing: a :class:`sparse_jax.Timing` in place of these two, and of ``start_step`` and ``stop_step``.
+      **options: as for :func:`parts`.
+
+    Returns:
+      A :class:`sparse_jax.Rule`.
+
+    Raises:
+      ValueError: as :func:`parts` and :func:`sparse_jax.sparsify`.
+
+    Example:
+      >>> rule('rigl', density=0.1, update_every=100, total_steps=10_000).timing.stop_step
+      7500
+    """
+    if timing is not None:
+        update_every, total_steps = timing.update_every, timing.total_steps
+        options |= {'start_step': timing.start_step} | ({} if timing.stop_step is None else {'stop_step': timing.stop_step})
+    every, total = arguments.required('update_every', update_every), arguments.required('total_steps', total_steps)
+    keywords = parts(name, density, every, total, **options)
+    steps = {field.name: keywords.pop(field.name) for field in dataclasses.fields(Timing) if field.name in keywords}
+    return Rule(timing=Timing(**steps), **keywords)
 
 
 def create(
@@ -130,7 +173,7 @@ def create(
 
     >>> tx = create('set', optax.adam(1e-3), 0.1, update_every=100, total_steps=1000)
     """
-    return sparsify.sparsify(inner, **parts(name, density, update_every, total_steps, **options))
+    return sparsify_lib.sparsify(inner, **parts(name, density, update_every, total_steps, **options))
 
 
 def sparse_momentum(
@@ -196,7 +239,7 @@ def sparse_momentum(
       <https://arxiv.org/abs/1907.04840>`_, 2019.
     """
     inner = optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate, momentum, nesterov))
-    return sparsify.sparsify(
+    return sparsify_lib.sparsify(
         inner,
         density=density,
         update_every=update_every,

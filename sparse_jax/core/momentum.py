@@ -1,12 +1,14 @@
-"""Finding the momentum in any optimizer's state, by its field and never by a parameter's name."""
+"""The momentum of any optimizer: found in its state, by field and never by a parameter's name, or kept beside it."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 EPSILON = 1e-8
+_AVERAGE_DECAY = 0.9  # of the gradient average that stands in for a missing momentum
 
 MomentumOption = str | Callable[[Any], Any] | None
 
@@ -85,3 +87,51 @@ def find(inner_state: Any, treedef: Any, momentum: MomentumOption = None) -> Any
             'one. Give another field, a function of the inner state, or None to have one found.'
         )
     return found[0] if len(found) == 1 else None
+
+
+class Read(NamedTuple):
+    """What a step of the optimizer and a criterion read: trees like the params, and None where something is not kept."""
+
+    grads: Any
+    inner_state: Any
+    average: Any  # of the gradients
+    accumulated: Any  # gradients, summed
+    ever_active: Any
+    params: Any
+
+
+class Advanced(NamedTuple):
+    """One step of the inner optimizer."""
+
+    updates: Any
+    inner_state: Any
+    average: Any  # of the gradients; None: not kept
+    momentum: Any
+
+
+def advance(
+    inner: optax.GradientTransformationExtraArgs, option: MomentumOption, read: Read, extra_args: dict[str, Any]
+) -> Advanced:
+    """Takes a step of the inner optimizer, and says what its momentum is."""
+    updates, inner_state = inner.update(read.grads, read.inner_state, read.params, **extra_args)
+    momentum = find(inner_state, jax.tree.structure(read.params), option)
+    if momentum is not None or read.average is None:
+        return Advanced(updates, inner_state, None, momentum)
+    average = jax.tree.map(
+        lambda a, g: a if a.ndim == 0 and g.ndim > 0 else _AVERAGE_DECAY * a + (1 - _AVERAGE_DECAY) * g.astype(jnp.float32),
+        read.average,
+        read.grads,
+    )
+    return Advanced(updates, inner_state, average, average)
+
+
+def accumulate(accumulated: Any, grads: Any, t: jax.Array, *, steps: int, update_every: int) -> Any:
+    """The sum of the gradients of the last steps up to an update, with this step's; None where none is kept."""
+    if accumulated is None:
+        return None
+    phase = (t - 1) % update_every - (update_every - steps)
+    return jax.tree.map(
+        lambda a, g: a if a.ndim == 0 else jnp.where(phase < 0, a, jnp.where(phase == 0, 0, a) + g.astype(jnp.float32)),
+        accumulated,
+        grads,
+    )

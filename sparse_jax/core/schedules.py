@@ -1,5 +1,8 @@
 """Prune rates and densities over time, as plain optax schedules of the 1-based step, and when masks are updated."""
 
+import dataclasses
+import numbers
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,14 +93,86 @@ def cubic(initial: float, final: float, start_step: int, end_step: int) -> optax
     return schedule
 
 
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    r"""When masks are updated: at steps t (1-based) with ``start_step < t``, ``t % update_every == 0`` and ``t < stop_step``.
+
+    Args:
+      update_every: steps between mask updates.
+      total_steps: length of the training, in steps.
+      start_step: no update up to this step.
+      stop_step: no update from this step on; None: ``total_steps``.
+
+    Raises:
+      ValueError: for a length that is not an integer, or out of range.
+
+    Example:
+      >>> timing = Timing(update_every=4, total_steps=12)
+      >>> [t for t in range(1, 13) if timing.is_update(t)]
+      [4, 8]
+      >>> [count for count in range(12) if timing.needs_dense_gradient(count, window=2)]
+      [2, 3, 6, 7]
+    """
+
+    update_every: int
+    total_steps: int
+    start_step: int = 0
+    stop_step: int | None = None
+
+    def __post_init__(self):
+        refuse_arrays(**dataclasses.asdict(self))
+        for name, least in {'update_every': 1, 'total_steps': 1, 'start_step': 0}.items():
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Integral) or value < least:
+                raise ValueError(f'{name}={value!r}: must be an integer, at least {least} (in steps).')
+        if self.stop_step is not None and (not isinstance(self.stop_step, numbers.Integral) or self.stop_step < 0):
+            raise ValueError(f'stop_step={self.stop_step!r}: must be an integer, at least 0 (in steps), or None for total_steps.')
+
+    @property
+    def end(self) -> int:
+        """The step from which on no mask is updated."""
+        return self.total_steps if self.stop_step is None else self.stop_step
+
+    def steps(self) -> np.ndarray:
+        """Step 0 and the steps of all mask updates."""
+        steps = np.arange(0, self.total_steps, self.update_every)
+        return steps[(steps == 0) | self.is_update(steps)]
+
+    def is_update(self, step):
+        """Whether a step (1-based; an integer or an array) updates the masks."""
+        return (self.start_step < step) & (step % self.update_every == 0) & (step < self.end)
+
+    def needs_dense_gradient(self, count: int, window: int | None) -> bool:
+        """Whether a step's gradients are wanted at missing weights too; see :func:`needs_dense_gradient`."""
+        if window is None:
+            return True
+        if window < 0 or count < 0:
+            raise ValueError(
+                f'needs_dense_gradient: window={window!r} and count={count!r} must be at least 0 (window None: always).'
+            )
+        step = count + 1
+        next_update = -(-max(step, self.start_step + 1) // self.update_every) * self.update_every  # this step or a later one
+        return next_update < self.end and next_update - step < window
+
+
+def refuse_arrays(**arguments) -> None:
+    """Raises ValueError for an argument that is a jax array, where a Python number is needed."""
+    for name, value in arguments.items():
+        if isinstance(value, jax.Array):
+            raise ValueError(
+                f'{name} must be a Python number, but is a jax array: it decides shapes and counts. Under optax.inject_hyperparams '
+                'inject into the inner optimizer, sparsify(inject_hyperparams(optax.sgd)(learning_rate=...), ...), or name every '
+                'argument but the learning rate in static_args.'
+            )
+
+
 def is_update(t, *, update_every: int, total_steps: int, start_step: int = 0, stop_step: int | None = None):
-    """Whether step t (1-based; an integer or an array) updates the masks.
+    """Whether step t (1-based; an integer or an array) updates the masks: :meth:`Timing.is_update`.
 
     >>> [t for t in range(1, 10) if is_update(t, update_every=3, total_steps=9)]
     [3, 6]
     """
-    last = total_steps if stop_step is None else stop_step
-    return (start_step < t) & (t % update_every == 0) & (t < last)
+    return Timing(update_every, total_steps, start_step, stop_step).is_update(t)
 
 
 def needs_dense_gradient(
@@ -133,27 +208,20 @@ def needs_dense_gradient(
       >>> [count for count in range(12) if needs_dense_gradient(count, update_every=4, total_steps=12, window=2)]
       [2, 3, 6, 7]
     """
-    if window is None:
-        return True
-    if window < 0 or count < 0:
-        raise ValueError(f'needs_dense_gradient: window={window!r} and count={count!r} must be at least 0 (window None: always).')
-    step = count + 1
-    update = -(-max(step, start_step + 1) // update_every) * update_every  # the first one from this step on
-    return update < (total_steps if stop_step is None else stop_step) and update - step < window
+    return Timing(update_every, total_steps, start_step, stop_step).needs_dense_gradient(count, window)
 
 
-def budgets(density, size: int, *, update_every: int, total_steps: int, start_step: int, stop_step: int | None) -> np.ndarray:
-    """The number of units that a density schedule asks for: float64 densities at t = update_every, 2 update_every, ... as counts.
+def budgets(density: optax.Schedule, size: int, timing: Timing, *, every: int) -> np.ndarray:
+    """The number of units that a density schedule asks for at t = every, 2 every, ...
 
-    Entry j is of step (j + 1) update_every, update step or not; int64, round(density * size), evaluated on the host in float64.
+    Entry j is of step (j + 1) every, update step or not; int64, round(density * size), evaluated on the host in float64.
 
-    >>> budgets(cubic(1.0, 0.5, 0, 4), 100, update_every=2, total_steps=6, start_step=0, stop_step=None).tolist()
+    >>> budgets(cubic(1.0, 0.5, 0, 4), 100, Timing(update_every=2, total_steps=6), every=2).tolist()
     [56, 50]
     """
-    last = total_steps if stop_step is None else min(stop_step, total_steps)
-    steps = np.arange(update_every, max(last, update_every + 1), update_every)
-    values = densities(density, steps)
-    return np.round(values * size).astype(np.int64)
+    last = min(timing.end, timing.total_steps)
+    steps = np.arange(every, max(last, every + 1), every)
+    return np.round(densities(density, steps) * size).astype(np.int64)
 
 
 def densities(density, steps: np.ndarray) -> np.ndarray:

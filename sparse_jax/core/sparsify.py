@@ -1,31 +1,32 @@
 """The core: any optax optimizer, made to train a network that is sparse from its first step to its last."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
-from sparse_jax.core import allocation, arguments, criteria, distributions, grouping, mask_update, schedules, selection
+from sparse_jax.core import arguments, criteria, distributions, mask_update
 from sparse_jax.core import granularity as granularity_lib
-from sparse_jax.core import masks as masks_lib
+from sparse_jax.core import layers as layers_lib
 from sparse_jax.core import momentum as momentum_lib
 from sparse_jax.core.criteria import Criterion
-from sparse_jax.core.masks import PathPredicate, SparsifyState, UpdateStats
+from sparse_jax.core.layers import PathPredicate
+from sparse_jax.core.masks import SparsifyState, UpdateStats
+from sparse_jax.core.rule import Rule
+from sparse_jax.core.schedules import Timing
 
-_MASK_STREAM = 0x6D61736B  # 'mask' in ASCII
-_AVERAGE_DECAY = 0.9  # of the gradient average that stands in for a missing momentum
 
-
+@arguments.stated_once(rule=None, timing=('update_every', 'total_steps', 'start_step', 'stop_step'))
 def sparsify(
     inner: optax.GradientTransformation,
     *,
-    density: optax.ScalarOrSchedule,
-    update_every: int,
-    total_steps: int,
+    density: optax.ScalarOrSchedule | None = None,
+    update_every: int | None = None,
+    total_steps: int | None = None,
     prune: str | Criterion = criteria.magnitude,
     grow: str | Criterion | None = criteria.momentum,
     redistribute: str | Criterion | None = criteria.mean_momentum,
@@ -41,6 +42,8 @@ def sparsify(
     momentum: momentum_lib.MomentumOption = None,
     track_exploration: bool = False,
     seed: int | jax.Array = 0,
+    rule: Rule | None = None,
+    timing: Timing | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Wraps an optimizer so that it trains a sparse network, moving weights every `update_every` steps.
 
@@ -64,7 +67,7 @@ def sparsify(
 
     In a chain nothing that changes updates may come after it; clipping and the like go before it or into ``inner``.
     ``check_sparse`` tells. Inside ``optax.MultiSteps`` and ``optax.apply_if_finite`` skipped steps do not count as steps;
-    ``optax.lookahead`` is not supported (its slow weights are not sparse, and resetting the state is refused by the random key).
+    ``optax.lookahead`` is not supported (its slow weights are not sparse, and resetting the state would average masks: both are refused).
     Under ``optax.inject_hyperparams`` name all arguments but the learning rate in ``static_args``, or inject into ``inner``.
 
     Args:
@@ -92,12 +95,16 @@ def sparsify(
         gradients with decay 0.9 is kept beside it, as with ``'gradient_average'`` in any case.
       track_exploration: whether to keep which weights have ever been active, for ``sj.stats.exploration_rate``; a byte a weight.
       seed: of the first masks and of random criteria: an integer, or a typed random key that nothing else uses.
+      rule: a :class:`sparse_jax.Rule` in place of all arguments above but ``inner``.
+      timing: a :class:`sparse_jax.Timing` in place of ``update_every``, ``total_steps``, ``start_step`` and ``stop_step``.
 
     Returns:
-      An optax transformation whose state is a :class:`SparsifyState` and whose ``update`` requires ``params``.
+      An optax transformation whose state is a :class:`SparsifyState` and whose ``update`` requires ``params``. Its ``update`` also
+      takes ``update_masks=True``, a Python bool that passes through chains: weights then move in this step, whatever the timing says
+      (False: they do not; None: by the timing). The step's gradients must be dense.
 
     Raises:
-      ValueError: for arguments out of range (here); for params without a sparsifiable leaf or a budget below one weight a layer
+      ValueError: for arguments out of range, or stated twice (here); for params without a sparsifiable leaf or a budget below one weight a layer
         (``init``); for missing params or those of another tree or shape, or what a criterion returns (``update``).
 
     Example:
@@ -116,202 +123,139 @@ def sparsify(
       Dettmers and Zettlemoyer, `Sparse Networks from Scratch: Faster Training without Losing Performance
       <https://arxiv.org/abs/1907.04840>`_, 2019.
     """
-    prune_by, grow_by, share_by = (
-        criteria.get(name, value) for name, value in (('prune', prune), ('grow', grow), ('redistribute', redistribute))
-    )
-    share_by = None if grow_by is None else share_by  # nothing is grown: nothing is shared out
-    fixed = grow_by is None and not callable(density)  # the mask is
-    arguments.check(density, update_every, total_steps, prune_rate, start_step, stop_step, seed)
-    arguments.check_functions(inner, sparsifiable, stacked)
-    arguments.check_criteria(prune=prune_by, grow=grow_by, redistribute=share_by)
-    needed = criteria.requirements(*([] if fixed else [prune_by, grow_by, share_by]))
-    assert prune_by is not None
-    arguments.check_rule(prune_by, prune_scope, update_every, needed['accumulated_gradient'], dense)
-    timing: dict[str, Any] = dict(update_every=update_every, total_steps=total_steps, start_step=start_step, stop_step=stop_step)
-    last_density: Any = density
-    least_density: Any = density
-    if callable(density):
-        last_density, least_density = arguments.check_density_schedule(density, can_grow=grow_by is not None, **timing)
-    rate_schedule = prune_rate if callable(prune_rate) else schedules.cosine(prune_rate, total_steps)
-    distribute = distributions.get(distribution)
-    units = granularity_lib.get(granularity)
+    arguments.check_inner(inner)
+    if rule is None:
+        timing = timing or Timing(
+            update_every=arguments.required('update_every', update_every),
+            total_steps=arguments.required('total_steps', total_steps),
+            start_step=start_step,
+            stop_step=stop_step,
+        )
+        parts: dict[str, Any] = dict(
+            prune=prune, grow=grow, redistribute=redistribute, distribution=distribution, granularity=granularity
+        )
+        rule = Rule(
+            density=arguments.required('density', density),
+            timing=timing,
+            prune_rate=prune_rate,
+            prune_scope=prune_scope,
+            sparsifiable=sparsifiable,
+            dense=dense,
+            stacked=stacked,
+            momentum=momentum,
+            track_exploration=track_exploration,
+            seed=seed,
+            **parts,  # each of a name or what it names, which the rule looks up
+        )
     inner = optax.with_extra_args_support(inner)
-    keep_ever_active = needed['ever_active'] or track_exploration
+    return optax.GradientTransformationExtraArgs(
+        functools.partial(_init, inner, rule),
+        functools.partial(_update, inner, rule),  # pyright: ignore[reportArgumentType]
+    )
 
-    def initial_counts(layers, at_density):
-        """Units of each layer at a density; checks it."""
-        if at_density == 1:  # whatever the distribution
-            return grouping.unit_counts(units, layers)
-        names = masks_lib.names_of(layers)
-        sizes = grouping.unit_counts(units, layers)
-        shapes = [layer.shape for layer in layers for _ in range(layer.depth or 1)]
-        table = [distributions.Layer(*row) for row in zip(names, shapes, sizes, strict=True)]
-        return distributions.counts(distribute, table, at_density)
 
-    def rule(layers) -> grouping.Rule:
-        budgets, final = None, ()
-        if callable(density):
-            sizes = grouping.unit_counts(units, layers)
-            budgets = schedules.budgets(density, sum(sizes), **timing)
-            # With redistribution the layers keep the proportions that they have found.
-            final = tuple(initial_counts(layers, last_density) if share_by is None else [0] * len(sizes))
-        return grouping.Rule(
-            prune_by, grow_by, share_by, rate_schedule, prune_scope == 'global', units, update_every, budgets, final
-        )
+def _init(inner: optax.GradientTransformationExtraArgs, rule: Rule, params: Any) -> SparsifyState:
+    key, layers = rule.first_key(), rule.sparse_layers(params)
+    masks = mask_update.first_masks(rule, layers, params, key)
+    inner_state = inner.init(params)
+    arguments.check_inner_state(inner_state)
+    zeros = lambda: jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.float32), masks)
+    method_state = {}
+    if momentum_lib.find(inner_state, jax.tree.structure(params), rule.momentum) is None and rule.needs.momentum:
+        method_state['gradient_average'] = zeros()
+    if rule.needs.ever_active or rule.track_exploration:
+        method_state['ever_active'] = jax.tree.map(jnp.copy, masks)
+    if rule.needs.accumulated_gradient:
+        method_state['accumulated_gradient'] = zeros()
+    num_layers = layers[-1].stop if layers else 0
+    stats = UpdateStats(*(jnp.zeros(num_layers, dtype) for dtype in (jnp.float32, jnp.int32, jnp.int32, jnp.int32)))
+    return SparsifyState(
+        count=jnp.zeros([], jnp.int32),
+        rng_key=jax.random.key_data(key),
+        masks=masks,
+        grown=jax.tree.map(jnp.zeros_like, masks),
+        layers=jnp.asarray(layers_lib.encode(len(jax.tree.leaves(params)), layers, rule.granularity)),
+        inner_state=inner_state,
+        stats=stats,
+        method_state=method_state,
+    )
 
-    def init_masks(params, key):
-        leaves, treedef = jax.tree.flatten(params)
-        layers = masks_lib.layer_table(params, masks_lib.sparse_leaves(params, sparsifiable, dense), stacked)
-        if leaves and not layers:
-            raise ValueError(
-                'no leaf of params is sparsifiable. By default that takes a floating-point leaf with two or more axes whose path '
-                "contains none of 'embed', 'norm', 'bias', 'scale'; sparsifiable=lambda path, leaf: ... chooses others."
-            )
-        num_layers = layers[-1].stop if layers else 0
-        if num_layers > allocation.MAX_LAYERS:
-            raise ValueError(f'params has {num_layers} sparse layers; at most {allocation.MAX_LAYERS} are supported.')
-        if callable(density) and layers:
-            initial_counts(layers, last_density)
-            distributions.budget([distributions.Layer('', (), n) for n in grouping.unit_counts(units, layers)], least_density)
-        first = density if not callable(density) else float(schedules.densities(density, np.array([0]))[0])
-        counts = jnp.asarray(initial_counts(layers, first), jnp.int32)
-        keys = jax.random.split(key, max(num_layers, 1))
-        scores = [
-            jax.vmap(lambda key, shape=units.unit_shape(layer.shape): jnp.maximum(jax.random.bits(key, shape), 1))(
-                keys[layer.start : layer.stop]
-            )
-            for layer in layers
-        ]
-        masks = [jnp.array(True) for _ in leaves]
-        for layer, chosen in zip(layers, selection.select(scores, counts) if layers else [], strict=True):
-            mask = jax.vmap(lambda row, layer=layer: units.expand(row, layer.shape))(chosen)
-            masks[layer.leaf] = mask[0] if layer.depth is None else mask
-        return jax.tree.unflatten(treedef, masks), num_layers
 
-    def advance(grads, inner_state, average, params, extra_args):
-        """One inner step: its updates, its state, the gradient average (None: not kept), and the momentum."""
-        updates, inner_state = inner.update(grads, inner_state, params, **extra_args)
-        found = momentum_lib.find(inner_state, jax.tree.structure(params), momentum)
-        if found is not None or average is None:
-            return updates, inner_state, None, found
-        average = jax.tree.map(
-            lambda a, g: a if a.ndim == 0 and g.ndim > 0 else _AVERAGE_DECAY * a + (1 - _AVERAGE_DECAY) * g.astype(jnp.float32),
-            average,
-            grads,
-        )
-        return updates, inner_state, average, average
+def _update(
+    inner: optax.GradientTransformationExtraArgs,
+    rule: Rule,
+    updates: Any,
+    state: Any,
+    params: Any = None,
+    *,
+    update_masks: bool | None = None,
+    **extra_args: Any,
+) -> tuple[Any, SparsifyState]:
+    arguments.check_params(params, state.masks)
+    arguments.check_masks(state.masks)
+    arguments.check_update_masks(rule, update_masks)
+    t = jnp.asarray(optax.safe_increment(state.count))
+    is_update = jnp.asarray(rule.timing.is_update(t)) if update_masks is None else update_masks
+    grads = updates
+    accumulated = momentum_lib.accumulate(
+        state.method_state.get('accumulated_gradient'),
+        grads,
+        t,
+        steps=rule.needs.accumulated_gradient,
+        update_every=rule.timing.update_every,
+    )
+    operands = mask_update.Operands(
+        grads=grads,
+        inner_state=state.inner_state,
+        average=state.method_state.get('gradient_average'),
+        accumulated=accumulated,
+        params=params,
+        masks=state.masks,
+        grown=state.grown,
+        ever_active=state.method_state.get('ever_active'),
+        stats=state.stats,
+        t=t,
+        rng_key=rule.key_of(state.rng_key),
+    )
+    moved = mask_update.Moved.unmoved(operands)
+    if not rule.is_fixed and update_masks is not False:
+        moved, grads = _moved(inner, rule, operands, is_update, extra_args)
+    read = momentum_lib.Read(grads, state.inner_state, operands.average, accumulated, operands.ever_active, params)
+    updates, inner_state, average, _ = momentum_lib.advance(inner, rule.momentum, read, extra_args)
 
-    def move_weights(layers, t, rng_key, grads, inner_state, average, accumulated, params, masks, grown, ever_active, extra_args):
-        """The mask update: new masks, newly grown positions, positions ever active, and stats."""
-        treedef = jax.tree.structure(params)
+    def finish(mask, new, u, p):  # a weight that is new in this update starts at 0, a regrown one keeps its value
+        return u if mask.ndim == 0 else jnp.where(mask & ~(new & is_update), u, -p)
 
-        def load(operands, own_masks, members):
-            grads, inner_state, average, accumulated, ever_active, params = operands
-            updates, _, _, momenta = advance(grads, inner_state, average, params, extra_args)
-            params, updates, grads = map(treedef.flatten_up_to, (params, updates, grads))
-            momenta, ever, total = (
-                [None] * len(params) if x is None else treedef.flatten_up_to(x) for x in (momenta, ever_active, accumulated)
-            )
-            return [
-                grouping.Operands((params[i] + updates[i]).astype(params[i].dtype), mask, grads[i], momenta[i], ever[i], total[i])
-                for mask, i in zip(own_masks, [layers[m].leaf for m in members], strict=True)
-            ]
+    updates = jax.tree.map(finish, moved.masks, moved.grown, updates, params)
+    kept = {'gradient_average': average, 'ever_active': moved.ever_active, 'accumulated_gradient': accumulated}
+    return updates, state._replace(
+        count=t,
+        masks=moved.masks,
+        grown=moved.grown,
+        inner_state=inner_state,
+        stats=moved.stats,
+        method_state={**state.method_state, **{name: tree for name, tree in kept.items() if tree is not None}},
+    )
 
-        masks, grown = map(treedef.flatten_up_to, (masks, grown))
-        operands = grads, inner_state, average, accumulated, ever_active if needed['ever_active'] else None, params
-        sparse = [layer.leaf for layer in layers]
-        new_masks, new_grown, stats = mask_update.move(
-            rule(layers), layers, load, operands, [masks[i] for i in sparse], [grown[i] for i in sparse], t, rng_key
-        )
-        ever = None if ever_active is None else treedef.flatten_up_to(ever_active)
-        for layer, mask, new in zip(layers, new_masks, new_grown, strict=True):
-            if ever is not None:
-                ever[layer.leaf] = ever[layer.leaf] | mask
-            masks[layer.leaf], grown[layer.leaf] = mask, new
-        if ever is not None:
-            ever_active = jax.tree.unflatten(treedef, ever)
-        return jax.tree.unflatten(treedef, masks), jax.tree.unflatten(treedef, grown), ever_active, stats
 
-    def init_fn(params):
-        # An integer's key is folded with a constant: masks drawn from the very bits of the weights would keep the largest ones.
-        rng_key = jnp.copy(seed) if arguments.is_key(seed) else jax.random.fold_in(jax.random.key(seed), _MASK_STREAM)
-        masks, num_layers = init_masks(params, rng_key)
-        inner_state = inner.init(params)
-        if any(arguments.is_lookahead(x) for x in jax.tree.leaves(inner_state, is_leaf=arguments.is_lookahead)):
-            raise ValueError(
-                'inner: optax.lookahead is not supported: its slow weights are not sparse. Wrap its fast optimizer alone.'
-            )
-        method_state = {}
-        if momentum_lib.find(inner_state, jax.tree.structure(params), momentum) is None and needed['momentum']:
-            method_state['gradient_average'] = jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.float32), masks)
-        if keep_ever_active:
-            method_state['ever_active'] = jax.tree.map(jnp.copy, masks)
-        if needed['accumulated_gradient']:
-            method_state['accumulated_gradient'] = jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.float32), masks)
-        zeros = [jnp.zeros(num_layers, dtype) for dtype in (jnp.float32, jnp.int32, jnp.int32, jnp.int32)]  # each its own buffer
-        return SparsifyState(
-            count=jnp.zeros([], jnp.int32),
-            rng_key=rng_key,
-            masks=masks,
-            grown=jax.tree.map(jnp.zeros_like, masks),
-            inner_state=inner_state,
-            stats=UpdateStats(*zeros),
-            method_state=method_state,
-        )
+def _moved(inner, rule: Rule, operands: mask_update.Operands, is_update: Any, extra_args: Any) -> tuple[mask_update.Moved, Any]:
+    """The masks after this step, and the gradients, which from here on depend on them.
 
-    def update_fn(updates, state, params=None, **extra_args):
-        if params is None:
-            raise ValueError('sparsify needs the current params: call tx.update(grads, state, params).')
-        arguments.check_params(params, state.masks)
-        grads = updates
-        in_order = iter(jax.tree.leaves(state.masks))
-        layers = masks_lib.layer_table(params, lambda path, leaf: next(in_order).ndim > 0, stacked)
-        average, ever_active, accumulated = (
-            state.method_state.get(name) for name in ('gradient_average', 'ever_active', 'accumulated_gradient')
-        )
-        t = jnp.asarray(optax.safe_increment(state.count))
-        if not layers:
-            raise ValueError('no leaf of params is sparse.')
-        is_update = jnp.asarray(schedules.is_update(t, **timing))
-        if accumulated is not None:
-            phase = (t - 1) % update_every - (update_every - needed['accumulated_gradient'])
-            accumulated = jax.tree.map(
-                lambda a, g: a if a.ndim == 0 else jnp.where(phase < 0, a, jnp.where(phase == 0, 0, a) + g.astype(jnp.float32)),
-                accumulated,
-                grads,
-            )
+    The ordinary step must not pay for the update it does not do. On a mask update the branch repeats the inner step rather
+    than take its results as operands: an operand is written to memory, and this way u never is on ordinary steps. The masks
+    and the last growth pass through the other branch in their own buffers. Both hold only if XLA knows that the branch
+    reads the optimizer's state before the step itself overwrites it: hence the gradients are made to depend on the branch,
+    through a flag that is always True, which costs a comparison and no memory traffic.
+    """
 
-        # The ordinary step must not pay for the update it does not do. On a mask update the branch repeats the inner step rather
-        # than take its results as operands: an operand is written to memory, and this way u never is on ordinary steps. The masks
-        # and the last growth pass through the other branch in their own buffers. Both hold only if XLA knows that the branch
-        # reads the optimizer's state before the step below overwrites it: hence the gradients are made to depend on the branch,
-        # through a flag that is always True, which costs a comparison and no memory traffic.
-        def move(operands):
-            grads, inner_state, average, accumulated, params, masks, grown, ever_active, _, t, rng_key = operands
-            moved = move_weights(
-                layers, t, rng_key, grads, inner_state, average, accumulated, params, masks, grown, ever_active, extra_args
-            )
-            return *moved, t > 0
+    def move(operands: mask_update.Operands):
+        return mask_update.move_weights(inner, rule, operands, extra_args), operands.t > 0
 
-        def stay(operands):
-            *_, masks, grown, ever_active, stats, t, _ = operands
-            return masks, grown, ever_active, stats, t > 0
+    def stay(operands: mask_update.Operands):
+        return mask_update.Moved.unmoved(operands), operands.t > 0
 
-        moving = state.masks, state.grown, ever_active, state.stats
-        if fixed:
-            masks, grown, ever_active, stats = moving
-        else:
-            operands = (grads, state.inner_state, average, accumulated, params, *moving, t, state.rng_key)
-            masks, grown, ever_active, stats, done = lax.cond(is_update, move, stay, operands)
-            grads = jax.tree.map(lambda g: jnp.where(done, g, jnp.zeros((), g.dtype)), grads)
-        updates, inner_state, average, _ = advance(grads, state.inner_state, average, params, extra_args)
-
-        def finish(mask, new, u, p):  # a weight that is new in this update starts at 0, a regrown one keeps its value
-            return u if mask.ndim == 0 else jnp.where(mask & ~(new & is_update), u, -p)
-
-        updates = jax.tree.map(finish, masks, grown, updates, params)
-        kept = {'gradient_average': average, 'ever_active': ever_active, 'accumulated_gradient': accumulated}
-        method_state = {**state.method_state, **{name: tree for name, tree in kept.items() if tree is not None}}
-        return updates, SparsifyState(t, state.rng_key, masks, grown, inner_state, stats, method_state)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    if isinstance(is_update, bool):
+        moved, done = mask_update.move_weights(inner, rule, operands, extra_args, by_hand=True), operands.t > 0
+    else:
+        moved, done = lax.cond(is_update, move, stay, operands)
+    return moved, jax.tree.map(lambda g: jnp.where(done, g, jnp.zeros((), g.dtype)), operands.grads)

@@ -1,0 +1,170 @@
+"""What a method does, apart from the optimizer that it wraps: one frozen, validated value."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sparse_jax.core import allocation, arguments, criteria, distributions, schedules
+from sparse_jax.core import granularity as granularity_lib
+from sparse_jax.core import layers as layers_lib
+from sparse_jax.core.criteria import Criterion
+from sparse_jax.core.granularity import Granularity
+from sparse_jax.core.layers import Layer, PathPredicate
+from sparse_jax.core.momentum import MomentumOption
+from sparse_jax.core.schedules import Timing
+
+_MASK_STREAM = 0x6D61736B  # 'mask' in ASCII
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Rule:
+    """The rule of a method: which weights exist at first, when weights move, and what decides which.
+
+    It says what the keywords of :func:`sparse_jax.sparsify` say, and is validated when it is made. Names of criteria, distributions and
+    granularities are accepted in place of what they name. :func:`sparse_jax.methods.rule` makes the rule of a published method.
+
+    Args:
+      density: share of the sparse leaves' weights that exist, in (0, 1], or a schedule of the step.
+      timing: when masks are updated.
+      prune: scores of the active weights, of which the smallest are pruned.
+      grow: scores of the missing weights, of which the largest are grown; None: nothing is grown.
+      redistribute: a layer's share of the growth; None: each layer regrows what it pruned.
+      prune_rate: part of a layer's weights that an update prunes: the start of a cosine that ends at 0.005, or a schedule of the step.
+      prune_scope: ``'layer'`` or ``'global'``.
+      distribution: nonzeros of each layer at first.
+      granularity: what one unit of selection is.
+      sparsifiable: which leaves are sparse; None: the default choice.
+      dense: path patterns of leaves that stay dense.
+      stacked: which leaves hold layers along their first axis; None: none.
+      momentum: where the optimizer's state keeps its momentum; None: it is found.
+      track_exploration: whether to keep which weights have ever been active.
+      seed: of the first masks and of random criteria: an integer, or a typed random key.
+
+    Raises:
+      ValueError: for an argument out of range, or arguments that do not go together.
+
+    Example:
+      >>> rule = Rule(density=0.1, timing=Timing(update_every=100, total_steps=1000), grow='gradient', redistribute=None)
+      >>> rule.grow is criteria.gradient, rule.timing.is_update(200)
+      (True, True)
+    """
+
+    density: optax.ScalarOrSchedule
+    timing: Timing
+    prune: Criterion = criteria.magnitude
+    grow: Criterion | None = criteria.momentum
+    redistribute: Criterion | None = criteria.mean_momentum
+    prune_rate: optax.ScalarOrSchedule = 0.5
+    prune_scope: str = 'layer'
+    distribution: distributions.Distribution = distributions.uniform
+    granularity: Granularity = dataclasses.field(default_factory=granularity_lib.Unstructured)
+    sparsifiable: PathPredicate | None = None
+    dense: Sequence[str] = ()
+    stacked: PathPredicate | None = None
+    momentum: MomentumOption = None
+    track_exploration: bool = False
+    seed: int | jax.Array = 0
+
+    def __post_init__(self):
+        arguments.check_numbers(self.density, self.prune_rate, self.seed)
+        named: dict[str, Any] = {name: criteria.get(name, getattr(self, name)) for name in ('prune', 'grow', 'redistribute')}
+        if named['grow'] is None:  # nothing is grown: nothing is shared out
+            named['redistribute'] = None
+        named['distribution'] = distributions.get(self.distribution)
+        named['granularity'] = granularity_lib.get(self.granularity)
+        for name, value in named.items():
+            object.__setattr__(self, name, value)
+        arguments.check_functions(sparsifiable=self.sparsifiable, stacked=self.stacked)
+        arguments.check_criteria(prune=self.prune, grow=self.grow, redistribute=self.redistribute)
+        arguments.check_together(self)
+        if callable(self.density):
+            arguments.check_density_schedule(self.density, self.timing, can_grow=self.grow is not None)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the first masks stay."""
+        return self.grow is None and not callable(self.density)
+
+    def first_key(self) -> jax.Array:
+        """The random key of a new state."""
+        if arguments.is_key(self.seed):
+            return jnp.copy(self.seed)
+        # folded with a constant: masks drawn from the very bits of the weights would keep the largest ones
+        return jax.random.fold_in(jax.random.key(self.seed), _MASK_STREAM)
+
+    def key_of(self, rng_key: jax.Array) -> jax.Array:
+        """The typed random key of a state, which holds its data; states of older versions hold the key itself."""
+        if arguments.is_key(rng_key):
+            return rng_key
+        impl = jax.random.key_impl(self.seed) if isinstance(self.seed, jax.Array) else None
+        return jax.random.wrap_key_data(rng_key, impl=impl)
+
+    @functools.cached_property
+    def needs(self) -> criteria.Needs:
+        """What the criteria read."""
+        return criteria.requirements(*([] if self.is_fixed else [self.prune, self.grow, self.redistribute]))
+
+    @property
+    def shares_after_pruning(self) -> bool:
+        """Whether shares depend on how many units each layer prunes."""
+        return criteria.requirements(self.redistribute).amount
+
+    @property
+    def is_global(self) -> bool:
+        """Whether one threshold over all layers decides what is pruned."""
+        return self.prune_scope == 'global'
+
+    @functools.cached_property
+    def prune_rate_schedule(self) -> optax.Schedule:
+        """The prune rate by step."""
+        rate = self.prune_rate
+        return rate if callable(rate) else schedules.cosine(rate, self.timing.total_steps)
+
+    def densities(self) -> np.ndarray:
+        """The density at step 0 and at each mask update, float64."""
+        return schedules.densities(self.density, self.timing.steps()) if callable(self.density) else np.array([float(self.density)])
+
+    def counts(self, layers: Sequence[Layer], density: float) -> list[int]:
+        """Units of each layer at a density, as the distribution says; ValueError where that cannot be."""
+        sizes = layers_lib.unit_counts(self.granularity, layers)
+        if density == 1:  # whatever the distribution
+            return sizes
+        shapes = [layer.shape for layer in layers for _ in range(layer.depth or 1)]
+        rows = zip(layers_lib.names_of(layers), shapes, sizes, strict=True)
+        return distributions.counts(self.distribution, [distributions.Layer(*row) for row in rows], density)
+
+    def initial_counts(self, layers: Sequence[Layer]) -> list[int]:
+        """Units that each layer starts with; ValueError where a density of the schedule leaves a layer without one."""
+        if not callable(self.density):
+            return self.counts(layers, self.density)  # pyright: ignore[reportArgumentType]  # a number
+        densities = self.densities()
+        if layers:
+            self.counts(layers, float(densities[-1]))
+            sizes = layers_lib.unit_counts(self.granularity, layers)
+            distributions.budget([distributions.Layer('', (), n) for n in sizes], float(densities.min()))
+        return self.counts(layers, float(densities[0]))
+
+    def final_counts(self, layers: Sequence[Layer]) -> list[int]:
+        """Units of each layer after the last update, towards which a falling density moves it; with redistribution none is set, as the
+        layers keep the proportions that they have found."""
+        if self.redistribute is not None:
+            return [0] * len(layers_lib.unit_counts(self.granularity, layers))
+        return self.counts(layers, float(self.densities()[-1]))
+
+    def sparse_layers(self, params) -> list[Layer]:
+        """The layers of params that are trained sparse; ValueError where there are none, or too many."""
+        layers = layers_lib.layer_table(params, layers_lib.sparse_leaves(params, self.sparsifiable, self.dense), self.stacked)
+        if jax.tree.leaves(params) and not layers:
+            raise ValueError(
+                'no leaf of params is sparsifiable. By default that takes a floating-point leaf with two or more axes whose path '
+                "contains none of 'embed', 'norm', 'bias', 'scale'; sparsifiable=lambda path, leaf: ... chooses others."
+            )
+        if layers and layers[-1].stop > allocation.MAX_LAYERS:
+            raise ValueError(f'params has {layers[-1].stop} sparse layers; at most {allocation.MAX_LAYERS} are supported.')
+        return layers
