@@ -125,28 +125,16 @@ def sparsify(
     """
     arguments.check_inner(inner)
     if rule is None:
-        timing = timing or Timing(
-            update_every=arguments.required('update_every', update_every),
-            total_steps=arguments.required('total_steps', total_steps),
-            start_step=start_step,
-            stop_step=stop_step,
-        )
+        required = arguments.required
         parts: dict[str, Any] = dict(
-            prune=prune, grow=grow, redistribute=redistribute, distribution=distribution, granularity=granularity
-        )
-        rule = Rule(
-            density=arguments.required('density', density),
-            timing=timing,
-            prune_rate=prune_rate,
-            prune_scope=prune_scope,
-            sparsifiable=sparsifiable,
-            dense=dense,
-            stacked=stacked,
-            momentum=momentum,
-            track_exploration=track_exploration,
-            seed=seed,
-            **parts,  # each of a name or what it names, which the rule looks up
-        )
+            prune=prune, grow=grow, redistribute=redistribute, prune_rate=prune_rate, prune_scope=prune_scope,
+            distribution=distribution, granularity=granularity, sparsifiable=sparsifiable, dense=dense, stacked=stacked,
+            momentum=momentum, track_exploration=track_exploration, seed=seed,
+        )  # fmt: skip
+        if timing is None:
+            steps = required('update_every', update_every), required('total_steps', total_steps)
+            timing = Timing(*steps, start_step, stop_step)
+        rule = Rule(density=required('density', density), timing=timing, **parts)
     inner = optax.with_extra_args_support(inner)
     return optax.GradientTransformationExtraArgs(
         functools.partial(_init, inner, rule),

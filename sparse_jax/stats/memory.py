@@ -5,19 +5,18 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax.core import masks as masks_lib
-from sparse_jax.core.masks import Masks
+from sparse_jax.core import layers as layers_lib
 from sparse_jax.stats.tables import nonzeros
 
 
-def memory(params: Any, masks: Masks) -> dict[str, int]:
+def memory(params: Any, opt_state: Any) -> dict[str, int]:
     """Bytes that the params take: dense, with a bit a weight for the mask, and in compressed rows (int32 indices).
 
     Training holds dense arrays today: these are the sizes of what could be stored or sent.
 
     Args:
       params: tree of parameters, or their shapes.
-      masks: tree of masks.
+      opt_state: state of an optimizer with one ``sparsify``; or a tree of masks.
 
     Returns:
       ``dense``, ``values_and_bits``, ``compressed_rows``; leaves that are not sparse count as they are.
@@ -26,9 +25,9 @@ def memory(params: Any, masks: Masks) -> dict[str, int]:
       >>> memory({'w': jnp.ones((32, 32)), 'bias': jnp.ones(32)}, {'w': jnp.eye(32, dtype=bool), 'bias': jnp.array(True)})
       {'dense': 4224, 'values_and_bits': 384, 'compressed_rows': 516}
     """
-    counts = nonzeros(masks)
+    counts = nonzeros(opt_state)
     dense = bits = rows = 0
-    for name, param in masks_lib.leaf_paths(params):
+    for name, param in layers_lib.leaf_paths(params):
         size, width = int(np.prod(param.shape)), jnp.dtype(param.dtype).itemsize
         dense += size * width
         if name in counts:

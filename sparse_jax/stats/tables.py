@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_jax.core import granularity as granularity_lib
+from sparse_jax.core import layers as layers_lib
 from sparse_jax.core import masks as masks_lib
-from sparse_jax.core.masks import Layer, Masks, PathPredicate
+from sparse_jax.core.layers import Layer, PathPredicate
+from sparse_jax.core.masks import Masks
 
 
 @jax.jit
@@ -17,35 +19,45 @@ def _counts(leaves: list[jax.Array]) -> list[jax.Array]:
     return [jnp.sum(leaf, dtype=jnp.int32) for leaf in leaves]
 
 
-def _sparse(masks: Masks) -> list[tuple[str, jax.Array]]:
-    return [(name, mask) for name, mask in masks_lib.leaf_paths(masks) if mask.ndim]
+def _sparse(opt_state: Any) -> list[tuple[str, jax.Array]]:
+    return [(name, mask) for name, mask in layers_lib.leaf_paths(masks_lib.masks_in(opt_state)) if mask.ndim]
 
 
-def nonzeros(masks: Masks) -> dict[str, int]:
+def nonzeros(opt_state: Any) -> dict[str, int]:
     """Active weights of each sparse leaf, as Python integers.
 
     Args:
-      masks: tree of masks.
+      opt_state: state of an optimizer with one ``sparsify``; or a tree of masks.
 
     Returns:
-      By path.
+      The number by path.
+
+    Raises:
+      ValueError: for anything else.
 
     Example:
       >>> nonzeros({'a': jnp.eye(3, dtype=bool), 'bias': jnp.array(True)})
       {'a': 3}
     """
-    leaves = _sparse(masks)
+    leaves = _sparse(opt_state)
     return {name: int(count) for (name, _), count in zip(leaves, jax.device_get(_counts([m for _, m in leaves])), strict=True)}
 
 
-def density(masks: Masks) -> float:
+def density(opt_state: Any) -> float:
     """Share of the sparse leaves' weights that exist, over all of them; exact counts, however large the network.
 
-    >>> density({'a': jnp.eye(4, dtype=bool), 'bias': jnp.array(True)})
-    0.25
+    Args:
+      opt_state: as for :func:`nonzeros`.
+
+    Returns:
+      A number in [0, 1].
+
+    Example:
+      >>> density({'a': jnp.eye(4, dtype=bool), 'bias': jnp.array(True)})
+      0.25
     """
-    size = sum(mask.size for _, mask in _sparse(masks))
-    return sum(nonzeros(masks).values()) / max(size, 1)
+    size = sum(mask.size for _, mask in _sparse(opt_state))
+    return sum(nonzeros(opt_state).values()) / max(size, 1)
 
 
 def exploration_rate(opt_state: Any) -> float:
@@ -75,15 +87,6 @@ def exploration_rate(opt_state: Any) -> float:
     return density(state.method_state['ever_active'])
 
 
-def _layers(opt_state: Any, stacked: PathPredicate | None) -> list[Layer]:
-    masks = masks_lib.get_masks(opt_state)
-    layers = masks_lib.layer_table(masks, lambda _, mask: mask.ndim > 0, stacked)
-    have, known = layers[-1].stop if layers else 0, len(masks_lib.find_state(opt_state).stats.share)
-    if have != known:
-        raise ValueError(f'stacked: the optimizer has {known} layers, but by this there are {have}: give stacked= as to sparsify.')
-    return layers
-
-
 def flip_rate(opt_state: Any) -> float:
     r"""Share of the sparse leaves' weights whose mask the last update changed: :math:`\|m_t - m_{t-1}\|_1 / n`.
 
@@ -106,12 +109,12 @@ def flip_rate(opt_state: Any) -> float:
     return int(jax.device_get(state.stats.flipped).sum(dtype=np.int64)) / max(size, 1)
 
 
-def dead_neurons(masks: Masks, stacked: PathPredicate | None = None) -> dict[str, tuple[int, int]]:
+def dead_neurons(opt_state: Any, stacked: PathPredicate | None = None) -> dict[str, tuple[int, int]]:
     """Outputs of each layer without an active weight into them, and inputs without one out of them.
 
     Args:
-      masks: tree of masks; the last axis of a leaf is its outputs, the one before its inputs.
-      stacked: as given to ``sparsify``.
+      opt_state: as for :func:`nonzeros`. The last axis of a leaf is its outputs, the one before its inputs.
+      stacked: with masks only: as given to ``sparsify``. A state knows it.
 
     Returns:
       (dead outputs, dead inputs) by layer. A layer of one axis has no inputs: 0.
@@ -120,24 +123,23 @@ def dead_neurons(masks: Masks, stacked: PathPredicate | None = None) -> dict[str
       >>> dead_neurons({'w': jnp.array([[True, False, False], [True, False, True]])})
       {'w': (1, 0)}
     """
-    layers = masks_lib.layer_table(masks, lambda _, mask: mask.ndim > 0, stacked)
-    leaves = jax.tree.leaves(masks)
-    found = []
+    layers = masks_lib.layers_of(opt_state, stacked)
+    leaves = jax.tree.leaves(masks_lib.masks_in(opt_state))
+    dead = []
     for layer in layers:
         mask = leaves[layer.leaf] if layer.depth is not None else leaves[layer.leaf][None]
         axes = tuple(range(1, mask.ndim))
         outputs = jnp.sum(~mask.any(axis=axes[:-1]), axis=1)
         inputs = jnp.sum(~mask.any(axis=(*axes[:-2], axes[-1])), axis=1) if len(axes) > 1 else jnp.zeros(len(mask), int)
-        found += zip(outputs.tolist(), inputs.tolist(), strict=True)
-    return dict(zip(masks_lib.names_of(layers), found, strict=True))
+        dead += zip(outputs.tolist(), inputs.tolist(), strict=True)
+    return dict(zip(layers_lib.names_of(layers), dead, strict=True))
 
 
-def summary(opt_state: Any, stacked: PathPredicate | None = None) -> dict[str, float]:
+def summary(opt_state: Any) -> dict[str, float]:
     """Everything about the masks in one flat dictionary to log.
 
     Args:
       opt_state: state of an optimizer with one ``sparsify``.
-      stacked: as given to ``sparsify``.
 
     Returns:
       ``density``, ``nonzeros``, ``flip_rate``, ``exploration_rate`` where it is tracked, and by layer ``density/...``, ``share/...``,
@@ -152,15 +154,15 @@ def summary(opt_state: Any, stacked: PathPredicate | None = None) -> dict[str, f
       (0.25, 4, 0)
     """
     state = masks_lib.find_state(opt_state)
-    layers = _layers(opt_state, stacked)
-    names = masks_lib.names_of(layers)
+    layers = masks_lib.layers_of(opt_state)
+    names = layers_lib.names_of(layers)
     numbers: dict[str, float] = {'density': density(state.masks), 'nonzeros': sum(nonzeros(state.masks).values())}
     numbers['flip_rate'] = flip_rate(opt_state)
     if 'ever_active' in state.method_state:
         numbers['exploration_rate'] = exploration_rate(opt_state)
     counts = layer_nonzeros(state.masks, layers)
     sizes = [int(np.prod(layer.shape)) for layer in layers for _ in range(layer.depth or 1)]
-    dead = dead_neurons(state.masks, stacked)
+    dead = dead_neurons(opt_state)
     stats = jax.device_get(state.stats)
     for i, name in enumerate(names):
         numbers[f'density/{name}'] = counts[i] / sizes[i]
@@ -185,25 +187,22 @@ def layer_nonzeros(masks: Masks, layers: list[Layer]) -> list[int]:
     return counts
 
 
-def table(opt_state: Any, stacked: PathPredicate | None = None, granularity: Any = 'unstructured') -> str:
+def table(opt_state: Any) -> str:
     """The layers as a table to print: sizes, densities, what the last update did, dead neurons; blocks with their edges.
 
     Args:
-      opt_state: state of an optimizer with one ``sparsify``.
-      stacked: as given to ``sparsify``.
-      granularity: as given to ``sparsify``; names the blocks. Pruned and grown count blocks, all else weights.
+      opt_state: state of an optimizer with one ``sparsify``. Where units are blocks, pruned and grown count blocks, all else weights.
 
     Returns:
-      Text.
+      The text.
 
     Example:
       >>> import sparse_jax as sj
       >>> tx = sj.sparse_momentum(0.1, density=0.25, update_every=10, total_steps=100, granularity='block:4x4')
-      >>> print(table(tx.init({'w': jnp.ones((8, 6))}), granularity='block:4x4').splitlines()[1])
+      >>> print(table(tx.init({'w': jnp.ones((8, 6))})).splitlines()[1])
       w                                       48         8   16.67%          0        0             4            4 4x4, edge blocks
     """
-    units = granularity_lib.get(granularity)
-    numbers = summary(opt_state, stacked)
+    numbers = summary(opt_state)
     heads = (
         ('weights', 10),
         ('nonzeros', 9),
@@ -215,13 +214,13 @@ def table(opt_state: Any, stacked: PathPredicate | None = None, granularity: Any
     )
     lines = [f'{"layer":32}' + ' '.join(f'{name:>{width}}' for name, width in heads)]
     total = 0
-    for layer in _layers(opt_state, stacked):
+    for layer, units in masks_lib.layers_in(opt_state):
         size = int(np.prod(layer.shape))
         blocks = ''
         if isinstance(units, granularity_lib.Block):
             kernel = ' of the whole kernel' if units.whole_kernel and len(layer.shape) > 2 else ''
             blocks = f' {units.rows}x{units.columns}{kernel}' + (', edge blocks' if units.edges(layer.shape) else '')
-        for name in masks_lib.names_of([layer]):
+        for name in layers_lib.names_of([layer]):
             of = lambda field, name=name: numbers[f'{field}/{name}']
             row = (
                 size,

@@ -143,7 +143,7 @@ def test_summary_and_table_of_a_run():
     step = jax.jit(tx.update)
     for t in range(2):
         _, state = step(jax.tree.map(lambda p, t=t: jnp.roll(p, t + 1), params), state, sj.apply_masks(params, state.masks))
-    numbers = sj.stats.summary(state, stacked)
+    numbers = sj.stats.summary(state)
     masks = {name: np.asarray(mask) for name, mask in state.masks.items()}
     assert numbers['nonzeros'] == masks['blocks'].sum() + masks['head'].sum() == round(0.2 * 144)
     assert numbers['density/blocks[1]'] == masks['blocks'][1].mean()
@@ -153,10 +153,17 @@ def test_summary_and_table_of_a_run():
     assert numbers['flip_rate'] == flipped / 144 > 0
     ever = sum((masks[name] | np.asarray(first[name])).sum() for name in masks)
     assert numbers['exploration_rate'] == pytest.approx(ever / 144)
-    table = sj.stats.table(state, stacked)
+    table = sj.stats.table(state)
     assert len(table.splitlines()) == 5 and 'blocks[1]' in table and 'exploration rate' in table
-    with pytest.raises(ValueError, match='the optimizer has 3 layers, but by this there are 2: give stacked='):
-        sj.stats.summary(state)
+    assert sj.layer_names(state) == ['blocks[0]', 'blocks[1]', 'head']
+    assert sj.stats.density(state) == sj.stats.density(state.masks) == 29 / 144
+    assert sj.stats.dead_neurons(state) == sj.stats.dead_neurons(state.masks, stacked)
+    with pytest.raises(ValueError, match='the state knows which leaves are stacked'):
+        sj.stats.dead_neurons(state, stacked)
+    with pytest.raises(ValueError, match='expected the state of an optimizer .* but blocks is float32'):
+        sj.stats.density(params)
+    with pytest.raises(ValueError, match='traced, or has shapes only'):
+        sj.layer_names(jax.eval_shape(tx.init, params))
     again = sj.set_masks(state, jax.tree.map(jnp.ones_like, state.masks))
     assert sj.stats.exploration_rate(again) == 1.0
     with pytest.raises(ValueError, match='track_exploration=True'):
