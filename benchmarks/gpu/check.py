@@ -45,20 +45,19 @@ def expected(kernel: str, shape: Shape, x, w, dy, pattern, block: tuple[int, int
             return reference.input_gradient(dy, w, pattern, shape.geometry, shape.x)
         if kernel == 'weight_gradient':
             return reference.weight_gradient(x, dy, pattern, shape.geometry, shape.w)
-        own: dict[str, Any] = dict(strides=shape.geometry.strides, padding=shape.geometry.padding, block=block)
-        return kernels.block_scores(x, dy, shape.w, **own, implementation='reference')
+        geometry: dict[str, Any] = dict(strides=shape.geometry.strides, padding=shape.geometry.padding)
+        return kernels.block_scores(x, dy, shape.w, **geometry, block=block, implementation='reference')
 
 
 def error(kernel: str, shape: Shape, block: tuple[int, int], sparsity: float = 0.7, dtype: Any = jnp.bfloat16) -> float:
     """Largest difference of a kernel from the reference, as a part of the largest value."""
-    own = operands(shape, block, sparsity, dtype)
+    x, w, dy, pattern = operands(shape, block, sparsity, dtype)
     run, _ = model.function(kernel, shape, block)
-    got = np.asarray(jax.jit(run)(*arguments(kernel, *own)), np.float64)
-    x, w, dy, pattern = own
-    want = np.asarray(expected(kernel, shape, x, w, dy, pattern, block), np.float64)
-    if got.shape != want.shape:
-        raise AssertionError(f'{kernel} of {shape.name}: shape {got.shape} instead of {want.shape}')
-    return float(np.abs(got - want).max() / max(np.abs(want).max(), 1e-30))
+    actual = np.asarray(jax.jit(run)(*arguments(kernel, x, w, dy, pattern)), np.float64)
+    desired = np.asarray(expected(kernel, shape, x, w, dy, pattern, block), np.float64)
+    if actual.shape != desired.shape:
+        raise AssertionError(f'{kernel} of {shape.name}: shape {actual.shape} instead of {desired.shape}')
+    return float(np.abs(actual - desired).max() / max(np.abs(desired).max(), 1e-30))
 
 
 BOUNDS = {jnp.bfloat16: 0.51 * 2**-7, jnp.float16: 0.51 * 2**-10}  # one rounding to nearest, at the largest value, and float32 sums

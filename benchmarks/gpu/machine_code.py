@@ -1,5 +1,6 @@
 """The block-sparse kernels as the real compiler makes them for Hopper (sm_90a), on a machine without a GPU: see compile_only.NEEDS."""
 
+import dataclasses
 import functools
 import glob
 import math
@@ -65,36 +66,36 @@ def compiled(
       capacity: least number of units that the pattern has room for.
     """
     os.environ['MOSAIC_GPU_DUMP_TO'] = _DUMPS.name
-    place = SingleDeviceSharding(compile_only.devices('gpu')[0])
-    of = lambda x, kind=None: jax.ShapeDtypeStruct(x.shape, kind or x.dtype, sharding=place)
+    sharding = SingleDeviceSharding(compile_only.devices('gpu')[0])
+    abstract = lambda x, dtype=None: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding)
     mask = model.random_mask(shape, block, 0.1)
-    pattern = jax.tree.map(of, kernels.make_pattern(mask, block=block, implementation='gpu', at_least=capacity))
+    pattern = jax.tree.map(abstract, kernels.make_pattern(mask, block=block, implementation='gpu', at_least=capacity))
     run, arrays = model.function(kernel, shape, block, config)
-    before, begin = set(glob.glob(f'{_DUMPS.name}/*.ptx')), time.perf_counter()
+    dumped_before, begin = set(glob.glob(f'{_DUMPS.name}/*.ptx')), time.perf_counter()
     with target.lowering_for('gpu'):
-        jax.jit(run).trace(*(of(x, jnp.dtype(dtype)) for x in arrays), pattern).lower(lowering_platforms=('cuda',)).compile()
-    spent = time.perf_counter() - begin
-    (path,) = set(glob.glob(f'{_DUMPS.name}/*.ptx')) - before
-    return _read(path, spent)
+        jax.jit(run).trace(*(abstract(x, jnp.dtype(dtype)) for x in arrays), pattern).lower(lowering_platforms=('cuda',)).compile()
+    seconds = time.perf_counter() - begin
+    (path,) = set(glob.glob(f'{_DUMPS.name}/*.ptx')) - dumped_before
+    return _read(path, seconds)
 
 
-def _read(path: str, spent: float) -> Compiled:
+def _read(path: str, seconds: float) -> Compiled:
     text = pathlib.Path(path).read_text()
-    done = subprocess.run(['ptxas', '-v', '-arch=sm_90a', path, '-o', f'{path}.cubin'], capture_output=True, text=True, check=True)
-    if 'serializ' in done.stderr:  # C7510: waits after each instruction, so that nothing overlaps
-        raise ValueError(f'the compiler does not let the tensor cores run ahead: {done.stderr}')
-    stores, loads = map(int, re.findall(r'(\d+) bytes spill (?:stores|loads)', done.stderr)[:2])
-    registers = int(re.search(r'Used (\d+) registers', done.stderr)[1])  # type: ignore[index]
-    operations, moved = _loop(text)
+    ptxas = subprocess.run(['ptxas', '-v', '-arch=sm_90a', path, '-o', f'{path}.cubin'], capture_output=True, text=True, check=True)
+    if 'serializ' in ptxas.stderr:  # C7510: waits after each instruction, so that nothing overlaps
+        raise ValueError(f'the compiler does not let the tensor cores run ahead: {ptxas.stderr}')
+    stores, loads = map(int, re.findall(r'(\d+) bytes spill (?:stores|loads)', ptxas.stderr)[:2])
+    registers = int(re.search(r'Used (\d+) registers', ptxas.stderr)[1])  # type: ignore[index]
+    step_operations, step_bytes = _loop(text)
     return Compiled(
-        registers,
-        stores + loads,
-        _shared_memory(path),
-        spent,
-        operations,
-        moved,
-        next(iter(re.findall(r'wgmma\.mma_async\.\S+', text)), ''),
-        len(re.findall(r'cp\.async\.bulk\.tensor\.\dd\.shared', text)),
+        registers=registers,
+        spills=stores + loads,
+        shared_memory=_shared_memory(path),
+        seconds=seconds,
+        step_operations=step_operations,
+        step_bytes=step_bytes,
+        tensor_core=next(iter(re.findall(r'wgmma\.mma_async\.\S+', text)), ''),
+        bulk_loads=len(re.findall(r'cp\.async\.bulk\.tensor\.\dd\.shared', text)),
     )
 
 
@@ -112,8 +113,8 @@ def _loop(text: str) -> tuple[int, int]:
     lines = text.splitlines()
     labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r'(\$L\w+):', line))}
     jumps = [(labels[match[1]], i) for i, line in enumerate(lines) if (match := re.search(r'bra(?:\.uni)?\s+(\$L\w+);', line))]
-    own = [lines[low:high] for low, high in jumps if low < high and any('wgmma.mma_async' in line for line in lines[low:high])]
-    loop = min((part for part in own if any('expect_tx' in line for line in part)), key=len)
+    loops = [lines[low:high] for low, high in jumps if low < high and any('wgmma.mma_async' in line for line in lines[low:high])]
+    loop = min((body for body in loops if any('expect_tx' in line for line in body)), key=len)
     shapes = [re.search(r'wgmma\.mma_async\S*\.m(\d+)n(\d+)k(\d+)\.', line) for line in loop]
     operations = sum(2 * math.prod(map(int, match.groups())) for match in shapes if match)
     constants = dict(re.findall(r'mov\.[bu]32\s+(%r\d+), (\d+);', text))
@@ -144,7 +145,7 @@ def print_report() -> None:
         'kernel',
         'shape',
         'block',
-        'tiles: tokens, depth, stages, group',
+        'tiles: block_m, block_k, num_stages, units_per_program',
         'registers',
         'spills',
         'shared memory',
@@ -154,7 +155,7 @@ def print_report() -> None:
     print('|---|---|---|---|---:|---:|---:|---:|---|---:|')
     for kernel, shape, block, config in cases():
         row = compiled(kernel, shape, block, config)
-        tiles = f'{config.tokens}, {config.depth}, {config.stages}, {config.group}'
+        tiles = ', '.join(map(str, dataclasses.astuple(config)))
         cells = [kernel, shape.name, f'{block[0]}x{block[1]}', tiles, row.registers, row.spills, f'{row.shared_memory:,}']
         cells += [f'{row.seconds:.1f} s', f'wgmma {row.tensor_core.split(".")[4]}']
         with target.lowering_for('gpu', interpret=True):

@@ -11,7 +11,7 @@ pattern takes. Assumed, in tera per second:
 
 The longest of the three is a kernel's time. A multiprocessor reaches a 132th of the rates of the cache and the tensor cores: a kernel of
 few programs leaves some without work, and of 133 equal ones the last runs alone. What is not in it: starting a kernel (microseconds),
-and programs of unequal length. Where the weight gradient is split (``config.splits``) its parts are written and added up by XLA, at the
+and programs of unequal length. Where the weight gradient is split (``config.num_splits``) its parts are written and added up by XLA, at the
 memory's rate, after the kernel.
 """
 
@@ -33,6 +33,7 @@ DENSE, MOST = 700e12, 600e12  # operations a second
 FEED = {'low': 0.85 * 5.5e12, 'high': 10.9e12}  # bytes a second from the second-level cache
 MULTIPROCESSORS = 132  # of both
 MEMORY = {'H100': 3.35e12, 'H200': 4.8e12}  # bytes a second
+_ITEMSIZE = 2  # bytes, of bfloat16
 KERNELS = ('forward', 'input_gradient', 'weight_gradient', 'scores')
 
 
@@ -90,9 +91,9 @@ class Cost(NamedTuple):
     sum_bytes: float = 0  # of a gradient's parts, read and added up after the kernel, and the result
 
     def seconds(self, rate: str, gpu: str) -> float:
-        return max(self.parts(rate, gpu).values()) + self.sum_bytes / MEMORY[gpu]
+        return max(self.seconds_by_resource(rate, gpu).values()) + self.sum_bytes / MEMORY[gpu]
 
-    def parts(self, rate: str, gpu: str) -> dict[str, float]:
+    def seconds_by_resource(self, rate: str, gpu: str) -> dict[str, float]:
         """Seconds of the kernel by resource."""
         turns = -(-self.programs // MULTIPROCESSORS)
         idle = turns * MULTIPROCESSORS / max(1, self.programs)
@@ -139,16 +140,17 @@ def step(kernel: str, shape: Shape, block: tuple[int, int], config: config_lib.C
         jaxpr = jax.make_jaxpr(run)(*arrays, pattern).jaxpr
     loops = [body for body in _bodies(jaxpr) if any(_is_product(equation) for equation in _equations(body))]
     inside = list(_equations(min(loops, key=lambda body: len(list(_equations(body))))))
-    done = moved = copies = products = 0
+    operations = bytes_copied = copies = products = 0
     for equation in inside:
         avals: Any = [variable.aval for variable in equation.invars]
         if _is_product(equation):
-            rows, columns = avals[0].shape
-            depth = math.prod(avals[1].shape[1:]) // rows
-            done, products = done + 2 * rows * columns * depth, products + 1
+            m, n = avals[0].shape
+            k = math.prod(avals[1].shape[1:]) // m
+            operations, products = operations + 2 * m * n * k, products + 1
         if equation.primitive.name == 'copy_gmem_to_smem':
-            moved, copies = moved + math.prod(avals[1].shape[1:]) * avals[1].dtype.itemsize, copies + 1
-    return Step(done, moved, copies, products)
+            tile_bytes = math.prod(avals[1].shape[1:]) * avals[1].dtype.itemsize
+            bytes_copied, copies = bytes_copied + tile_bytes, copies + 1
+    return Step(operations=operations, bytes=bytes_copied, copies=copies, multiplications=products)
 
 
 def _is_product(equation) -> bool:
@@ -183,39 +185,70 @@ def cost(kernel: str, shape: Shape, block: tuple[int, int], sparsity: float, con
     config = config or chosen(kernel, shape, block)
     mask = random_mask(shape, block, 1 - sparsity)
     pattern = kernels.make_pattern(mask, block=block, implementation='gpu')
-    one, size, (rows, columns) = step(kernel, shape, block, config), 2, block
-    images = -(-shape.x[0] // config.tokens)
-    counts = np.diff(pattern.transposed_pointers if kernel == 'input_gradient' else pattern.pointers)
-    x, y = math.prod(shape.x), math.prod(shape.y)
-    pads = shape.geometry.padding != ((0, 0), (0, 0)) or shape.geometry.strides != (1, 1)
+    one_step = step(kernel, shape, block, config)
     if kernel in ('forward', 'input_gradient'):
-        source, result = (x, y) if kernel == 'forward' else (y, x)
-        depth = rows if kernel == 'forward' else columns
-        pixels = math.prod((shape.y if kernel == 'forward' else shape.x)[1:3])
-        phases = math.prod(shape.geometry.strides) if kernel == 'input_gradient' else 1
-        steps = int(counts.sum()) * (depth // min(depth, config.depth)) * images * pixels / phases
-        memory = size * (source + result + int(mask.sum()) + (2 * mask.size if pads else 0))
-        return Cost(steps * one.operations, steps * one.bytes + size * result, memory, images * pixels * len(counts))
-    loops, splits, summed = images * math.prod(shape.y[1:3]), 1, 0
-    if kernel == 'weight_gradient':
-        programs, results = int((-(-counts // config.group)).sum()), size * mask.size
-        units = math.prod(shape.w[:2]) * math.prod(-(-n // side) for n, side in zip(shape.w[2:], block, strict=True))
-        splits = config_lib.splits(shape.x[0], math.prod(shape.y[1:3]), units, block)
-        if (
-            splits > 1
-        ):  # XLA reads the parts of all units that there is room for, writes their sums, and reads these into the result
-            room = pattern.capacity * rows * columns
-            results, summed = 4 * splits * int(counts.sum()) * rows * columns, (4 * splits + 2 * size) * room + results
+        return _product_cost(kernel, shape, block, mask, pattern, one_step, config)
+    return _gradient_cost(kernel, shape, block, mask, pattern, one_step, config)
+
+
+def _has_padding(shape: Shape) -> bool:
+    """Whether a copy of an operand is made in which zeros are added."""
+    return shape.geometry.padding != ((0, 0), (0, 0)) or shape.geometry.strides != (1, 1)
+
+
+def _product_cost(
+    kernel: str, shape: Shape, block: tuple[int, int], mask, pattern, one_step: Step, config: config_lib.Config
+) -> Cost:
+    """Of forward or input gradient."""
+    if kernel == 'forward':
+        lhs_shape, result_shape, unit_k, num_phases, pointers = shape.x, shape.y, block[0], 1, pattern.pointers
     else:
-        wide = config_lib.window(kernel, rows)
-        windows = -(-shape.w[2] // wide) * math.prod(shape.w[:2])
-        programs = -(-windows // config.group) * len(counts)
-        results = 4 * windows * wide * len(counts)
-    memory = size * (x + y + (2 * x if pads else 0)) + results
-    return Cost(programs * loops * one.operations, programs * loops * one.bytes + results, memory, programs * splits, summed)
+        lhs_shape, result_shape, unit_k = shape.y, shape.x, block[1]
+        num_phases, pointers = math.prod(shape.geometry.strides), pattern.transposed_pointers
+    units, m_tiles = np.diff(pointers), -(-shape.x[0] // config.block_m)
+    num_pixels = math.prod(result_shape[1:3])
+    steps = int(units.sum()) * (unit_k // min(unit_k, config.block_k)) * m_tiles * num_pixels / num_phases
+    result_bytes = _ITEMSIZE * math.prod(result_shape)
+    padded_weight = 2 * mask.size if _has_padding(shape) else 0
+    return Cost(
+        operations=steps * one_step.operations,
+        cache_bytes=steps * one_step.bytes + result_bytes,
+        memory_bytes=_ITEMSIZE * (math.prod(lhs_shape) + int(mask.sum()) + padded_weight) + result_bytes,
+        programs=m_tiles * num_pixels * len(units),
+    )
+
+
+def _gradient_cost(
+    kernel: str, shape: Shape, block: tuple[int, int], mask, pattern, one_step: Step, config: config_lib.Config
+) -> Cost:
+    """Of weight gradient or scores."""
+    units, x, y = np.diff(pattern.pointers), math.prod(shape.x), math.prod(shape.y)
+    num_taps, num_pixels = math.prod(shape.w[:2]), math.prod(shape.y[1:3])
+    steps, num_splits, sum_bytes = -(-shape.x[0] // config.block_m) * num_pixels, 1, 0
+    if kernel == 'weight_gradient':
+        programs, result_bytes = int((-(-units // config.units_per_program)).sum()), _ITEMSIZE * mask.size
+        possible_units = num_taps * math.prod(-(-n // side) for n, side in zip(shape.w[2:], block, strict=True))
+        num_splits = config_lib.num_splits(shape.x[0], num_pixels, possible_units, block)
+        if num_splits > 1:
+            # XLA reads the parts of all units that there is room for, writes their sums, and reads these into the result
+            capacity, dense_bytes = pattern.capacity * math.prod(block), result_bytes
+            result_bytes = 4 * num_splits * int(units.sum()) * math.prod(block)
+            sum_bytes = (4 * num_splits + 2 * _ITEMSIZE) * capacity + dense_bytes
+    else:
+        window_k = config_lib.window_rows(kernel, block[0])
+        windows = -(-shape.w[2] // window_k) * num_taps
+        programs = -(-windows // config.units_per_program) * len(units)
+        result_bytes = 4 * windows * window_k * len(units)
+    return Cost(
+        operations=programs * steps * one_step.operations,
+        cache_bytes=programs * steps * one_step.bytes + result_bytes,
+        memory_bytes=_ITEMSIZE * (x + y + (2 * x if _has_padding(shape) else 0)) + result_bytes,
+        programs=programs * num_splits,
+        sum_bytes=sum_bytes,
+    )
 
 
 def dense_seconds(shape: Shape, gpu: str) -> float:
     """One of the three dense products."""
-    moved = 2 * (math.prod(shape.x) + math.prod(shape.w) + math.prod(shape.y))
-    return max(shape.dense_operations / DENSE, moved / MEMORY[gpu])
+    memory_bytes = _ITEMSIZE * (math.prod(shape.x) + math.prod(shape.w) + math.prod(shape.y))
+    return max(shape.dense_operations / DENSE, memory_bytes / MEMORY[gpu])

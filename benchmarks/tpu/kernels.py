@@ -59,18 +59,21 @@ def function(kernel: str, shape: Shape) -> Any:
 @functools.cache
 def compiled(kernel: str, shape: Shape, dtype: Any) -> Compiled:
     """Compiles one kernel; ValueError where nothing can be compiled for a TPU here."""
-    place = SingleDeviceSharding(compile_only.devices('tpu')[0])
-    of = lambda a, kind=None: jax.ShapeDtypeStruct(a.shape, kind or a.dtype, sharding=place)
+    sharding = SingleDeviceSharding(compile_only.devices('tpu')[0])
+    abstract = lambda a, dtype=None: jax.ShapeDtypeStruct(a.shape, dtype or a.dtype, sharding=sharding)
     pattern = kernels.make_pattern(model.random_mask(shape, BLOCKS, 0.3), block=BLOCKS)
-    x, w, dy = (of(np.broadcast_to(0, s), dtype) for s in (shape.x, shape.w, shape.y))
+    x, w, dy = (abstract(np.broadcast_to(0, s), dtype) for s in (shape.x, shape.w, shape.y))
     begin = time.perf_counter()
     with target.lowering_for('tpu'):
-        own = check.arguments(kernel, x, w, dy, jax.tree.map(of, pattern))
-        lowered = jax.jit(function(kernel, shape)).trace(*own).lower(lowering_platforms=('tpu',))
-    made = lowered.compile()
-    spent, memory = time.perf_counter() - begin, made.memory_analysis()
+        arguments = check.arguments(kernel, x, w, dy, jax.tree.map(abstract, pattern))
+        lowered = jax.jit(function(kernel, shape)).trace(*arguments).lower(lowering_platforms=('tpu',))
+    executable = lowered.compile()
+    seconds, memory = time.perf_counter() - begin, executable.memory_analysis()
     return Compiled(
-        spent, int(getattr(memory, 'temp_size_in_bytes', 0)), lowered.as_text(), 'tpu_custom_call' in (made.as_text() or '')
+        seconds=seconds,
+        temporary=int(getattr(memory, 'temp_size_in_bytes', 0)),
+        text=lowered.as_text(),
+        kernel='tpu_custom_call' in (executable.as_text() or ''),
     )
 
 
@@ -78,9 +81,9 @@ def error(kernel: str, shape: Shape, dtype: Any) -> float:
     """Largest difference of a kernel, interpreted, from the reference, as a part of the largest value."""
     x, w, dy, pattern = check.operands(shape, BLOCKS, 0.5, dtype)
     with target.lowering_for('tpu', interpret=True):
-        got = np.asarray(function(kernel, shape)(*check.arguments(kernel, x, w, dy, pattern)), np.float64)
-    want = np.asarray(check.expected(kernel, shape, x, w, dy, pattern, BLOCKS), np.float64)
-    return float(np.abs(got - want).max() / np.abs(want).max())
+        actual = np.asarray(function(kernel, shape)(*check.arguments(kernel, x, w, dy, pattern)), np.float64)
+    desired = np.asarray(check.expected(kernel, shape, x, w, dy, pattern, BLOCKS), np.float64)
+    return float(np.abs(actual - desired).max() / np.abs(desired).max())
 
 
 def stand_in(shape: Shape) -> Shape:
@@ -99,6 +102,6 @@ def main() -> None:
     print('| kernel | shape | type | compiled in | temporary memory | error in the interpreter |\n|---|---|---|---:|---:|---:|')
     for shape, dtype in CASES:
         for kernel in KERNELS:
-            row, wrong = compiled(kernel, shape, dtype), error(kernel, stand_in(shape), dtype)
-            cells = kernel, shape.name, jnp.dtype(dtype).name, f'{row.seconds:.1f} s', f'{row.temporary:,}', f'{wrong:.1e}'
+            row, largest_error = compiled(kernel, shape, dtype), error(kernel, stand_in(shape), dtype)
+            cells = kernel, shape.name, jnp.dtype(dtype).name, f'{row.seconds:.1f} s', f'{row.temporary:,}', f'{largest_error:.1e}'
             print('| ' + ' | '.join(cells) + ' |', flush=True)

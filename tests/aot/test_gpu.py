@@ -21,18 +21,18 @@ def test_no_spills_tensor_cores_and_bytes_as_modelled(case):
     assert code.spills == 0 and code.registers <= 255
     assert code.shared_memory - config_lib.BARRIERS <= config.bytes(kernel, block) <= config_lib.SHARED_MEMORY - config_lib.BARRIERS
     assert code.tensor_core.startswith('wgmma.mma_async.sync.aligned.m64n') and '.f32.bf16.bf16' in code.tensor_core
-    assert code.bulk_loads >= 2 and config.stages >= 3
+    assert code.bulk_loads >= 2 and config.num_stages >= 3
     traced = model.step(kernel, shape, block, config)
     assert (code.step_operations, code.step_bytes) == (traced.operations, traced.bytes)
     # kernels.md's model: both tiles of a step, and the products of all their elements
-    rows, columns = block
+    inputs, outputs = block
     if kernel in PRODUCT:
-        depth, width = (rows, columns) if kernel == 'forward' else (columns, rows)
-        depth = min(depth, config.depth)
-        modelled = 2 * config.tokens * depth * width, 2 * depth * (config.tokens + width)
+        unit_k, block_n = (inputs, outputs) if kernel == 'forward' else (outputs, inputs)
+        block_k = min(unit_k, config.block_k)
+        modelled = 2 * config.block_m * block_k * block_n, 2 * block_k * (config.block_m + block_n)
     else:
-        wide = config_lib.window(kernel, rows) * config.group
-        modelled = 2 * config.tokens * wide * columns, 2 * config.tokens * (wide + columns)
+        windows = config_lib.window_rows(kernel, inputs) * config.units_per_program
+        modelled = 2 * config.block_m * windows * outputs, 2 * config.block_m * (windows + outputs)
     for counted, expected in zip((code.step_operations, code.step_bytes), modelled, strict=True):
         assert abs(counted - expected) <= 0.1 * expected
 
@@ -48,7 +48,7 @@ def test_every_config_of_the_sweep_compiles_without_spills(kernel, block):
 
 
 def test_too_large_tiles_are_refused_by_the_compiler_as_by_the_rule():
-    config = config_lib.Config(tokens=256, stages=6)
+    config = config_lib.Config(block_m=256, num_stages=6)
     assert not config.fits('forward', (128, 128))
     with pytest.raises(ValueError, match='shared memory'):
         machine_code.compiled('forward', model.SHAPES[0], (128, 128), config)

@@ -12,8 +12,8 @@ pytestmark = needs_compiler('tpu')
 @pytest.mark.parametrize('case', kernels.CASES, ids=lambda case: f'{case[0].name}, {jnp.dtype(case[1]).name}')
 @pytest.mark.parametrize('kernel', kernels.KERNELS)
 def test_every_kernel_compiles(kernel, case):
-    made = kernels.compiled(kernel, *case)
-    assert made.kernel and f'sparse_jax_{kernel}' in made.text
+    compiled = kernels.compiled(kernel, *case)
+    assert compiled.kernel and f'sparse_jax_{kernel}' in compiled.text
 
 
 @pytest.mark.parametrize('name', steps)

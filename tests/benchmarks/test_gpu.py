@@ -16,6 +16,7 @@ from sparse_jax.kernels.gpu import config as config_lib
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _LAYER = model.SHAPES[0]
+_FIELDS = [field.name for field in dataclasses.fields(config_lib.Config)]
 
 
 def _run(*flags):
@@ -24,36 +25,36 @@ def _run(*flags):
 
 
 def test_dry_run_checks_and_measures_in_the_interpreter():
-    done = _run('--dry_run')
-    assert done.returncode == 0, done.stderr
-    assert 'RACE' not in done.stdout and 'left out' not in done.stderr
-    assert 'all equal to the reference' in done.stdout and '| forward | 3x3 64 to 64, 64x2x2 | 64x64 | 50% |' in done.stdout
+    process = _run('--dry_run')
+    assert process.returncode == 0, process.stderr
+    assert 'RACE' not in process.stdout and 'left out' not in process.stderr
+    assert 'all equal to the reference' in process.stdout and '| forward | 3x3 64 to 64, 64x2x2 | 64x64 | 50% |' in process.stdout
 
 
 def test_without_a_gpu_the_sweep_is_refused_in_a_line():
-    done = _run('--check')
-    assert done.returncode == 2 and 'no measurement here: it runs on an NVIDIA GPU, not on cpu' in done.stderr
+    process = _run('--check')
+    assert process.returncode == 2 and 'no measurement here: it runs on an NVIDIA GPU, not on cpu' in process.stderr
 
 
 def test_a_config_that_is_refused_is_told_and_left_out_but_not_the_one_of_the_rule(capsys):
     shape, block = model.Shape((64, 1, 1, 128), (1, 1, 128, 64)), (64, 64)
-    given = check.arguments('forward', *check.operands(shape, block, 0.5))
-    refused, rule = config_lib.Config(tokens=36), config_lib.rule('forward', block, 64)
+    arrays = check.arguments('forward', *check.operands(shape, block, 0.5))
+    refused, rule = config_lib.Config(block_m=36), config_lib.rule('forward', block, 64)
     with target.lowering_for('gpu', interpret=True):
-        assert kernels._fastest('forward', shape, block, given, [rule, refused], 1) == rule
-        assert 'left out: forward' in (said := capsys.readouterr().err) and 'tokens=36' in said
+        assert kernels._fastest('forward', shape, block, arrays, [rule, refused], 1) == rule
+        assert 'left out: forward' in (message := capsys.readouterr().err) and 'block_m=36' in message
         with pytest.raises(AssertionError):
-            kernels._fastest('forward', shape, block, given, [refused, rule], 1)
+            kernels._fastest('forward', shape, block, arrays, [refused, rule], 1)
 
 
 def test_a_config_whose_numbers_are_others_is_told_and_left_out(capsys, monkeypatch):
-    right, wrong = config_lib.Config(), config_lib.Config(stages=3)
+    right, wrong = config_lib.Config(), config_lib.Config(num_stages=3)
     monkeypatch.setattr(
         model, 'function', lambda kernel, shape, block, config: (lambda x: x * (1.02 if config == wrong else 1), ())
     )
     shape = model.Shape((64, 1, 1, 128), (1, 1, 128, 64))
     assert kernels._fastest('forward', shape, (64, 64), (jnp.ones(3),), [right, wrong], 1) == right
-    assert 'left out: forward' in (said := capsys.readouterr().err) and 'its result is not that of' in said
+    assert 'left out: forward' in (message := capsys.readouterr().err) and 'its result is not that of' in message
 
 
 def test_a_sweep_keeps_the_best_tiles_and_up_to_which_density_blocks_win(tmp_path, monkeypatch, capsys):
@@ -86,7 +87,7 @@ def test_costs_are_those_of_the_pattern():
     assert cost.cache_bytes == 410 * 64 * 2 * (128 * 64 + 64 * 64) + 2 * 8192 * 4096
     assert cost.memory_bytes == 2 * (2 * 8192 * 4096 + 410 * 64 * 64)
     assert cost.programs == 64 * 64 and cost.sum_bytes == 0  # 4,096 programs on 132 multiprocessors: the last turn has 4
-    assert cost.parts('low', 'H100') == {
+    assert cost.seconds_by_resource('low', 'H100') == {
         'tensor cores': pytest.approx(cost.operations / 600e12 * 32 * 132 / 4096),
         'cache': pytest.approx(cost.cache_bytes / (0.85 * 5.5e12) * 32 * 132 / 4096),
         'memory': cost.memory_bytes / 3.35e12,
@@ -101,8 +102,10 @@ def test_few_programs_leave_multiprocessors_idle_and_parts_of_sums_are_paid_for(
     assert sum(lists) == 14 and cost.programs == 16 * sum(-(-n // 2) for n in lists)
     assert cost.sum_bytes == 32 * 64 * 64 * (16 * 4 + 2 + 2) + 2 * mask.size
     turns = -(-cost.programs // 132)
-    assert cost.parts('high', 'H100')['tensor cores'] == pytest.approx(cost.operations / 600e12 * turns * 132 / cost.programs)
-    assert cost.seconds('high', 'H200') == max(cost.parts('high', 'H200').values()) + cost.sum_bytes / 4.8e12
+    assert cost.seconds_by_resource('high', 'H100')['tensor cores'] == pytest.approx(
+        cost.operations / 600e12 * turns * 132 / cost.programs
+    )
+    assert cost.seconds('high', 'H200') == max(cost.seconds_by_resource('high', 'H200').values()) + cost.sum_bytes / 4.8e12
 
 
 def test_every_shape_and_block_of_check_makes_a_pattern():
@@ -143,9 +146,28 @@ def test_the_best_configs_are_kept_for_this_kind_of_device(tmp_path, monkeypatch
     assert config_lib.choose('forward', (64, 1, 1, 64), *arguments[2:]) == config_lib.rule('forward', (64, 64), 64)
 
 
+@pytest.mark.parametrize(
+    'entry',
+    [dict(tokens=256, depth=64, stages=3, group=1), dict(block_m=256), {}, [256, 64, 3, 1], None, dict.fromkeys(_FIELDS, '64')],
+    ids=['fields of an earlier version', 'fields that are missing', 'no fields', 'a list', 'null', 'text'],
+)
+def test_a_kept_config_with_other_fields_counts_as_not_measured(entry, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv('SPARSE_JAX_CACHE', str(tmp_path))
+    config_lib._warn_once.cache_clear()
+    arguments = ('forward', _LAYER.x, _LAYER.w, (64, 64), jnp.bfloat16)
+    (tmp_path / 'gpu_configs.json').write_text(json.dumps({'cpu': {config_lib.key(*arguments): entry}, 'NVIDIA H100': {'a': {}}}))
+    for _ in range(2):
+        assert config_lib.choose(*arguments) == config_lib.rule('forward', (64, 64), 8192)
+    assert len(caplog.messages) == 1 and 'run python -m benchmarks.gpu again' in caplog.text
+    best = config_lib.Config(256, 64, 3)
+    config_lib.write({'another': best})  # what cannot be read is not kept, and other devices' entries are
+    kept = json.loads((tmp_path / 'gpu_configs.json').read_text())
+    assert kept == {'cpu': {'another': dataclasses.asdict(best)}, 'NVIDIA H100': {'a': {}}}
+
+
 @pytest.mark.parametrize('kernel', model.KERNELS)
 def test_every_config_of_a_rule_or_a_sweep_fits_and_has_three_stages(kernel):
     for block in ((32, 32), (64, 64), (128, 128), (128, 32)):
-        known = [config_lib.rule(kernel, block, images) for images in (1, 64, 100, 128, 8192)]
-        for config in (*known, *config_lib.candidates(kernel, block, 8192)):
-            assert config.fits(kernel, block) and config.stages >= 3 and config.tokens % 64 == 0
+        configs = [config_lib.rule(kernel, block, images) for images in (1, 64, 100, 128, 8192)]
+        for config in (*configs, *config_lib.candidates(kernel, block, 8192)):
+            assert config.fits(kernel, block) and config.num_stages >= 3 and config.block_m % 64 == 0

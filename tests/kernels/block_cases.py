@@ -23,22 +23,22 @@ def errors(case, block: tuple[int, int], platform: str, dtype, products: int = 3
     x, mask, w, dy = kernel_cases.make((*case, block))
     x, w, dy = (jnp.asarray(value, dtype) for value in (x, w, dy))
     pattern = kernels.make_pattern(mask, block=block)
-    own = dict(strides=strides, padding=padding, dilation=dilation, implementation=platform)
+    options = dict(strides=strides, padding=padding, dilation=dilation, implementation=platform)
     with kernels.lowering_for(platform, interpret=True):
         if products == 1:
-            got = [kernels.sparse_conv(x, w, pattern, **own)]
+            actual = [kernels.sparse_conv(x, w, pattern, **options)]
         else:
-            y, pull = jax.vjp(lambda x, w: kernels.sparse_conv(x, w, pattern, **own), x, w)
-            got = [y, *pull(dy)]
-    want = list(kernel_cases.convolution(x, w, dy, strides, padding, dilation))
-    want[2] = np.where(mask, want[2], 0)
+            y, vjp = jax.vjp(lambda x, w: kernels.sparse_conv(x, w, pattern, **options), x, w)
+            actual = [y, *vjp(dy)]
+    desired = list(kernel_cases.convolution(x, w, dy, strides, padding, dilation))
+    desired[2] = np.where(mask, desired[2], 0)
     off = ~np.broadcast_to(mask, w.shape)
-    for value, expected in zip(got, want, strict=False):
+    for value, expected in zip(actual, desired, strict=False):
         assert value.shape == expected.shape and value.dtype == dtype
-    if len(got) == 3:
-        assert not np.asarray(got[2], np.float64)[off].any()
-    parts = zip(got, want, strict=False)
-    return [float(np.abs(np.asarray(a, np.float64) - b).max() / max(np.abs(b).max(), 1e-9)) for a, b in parts]
+    if len(actual) == 3:
+        assert not np.asarray(actual[2], np.float64)[off].any()
+    pairs = zip(actual, desired, strict=False)
+    return [float(np.abs(np.asarray(a, np.float64) - b).max() / max(np.abs(b).max(), 1e-9)) for a, b in pairs]
 
 
 def score_error(case, block: tuple[int, int], platform: str, dtype) -> float:
@@ -46,17 +46,17 @@ def score_error(case, block: tuple[int, int], platform: str, dtype) -> float:
     _, _, _, inputs, outputs, taps, strides, padding, dilation, _ = case
     x, _, w, dy = kernel_cases.make((*case, block))
     x, dy = jnp.asarray(x, dtype), jnp.asarray(dy, dtype)
-    own = dict(block=block, strides=strides, padding=padding, dilation=dilation, implementation=platform)
+    options = dict(block=block, strides=strides, padding=padding, dilation=dilation, implementation=platform)
     with kernels.lowering_for(platform, interpret=True):
-        got = np.asarray(kernels.block_scores(x, dy, w.shape, **own))
+        actual = np.asarray(kernels.block_scores(x, dy, w.shape, **options))
     dense = np.abs(kernel_cases.convolution(x, w, dy, strides, padding, dilation)[2])
-    want = np.zeros((*taps, -(-inputs // block[0]), -(-outputs // block[1])))
-    for i in range(want.shape[2]):
-        for o in range(want.shape[3]):
-            part = dense[:, :, i * block[0] : (i + 1) * block[0], o * block[1] : (o + 1) * block[1]]
-            want[:, :, i, o] = part.sum((2, 3))
-    assert got.shape == want.shape and got.dtype == np.float32
-    return float(np.abs(got - want).max() / want.max())
+    desired = np.zeros((*taps, -(-inputs // block[0]), -(-outputs // block[1])))
+    for k_idx in range(desired.shape[2]):
+        for n_idx in range(desired.shape[3]):
+            k_slice, n_slice = (slice(i * side, (i + 1) * side) for i, side in zip((k_idx, n_idx), block, strict=True))
+            desired[:, :, k_idx, n_idx] = dense[:, :, k_slice, n_slice].sum((2, 3))
+    assert actual.shape == desired.shape and actual.dtype == np.float32
+    return float(np.abs(actual - desired).max() / desired.max())
 
 
 def rounding(dtype) -> float:

@@ -63,10 +63,15 @@ def test_products_and_both_gradients_equal_float64(name):
 @pytest.mark.parametrize('name', IN_PARTS)
 def test_weight_gradients_that_are_summed_in_parts_equal_float64(name, monkeypatch):
     case, block, dtype, parts = IN_PARTS[name]
-    asked, rule = [], config_lib.splits
-    monkeypatch.setattr(config_lib, 'splits', lambda *own: asked.append((own[1], rule(*own))) or rule(*own))
+    calls, rule = [], config_lib.num_splits
+
+    def recorded(images, pixels, units, block):
+        calls.append((pixels, rule(images, pixels, units, block)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(config_lib, 'num_splits', recorded)
     assert max(errors(case, block, 'gpu', dtype)) <= rounding(dtype)
-    assert asked == [(case[1] * case[2], parts)]  # pixels, which are divided where there are enough
+    assert calls == [(case[1] * case[2], parts)]  # pixels, which are divided where there are enough
 
 
 @needs_gradients
@@ -77,10 +82,10 @@ def test_block_scores_equal_float64(name):
 
 
 @pytest.mark.parametrize('counts', ([4, 0, 1], [1, 1, 1], [4, 4, 4]))
-@pytest.mark.parametrize('group', (1, 4))
-def test_unbalanced_lists_whatever_a_program_owns(counts, group):
-    """Units of three blocks of outputs, by the longest, shortest and full lists; forward alone has no groups."""
-    if group > 1 and not gradients:
+@pytest.mark.parametrize('units_per_program', (1, 4))
+def test_unbalanced_lists_whatever_a_program_owns(counts, units_per_program):
+    """Units of three blocks of outputs, by the longest, shortest and full lists; forward alone takes one at a time."""
+    if units_per_program > 1 and not gradients:
         pytest.skip('the interpreter of jax before 0.11: make test-gpu-aot PYTHON=python3.12')
     from sparse_jax.kernels.gpu import operations
     from sparse_jax.kernels.reference import Geometry
@@ -92,23 +97,23 @@ def test_unbalanced_lists_whatever_a_program_owns(counts, group):
     w = jnp.asarray(random.standard_normal((1, 1, *mask.shape)) * mask, BF16)
     pattern = kernels.make_pattern(mask, block=(size, size))
     with kernels.lowering_for('gpu', interpret=True):
-        if group == 1:
-            got, want = operations.forward(x, w, pattern, Geometry()), np.float64(x[:, 0, 0]) @ np.float64(w[0, 0])
+        if units_per_program == 1:
+            actual, desired = operations.forward(x, w, pattern, Geometry()), np.float64(x[:, 0, 0]) @ np.float64(w[0, 0])
         else:
-            config = config_lib.Config(tokens=64, stages=3, group=group)
-            got = operations.weight_gradient(x, dy, pattern, Geometry(), w.shape, config)
-            want = np.float64(x[:, 0, 0]).T @ np.float64(dy[:, 0, 0]) * mask
-    assert np.abs(np.float64(got).reshape(want.shape) - want).max() <= rounding(BF16) * np.abs(want).max()
+            config = config_lib.Config(block_m=64, num_stages=3, units_per_program=units_per_program)
+            actual = operations.weight_gradient(x, dy, pattern, Geometry(), w.shape, config)
+            desired = np.float64(x[:, 0, 0]).T @ np.float64(dy[:, 0, 0]) * mask
+    assert np.abs(np.float64(actual).reshape(desired.shape) - desired).max() <= rounding(BF16) * np.abs(desired).max()
 
 
 def test_other_contents_and_a_grown_capacity_are_right_and_compile_once_a_capacity():
     block, shape = (64, 64), (192, 128)
-    mask = lambda units: np.kron(np.array(units), np.ones(block)).astype(bool)
-    few, others = mask([[1, 0], [0, 0], [0, 0]]), mask([[0, 1], [1, 0], [1, 1]])
+    mask_of = lambda units: np.kron(np.array(units), np.ones(block)).astype(bool)
+    few, others = mask_of([[1, 0], [0, 0], [0, 0]]), mask_of([[0, 1], [1, 0], [1, 1]])
     x = jax.random.normal(jax.random.key(0), (64, shape[0]), BF16)
     w = jax.random.normal(jax.random.key(1), shape, BF16)
-    own_pattern = functools.partial(kernels.make_pattern, block=block, implementation='gpu')
-    first = own_pattern(few)
+    make_pattern = functools.partial(kernels.make_pattern, block=block, implementation='gpu')
+    first = make_pattern(few)
     with kernels.lowering_for('gpu', interpret=True):
         traced = []
 
@@ -119,16 +124,16 @@ def test_other_contents_and_a_grown_capacity_are_right_and_compile_once_a_capaci
 
         for _ in range(2):  # the interpreter's first call in a process changes jax's context, so that the second traces anew
             run(w * few, first)
-        wide = own_pattern(others, at_least=first.capacity + 4)
+        grown = make_pattern(others, at_least=first.capacity + 4)
         traced.clear()
-        for own, pattern, programs in (
+        for mask, pattern, programs in (
             (few, first, 0),
-            (others, own_pattern(others, at_least=first.capacity), 0),
-            (others, wide, 1),
-            (few, own_pattern(few, at_least=wide.capacity), 1),
+            (others, make_pattern(others, at_least=first.capacity), 0),
+            (others, grown, 1),
+            (few, make_pattern(few, at_least=grown.capacity), 1),
         ):
-            got, want = run(w * own, pattern), np.float64(x) @ (np.float64(w) * own)
-            assert np.abs(np.float64(got) - want).max() <= rounding(BF16) * np.abs(want).max()
+            actual, desired = run(w * mask, pattern), np.float64(x) @ (np.float64(w) * mask)
+            assert np.abs(np.float64(actual) - desired).max() <= rounding(BF16) * np.abs(desired).max()
             assert len(traced) == programs
 
 
@@ -146,35 +151,35 @@ def test_gradients_inside_a_scan_over_stacked_layers():
         )[0]
 
     with kernels.lowering_for('gpu', interpret=True):
-        got = np.asarray(jax.jit(jax.grad(loss))(w), np.float64)
-    want = np.broadcast_to(np.float64(x).sum(0)[:, None], masks.shape) * masks
-    assert np.abs(got - want).max() <= rounding(BF16) * np.abs(want).max()
+        actual = np.asarray(jax.jit(jax.grad(loss))(w), np.float64)
+    desired = np.broadcast_to(np.float64(x).sum(0)[:, None], masks.shape) * masks
+    assert np.abs(actual - desired).max() <= rounding(BF16) * np.abs(desired).max()
 
 
 @needs_gradients
 @pytest.mark.parametrize('axis', [1, 0], ids=['outputs divided', 'inputs divided'])
 def test_the_parts_of_a_layer_divided_over_a_mesh(axis):
     # One part after the other: jax's interpreter has one memory for all devices, whose clocks and barriers mix when two run at once.
-    # The division itself is the same for every backend, and tested on meshes in test_sharding, compiled on one in test_gpu_aot.
+    # The division itself is the same for every backend, and tested on meshes in test_sharding, compiled on one in tests/aot/test_gpu.
     random, block = np.random.default_rng(0), (32, 32)
     mask = np.kron(random.random((4, 4)) < 0.5, np.ones(block)).astype(bool)
     w = jnp.asarray(random.standard_normal(mask.shape) * mask, BF16)
     x = jnp.asarray(random.standard_normal((64, 128)), BF16)
-    place = jax.sharding.NamedSharding(
+    w_sharding = jax.sharding.NamedSharding(
         sharding.make_mesh(1, 2, devices=jax.devices()[:2]),
         jax.sharding.PartitionSpec(*('model' if i == axis else None for i in (0, 1))),
     )
-    divided = kernels.make_patterns({'w': mask}, block=block, implementations={'w': 'gpu'}, shardings={'w': place})['w']
+    divided = kernels.make_patterns({'w': mask}, block=block, implementations={'w': 'gpu'}, shardings={'w': w_sharding})['w']
     halves = lambda a, axis: jnp.split(a, 2, axis)
     ys, dws = [], []
     for part, (x_part, w_part) in enumerate(zip(halves(x, 1) if axis == 0 else (x, x), halves(w, axis), strict=True)):
         pattern = divided.split.own(jax.tree.map(lambda a, part=part: jnp.asarray(np.asarray(a)[part : part + 1]), divided))
         with kernels.lowering_for('gpu', interpret=True):
-            y, back = jax.vjp(lambda w, x=x_part, pattern=pattern: kernels.sparse_dot(x, w, pattern), w_part)
+            y, vjp = jax.vjp(lambda w, x=x_part, pattern=pattern: kernels.sparse_dot(x, w, pattern), w_part)
             ys.append(np.float64(y))
-            dws.append(np.float64(back(jnp.ones_like(y))[0]))
-    got = sum(ys) if axis == 0 else np.concatenate(ys, 1)
-    want = np.float64(x) @ np.float64(w)
-    assert np.abs(got - want).max() <= 2 * rounding(BF16) * np.abs(want).max()
-    want = np.broadcast_to(np.float64(x).sum(0)[:, None], mask.shape) * mask
-    assert np.abs(np.concatenate(dws, axis) - want).max() <= rounding(BF16) * np.abs(want).max()
+            dws.append(np.float64(vjp(jnp.ones_like(y))[0]))
+    actual = sum(ys) if axis == 0 else np.concatenate(ys, 1)
+    desired = np.float64(x) @ np.float64(w)
+    assert np.abs(actual - desired).max() <= 2 * rounding(BF16) * np.abs(desired).max()
+    desired = np.broadcast_to(np.float64(x).sum(0)[:, None], mask.shape) * mask
+    assert np.abs(np.concatenate(dws, axis) - desired).max() <= rounding(BF16) * np.abs(desired).max()

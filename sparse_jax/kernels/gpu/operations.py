@@ -7,7 +7,6 @@ where taps lie outside of images, is one more tap of zeros (in products) or one 
 import functools
 import math
 import operator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +15,9 @@ import numpy as np
 from sparse_jax.core import target
 from sparse_jax.kernels import pixels as pixels_lib
 from sparse_jax.kernels.gpu import config as config_lib
+from sparse_jax.kernels.gpu import gradient as gradient_lib
+from sparse_jax.kernels.gpu import product as product_lib
 from sparse_jax.kernels.gpu.config import Config
-from sparse_jax.kernels.gpu.gradient import gradient, partial_gradients, scores
-from sparse_jax.kernels.gpu.product import product
 from sparse_jax.kernels.pattern import Pattern
 from sparse_jax.kernels.reference import Geometry
 
@@ -26,21 +25,18 @@ from sparse_jax.kernels.reference import Geometry
 def forward(x, w, pattern: Pattern, geometry: Geometry, config: Config | None = None) -> jax.Array:
     """As in reference.py."""
     config = config or config_lib.choose('forward', x.shape, w.shape, pattern.block, x.dtype)
-    result = geometry.output_shape(x.shape, w.shape)
-    pixels = pixels_lib.of_product(geometry, x.shape[1:3], result[1:3], w.shape[:2]).table()
-    y = product(
-        _images(x, config.tokens, pattern.block[0]),
-        _weight(w, pattern.block, pixels.max() == x.shape[1] * x.shape[2]),
-        jnp.asarray(pattern.indices),
-        jnp.asarray(pattern.pointers),
-        jnp.asarray(pixels),
-        jnp.zeros(len(pixels), jnp.int32),
-        block=pattern.block,
-        transposed=False,
-        config=config,
-        interpret=_interpreter(),
+    y_shape = geometry.output_shape(x.shape, w.shape)
+    pixels = pixels_lib.forward_pixels(geometry, x.shape[1:3], y_shape[1:3], w.shape[:2]).table()
+    operands = product_lib.Operands(
+        x=_padded_images(x, config.block_m, pattern.block[0]),
+        w=_padded_weight(w, pattern.block, pixels.max() == x.shape[1] * x.shape[2]),
+        units=jnp.asarray(pattern.indices),
+        pointers=jnp.asarray(pattern.pointers),
+        pixels=jnp.asarray(pixels),
+        phases=jnp.zeros(len(pixels), jnp.int32),
     )
-    return y[: x.shape[0], :, : w.shape[-1]].reshape(result)
+    y = product_lib.product(operands, block=pattern.block, transpose_rhs=False, config=config, interpret=_interpreter())
+    return y[: x.shape[0], :, : w.shape[-1]].reshape(y_shape)
 
 
 def input_gradient(
@@ -48,22 +44,19 @@ def input_gradient(
 ) -> jax.Array:
     """As in reference.py."""
     config = config or config_lib.choose('input_gradient', x_shape, w.shape, pattern.block, dy.dtype)
-    pixels = pixels_lib.of_gradient(geometry, x_shape[1:3], dy.shape[1:3], w.shape[:2]).table()
-    units, pointers = _by_phase(pattern, geometry, w.shape[:2])
-    height, width = geometry.strides
-    at = np.arange(x_shape[1])[:, None] % height * width + np.arange(x_shape[2]) % width
-    dx = product(
-        _images(dy, config.tokens, pattern.block[1]),
-        _weight(w, pattern.block, pixels.max() == dy.shape[1] * dy.shape[2]),
-        units,
-        pointers,
-        jnp.asarray(pixels),
-        jnp.asarray(at.reshape(-1), jnp.int32),
-        block=pattern.block,
-        transposed=True,
-        config=config,
-        interpret=_interpreter(),
+    pixels = pixels_lib.input_gradient_pixels(geometry, x_shape[1:3], dy.shape[1:3], w.shape[:2]).table()
+    units, pointers = _sorted_by_phase(pattern, geometry, w.shape[:2])
+    row_stride, column_stride = geometry.strides
+    phases = np.arange(x_shape[1])[:, None] % row_stride * column_stride + np.arange(x_shape[2]) % column_stride
+    operands = product_lib.Operands(
+        x=_padded_images(dy, config.block_m, pattern.block[1]),
+        w=_padded_weight(w, pattern.block, pixels.max() == dy.shape[1] * dy.shape[2]),
+        units=units,
+        pointers=pointers,
+        pixels=jnp.asarray(pixels),
+        phases=jnp.asarray(phases.reshape(-1), jnp.int32),
     )
+    dx = product_lib.product(operands, block=pattern.block, transpose_rhs=True, config=config, interpret=_interpreter())
     return dx[: x_shape[0], :, : x_shape[-1]].reshape(x_shape)
 
 
@@ -72,25 +65,27 @@ def weight_gradient(
 ) -> jax.Array:
     """As in reference.py."""
     config = config or config_lib.choose('weight_gradient', x.shape, w_shape, pattern.block, x.dtype)
-    rows, columns = pattern.block
-    taps = math.prod(w_shape[:-2])
-    pixels = pixels_lib.of_product(geometry, x.shape[1:3], dy.shape[1:3], w_shape[:2]).table()
-    inputs, outputs = (-(-n // side) for n, side in zip(w_shape[-2:], pattern.block, strict=True))
-    splits = config_lib.splits(x.shape[0], len(pixels), taps * inputs * outputs, pattern.block)
-    operands = (
-        _images(x, config.tokens, config_lib.window('weight_gradient', rows), pixels.max() == x.shape[1] * x.shape[2]),
-        _images(dy, config.tokens, columns),
-        jnp.asarray(pattern.indices),
-        jnp.asarray(pattern.pointers),
-        jnp.asarray(pixels),
+    block = pattern.block
+    num_taps = math.prod(w_shape[:-2])
+    pixels = pixels_lib.forward_pixels(geometry, x.shape[1:3], dy.shape[1:3], w_shape[:2]).table()
+    k_blocks, n_blocks = (-(-n // side) for n, side in zip(w_shape[-2:], block, strict=True))
+    num_splits = config_lib.num_splits(x.shape[0], len(pixels), num_taps * k_blocks * n_blocks, block)
+    window_k = config_lib.window_rows('weight_gradient', block[0])
+    operands = gradient_lib.Operands(
+        x=_padded_images(x, config.block_m, window_k, pixels.max() == x.shape[1] * x.shape[2]),
+        dy=_padded_images(dy, config.block_m, block[1]),
+        units=jnp.asarray(pattern.indices),
+        pointers=jnp.asarray(pattern.pointers),
+        pixels=jnp.asarray(pixels),
     )
-    own: Any = dict(taps=taps, block=pattern.block, config=config, interpret=_interpreter())
-    if splits == 1:
-        dw = gradient(*operands, inputs=inputs, **own)
+    if num_splits == 1:
+        dw = gradient_lib.gradient(operands, k_blocks=k_blocks, block=block, config=config, interpret=_interpreter())
     else:
-        parts = partial_gradients(*operands, splits=splits, **own)
-        sums = functools.reduce(operator.add, parts)  # in one order, whatever the capacity: a reduction's may depend on it
-        dw = _dense(sums.astype(x.dtype), *operands[2:4], (taps, inputs, outputs))
+        partial_sums = gradient_lib.partial_gradients(
+            operands, block=block, num_splits=num_splits, config=config, interpret=_interpreter()
+        )
+        values = functools.reduce(operator.add, partial_sums)  # in one order, whatever the capacity: a reduction's may depend on it
+        dw = _scatter(values.astype(x.dtype), operands.units, operands.pointers, (num_taps, k_blocks, n_blocks))
     return dw[:, : w_shape[-2], : w_shape[-1]].reshape(w_shape)
 
 
@@ -99,20 +94,19 @@ def block_scores(
 ) -> jax.Array:
     """Sums of the absolute values of the dense weight gradient, float32[taps..., blocks of inputs, blocks of outputs]."""
     config = config or config_lib.choose('scores', x.shape, w_shape, block, x.dtype)
-    taps = math.prod(w_shape[:-2])
-    pixels = pixels_lib.of_product(geometry, x.shape[1:3], dy.shape[1:3], w_shape[:2]).table()
-    sums = scores(
-        _images(x, config.tokens, config_lib.window('scores', block[0]), pixels.max() == x.shape[1] * x.shape[2]),
-        _images(dy, config.tokens, block[1]),
-        jnp.asarray(pixels),
-        block=block,
-        config=config,
-        interpret=_interpreter(),
+    num_taps = math.prod(w_shape[:-2])
+    pixels = pixels_lib.forward_pixels(geometry, x.shape[1:3], dy.shape[1:3], w_shape[:2]).table()
+    window_k = config_lib.window_rows('scores', block[0])
+    operands = gradient_lib.ScoreOperands(
+        x=_padded_images(x, config.block_m, window_k, pixels.max() == x.shape[1] * x.shape[2]),
+        dy=_padded_images(dy, config.block_m, block[1]),
+        pixels=jnp.asarray(pixels),
     )
-    windows, _, columns, wide = sums.shape
-    sums = sums.reshape(windows, taps, columns, wide // block[0], block[0]).sum(-1)
-    sums = sums.transpose(1, 0, 3, 2).reshape(taps, -1, columns)[:, : -(-w_shape[-2] // block[0])]
-    return sums.reshape(*w_shape[:-2], -1, columns)
+    row_sums = gradient_lib.scores(operands, block=block, config=config, interpret=_interpreter())
+    num_windows, _, n_blocks, _ = row_sums.shape
+    sums = row_sums.reshape(num_windows, num_taps, n_blocks, window_k // block[0], block[0]).sum(-1)
+    sums = sums.transpose(1, 0, 3, 2).reshape(num_taps, -1, n_blocks)[:, : -(-w_shape[-2] // block[0])]
+    return sums.reshape(*w_shape[:-2], -1, n_blocks)
 
 
 def _interpreter():
@@ -123,47 +117,51 @@ def _interpreter():
     return params.InterpretGPUParams(detect_races=True)
 
 
-def _images(x, tokens: int, channels: int, zeros: bool = False) -> jax.Array:
-    """[images, pixels, channels] of whole tiles, with a pixel of zeros at the end where that is wanted."""
-    batch, height, width, features = x.shape
-    return _padded(x.reshape(batch, height * width, features), -batch % tokens, int(zeros), -features % channels)
+def _padded_images(x, block_m: int, block_k: int, add_pixel: bool = False) -> jax.Array:
+    """[images, pixels, channels] of whole tiles, with a pixel of zeros at the end where `add_pixel` asks for one."""
+    batch, height, width, channels = x.shape
+    return _pad_end(x.reshape(batch, height * width, channels), -batch % block_m, int(add_pixel), -channels % block_k)
 
 
-def _weight(w, block: tuple[int, int], zeros: bool) -> jax.Array:
-    """[taps, in, out] of whole blocks, with a tap of zeros at the end where that is wanted."""
-    return _padded(w.reshape(-1, *w.shape[-2:]), int(zeros), -w.shape[-2] % block[0], -w.shape[-1] % block[1])
+def _padded_weight(w, block: tuple[int, int], add_tap: bool) -> jax.Array:
+    """[taps, in, out] of whole blocks, with a tap of zeros at the end where `add_tap` asks for one."""
+    return _pad_end(w.reshape(-1, *w.shape[-2:]), int(add_tap), -w.shape[-2] % block[0], -w.shape[-1] % block[1])
 
 
-def _padded(x, *more: int) -> jax.Array:
-    return jnp.pad(x, [(0, n) for n in more]) if any(more) else x
+def _pad_end(x, *widths: int) -> jax.Array:
+    return jnp.pad(x, [(0, width) for width in widths]) if any(widths) else x
 
 
-def _dense(values, units, pointers, number: tuple[int, int, int]) -> jax.Array:
-    """[taps, in, out] of the values [capacity, rows, columns] of its units, and zeros; `number` is of taps and of blocks."""
-    taps, inputs, outputs = number
-    position = jnp.arange(len(units), dtype=jnp.int32)
-    owner = jnp.searchsorted(pointers, position, side='right', method='compare_all') - 1  # past the end: too large, and dropped
-    source, tap = jnp.divmod(units, taps)
-    at = jnp.full(number, -1, jnp.int32).at[tap, source, owner].set(position, mode='drop')
-    blocks = jnp.where((at >= 0)[..., None, None], values[at], jnp.zeros((), values.dtype))
-    return blocks.swapaxes(2, 3).reshape(taps, inputs * values.shape[1], outputs * values.shape[2])
+def _scatter(values, units, pointers, grid: tuple[int, int, int]) -> jax.Array:
+    """Dense [taps, in, out] from the units' values [capacity, inputs, outputs of a block], zeros elsewhere.
+
+    `grid` is the number of taps, blocks of inputs and blocks of outputs.
+    """
+    num_taps, k_blocks, n_blocks = grid
+    unit_idx = jnp.arange(len(units), dtype=jnp.int32)
+    n_idx = jnp.searchsorted(pointers, unit_idx, side='right', method='compare_all') - 1  # past the end: too large, and dropped
+    k_idx, tap_idx = jnp.divmod(units, num_taps)
+    unit_at = jnp.full(grid, -1, jnp.int32).at[tap_idx, k_idx, n_idx].set(unit_idx, mode='drop')
+    blocks = jnp.where((unit_at >= 0)[..., None, None], values[unit_at], jnp.zeros((), values.dtype))
+    return blocks.swapaxes(2, 3).reshape(num_taps, k_blocks * values.shape[1], n_blocks * values.shape[2])
 
 
-def _by_phase(pattern: Pattern, geometry: Geometry, taps: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+def _sorted_by_phase(pattern: Pattern, geometry: Geometry, kernel_shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
     """The transposed lists, each sorted by which pixels of the input a tap meets; as they are without strides."""
     units, pointers = jnp.asarray(pattern.transposed_indices), jnp.asarray(pattern.transposed_pointers)
-    height, width = geometry.strides
-    phases = height * width
-    if phases == 1:
+    row_stride, column_stride = geometry.strides
+    num_phases = row_stride * column_stride
+    if num_phases == 1:
         return units, pointers
     (top, _), (left, _) = geometry.padding
-    h = (np.arange(taps[0]) * geometry.dilation[0] - top) % height
-    w = (np.arange(taps[1]) * geometry.dilation[1] - left) % width
-    of_tap = jnp.asarray((h[:, None] * width + w).reshape(-1), jnp.int32)
-    number = jnp.arange(len(units))
-    row = jnp.searchsorted(pointers, number, side='right', method='compare_all') - 1
-    last = jnp.iinfo(jnp.int32).max
-    keys = jnp.where(number < pointers[-1], row * phases + of_tap[units % len(of_tap)], last).astype(jnp.int32)
+    tap_rows = (np.arange(kernel_shape[0]) * geometry.dilation[0] - top) % row_stride
+    tap_columns = (np.arange(kernel_shape[1]) * geometry.dilation[1] - left) % column_stride
+    tap_phases = jnp.asarray((tap_rows[:, None] * column_stride + tap_columns).reshape(-1), jnp.int32)
+    unit_idx = jnp.arange(len(units))
+    list_idx = jnp.searchsorted(pointers, unit_idx, side='right', method='compare_all') - 1
+    past_end = jnp.iinfo(jnp.int32).max
+    keys = jnp.where(unit_idx < pointers[-1], list_idx * num_phases + tap_phases[units % len(tap_phases)], past_end)
+    keys = keys.astype(jnp.int32)
     order = jnp.argsort(keys, stable=True)  # some hundred units
-    starts = jnp.searchsorted(keys[order], jnp.arange((len(pointers) - 1) * phases + 1, dtype=jnp.int32))
+    starts = jnp.searchsorted(keys[order], jnp.arange((len(pointers) - 1) * num_phases + 1, dtype=jnp.int32))
     return units[order], starts.astype(jnp.int32)

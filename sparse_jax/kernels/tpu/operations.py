@@ -7,6 +7,8 @@ that has no unit is never visited: its channels are set to zero afterwards.
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,184 +20,224 @@ from jax.experimental.pallas import tpu as pltpu
 from sparse_jax.core import target
 from sparse_jax.kernels import pixels as pixels_lib
 from sparse_jax.kernels.pattern import Pattern
-from sparse_jax.kernels.pixels import Taps
+from sparse_jax.kernels.pixels import PixelMap
 from sparse_jax.kernels.reference import Geometry
 from sparse_jax.kernels.tpu import BLOCK
 
-_TILES = (1024, 512, 256, 128, 64, 32, 16)  # images or tokens; 16 rows of bfloat16 fill a register
+_BLOCKS_M = (1024, 512, 256, 128, 64, 32, 16)  # images or tokens of a tile; 16 rows of bfloat16 fill a register
+
+
+class _Units(NamedTuple):
+    """The units that a weight gradient is computed at, in the order of the grid.
+
+    Attributes:
+      units: int32[capacity]: block of inputs * taps + tap.
+      n_indices: int32[capacity]: block of outputs.
+      count: int32: units that exist; those after them are not visited.
+    """
+
+    units: jax.Array
+    n_indices: jax.Array
+    count: jax.Array
 
 
 def forward(x, w, pattern: Pattern, geometry: Geometry) -> jax.Array:
     """As in reference.py."""
-    result = geometry.output_shape(x.shape, w.shape)
-    pixels = pixels_lib.of_product(geometry, x.shape[1:3], result[1:3], w.shape[:2])
-    y = _product(x, w, pattern.indices, pattern.pointers, pixels, transposed=False)
-    return _back(y, result)
+    y_shape = geometry.output_shape(x.shape, w.shape)
+    pixel_map = pixels_lib.forward_pixels(geometry, x.shape[1:3], y_shape[1:3], w.shape[:2])
+    y = _product(x, w, pattern.indices, pattern.pointers, pixel_map, transpose_rhs=False)
+    return _to_images(y, y_shape)
 
 
 def input_gradient(dy, w, pattern: Pattern, geometry: Geometry, x_shape: tuple[int, ...]) -> jax.Array:
     """As in reference.py."""
-    pixels = pixels_lib.of_gradient(geometry, x_shape[1:3], dy.shape[1:3], w.shape[:2])
-    dx = _product(dy, w, pattern.transposed_indices, pattern.transposed_pointers, pixels, transposed=True)
-    return _back(dx, x_shape)
+    pixel_map = pixels_lib.input_gradient_pixels(geometry, x_shape[1:3], dy.shape[1:3], w.shape[:2])
+    dx = _product(dy, w, pattern.transposed_indices, pattern.transposed_pointers, pixel_map, transpose_rhs=True)
+    return _to_images(dx, x_shape)
 
 
 def weight_gradient(x, dy, pattern: Pattern, geometry: Geometry, w_shape: tuple[int, ...]) -> jax.Array:
     """As in reference.py."""
-    taps = math.prod(w_shape[:-2])
-    pixels = pixels_lib.of_product(geometry, x.shape[1:3], dy.shape[1:3], w_shape[:2])
-    padded = taps, *(-(-n // BLOCK) * BLOCK for n in w_shape[-2:])
-    units, pointers = jnp.asarray(pattern.indices), jnp.asarray(pattern.pointers)
-    place = lambda units, outputs, unit: (lax.rem(units[unit], taps), lax.div(units[unit], taps), outputs[unit])
-    dw = _gradient(x, dy, units, _owners(pointers, len(units)), pointers[-1], pixels, jnp.zeros(padded, x.dtype), place)
+    num_taps = math.prod(w_shape[:-2])
+    pixel_map = pixels_lib.forward_pixels(geometry, x.shape[1:3], dy.shape[1:3], w_shape[:2])
+    padded_shape = num_taps, *(-(-n // BLOCK) * BLOCK for n in w_shape[-2:])
+    indices, pointers = jnp.asarray(pattern.indices), jnp.asarray(pattern.pointers)
+    units = _Units(indices, _list_indices(pointers, len(indices)), pointers[-1])
+
+    def out_index_map(unit_idx, units, n_indices):
+        return lax.rem(units[unit_idx], num_taps), lax.div(units[unit_idx], num_taps), n_indices[unit_idx]
+
+    dw = _gradient(x, dy, units, pixel_map, jnp.zeros(padded_shape, x.dtype), out_index_map)
     return dw[:, : w_shape[-2], : w_shape[-1]].reshape(w_shape)
 
 
 def block_scores(x, dy, w_shape: tuple[int, ...], geometry: Geometry, block: tuple[int, int]) -> jax.Array:
     """Sums of the absolute values of the dense weight gradient, float32[taps..., blocks of inputs, blocks of outputs]."""
-    taps, (inputs, outputs) = math.prod(w_shape[:-2]), (-(-n // side) for n, side in zip(w_shape[-2:], block, strict=True))
-    pixels = pixels_lib.of_product(geometry, x.shape[1:3], dy.shape[1:3], w_shape[:2])
-    units = jnp.asarray(np.tile(np.arange(inputs * taps, dtype=np.int32), outputs))
-    owners = jnp.asarray(np.repeat(np.arange(outputs, dtype=np.int32), inputs * taps))
-    place = lambda units, outputs, unit: (unit, 0, 0)
-    sums = jnp.zeros((len(units), 8, BLOCK), jnp.float32)
-    sums = _gradient(x, dy, units, owners, jnp.int32(len(units)), pixels, sums, place, summed=True).sum((1, 2))
-    return sums.reshape(outputs, inputs, taps).transpose(2, 1, 0).reshape(*w_shape[:-2], inputs, outputs)
+    num_taps = math.prod(w_shape[:-2])
+    k_blocks, n_blocks = (-(-n // side) for n, side in zip(w_shape[-2:], block, strict=True))
+    pixel_map = pixels_lib.forward_pixels(geometry, x.shape[1:3], dy.shape[1:3], w_shape[:2])
+    num_units = k_blocks * num_taps * n_blocks
+    units = _Units(
+        units=jnp.asarray(np.tile(np.arange(k_blocks * num_taps, dtype=np.int32), n_blocks)),
+        n_indices=jnp.asarray(np.repeat(np.arange(n_blocks, dtype=np.int32), k_blocks * num_taps)),
+        count=jnp.int32(num_units),
+    )
+    partial_sums = jnp.zeros((num_units, 8, BLOCK), jnp.float32)
+    partial_sums = _gradient(x, dy, units, pixel_map, partial_sums, lambda unit_idx, *_: (unit_idx, 0, 0), absolute_sums=True)
+    sums = partial_sums.sum((1, 2)).reshape(n_blocks, k_blocks, num_taps)
+    return sums.transpose(2, 1, 0).reshape(*w_shape[:-2], k_blocks, n_blocks)
 
 
-def _images(x) -> jax.Array:
+def _from_images(x) -> jax.Array:
     """[pixels, images, channels] of whole tiles."""
-    batch, height, width, features = x.shape
-    x = x.transpose(1, 2, 0, 3).reshape(height * width, batch, features)
-    return jnp.pad(x, ((0, 0), (0, -batch % _tile(batch)), (0, -features % BLOCK)))
+    batch, height, width, channels = x.shape
+    x = x.transpose(1, 2, 0, 3).reshape(height * width, batch, channels)
+    return jnp.pad(x, ((0, 0), (0, -batch % _block_m(batch)), (0, -channels % BLOCK)))
 
 
-def _tile(batch: int) -> int:
+def _block_m(batch: int) -> int:
     """The largest tile that wastes fewest rows.
 
-    >>> _tile(8192), _tile(100), _tile(1)
+    >>> _block_m(8192), _block_m(100), _block_m(1)
     (1024, 16, 16)
     """
-    return min(_TILES, key=lambda tile: (-(-batch // tile) * tile, -tile))
+    return min(_BLOCKS_M, key=lambda block_m: (-(-batch // block_m) * block_m, -block_m))
 
 
-def _back(y, shape: tuple[int, ...]) -> jax.Array:
+def _to_images(y, shape: tuple[int, ...]) -> jax.Array:
     """To [batch, height, width, channels]."""
     return y[:, : shape[0], : shape[-1]].reshape(*shape[1:3], shape[0], shape[-1]).transpose(2, 0, 1, 3)
 
 
-def _owners(pointers, capacity: int) -> jax.Array:
+def _list_indices(pointers, capacity: int) -> jax.Array:
     """Which list each unit is in."""
-    number = jnp.arange(capacity, dtype=jnp.int32)
-    owners = jnp.searchsorted(pointers, number, side='right') - 1
-    return jnp.clip(owners, 0, len(pointers) - 2).astype(jnp.int32)
+    unit_idx = jnp.arange(capacity, dtype=jnp.int32)
+    list_idx = jnp.searchsorted(pointers, unit_idx, side='right') - 1
+    return jnp.clip(list_idx, 0, len(pointers) - 2).astype(jnp.int32)
 
 
 def _call(kernel, **options):
     return pl.pallas_call(kernel, interpret=target.interpret(), **options)
 
 
-def _product(x, w, units, pointers, pixels: Taps, *, transposed: bool) -> jax.Array:
-    """y[pixel, images, columns] = sum over the units of a list of x[pixel(tap), images, rows] @ w[tap, rows, columns]."""
-    batch, taps, number = x.shape[0], math.prod(w.shape[:-2]), math.prod(pixels.result)
-    images, tile = _images(x), _tile(batch)
-    w = w.reshape(taps, *w.shape[-2:])
+def _product(x, w, units, pointers, pixel_map: PixelMap, *, transpose_rhs: bool) -> jax.Array:
+    """y[pixel, images, block_n] = sum over the units of a list of x[pixel(tap), images, block_k] @ w[tap, block_k, block_n]."""
+    batch, num_taps, num_pixels = x.shape[0], math.prod(w.shape[:-2]), math.prod(pixel_map.result_shape)
+    images, block_m = _from_images(x), _block_m(batch)
+    w = w.reshape(num_taps, *w.shape[-2:])
     w = jnp.pad(w, ((0, 0), (0, -w.shape[1] % BLOCK), (0, -w.shape[2] % BLOCK)))
     units, pointers = jnp.asarray(units), jnp.asarray(pointers)
 
-    def kernel(units, lists, pointers, x_ref, w_ref, y_ref, sums_ref):
-        pixel, unit = pl.program_id(1), pl.program_id(2)
-        own = lists[unit]
+    def kernel(units, n_indices, pointers, x_ref, w_ref, y_ref, acc_ref):
+        pixel_idx, unit_idx = pl.program_id(1), pl.program_id(2)
+        n_idx = n_indices[unit_idx]
 
-        @pl.when(unit == pointers[own])
+        @pl.when(unit_idx == pointers[n_idx])
         def _():
-            sums_ref[...] = jnp.zeros_like(sums_ref)
+            acc_ref[...] = jnp.zeros_like(acc_ref)
 
-        @pl.when((unit < pointers[own + 1]) & (pixels.at(pixel, lax.rem(units[unit], taps))[1]))
+        @pl.when((unit_idx < pointers[n_idx + 1]) & (pixel_map.at(pixel_idx, lax.rem(units[unit_idx], num_taps))[1]))
         def _():
-            over = ((1,), (1 if transposed else 0,)), ((), ())
-            sums_ref[...] += lax.dot_general(x_ref[0], w_ref[0], over, preferred_element_type=jnp.float32)
+            contracting = ((1,), (1 if transpose_rhs else 0,)), ((), ())
+            acc_ref[...] += lax.dot_general(x_ref[0], w_ref[0], contracting, preferred_element_type=jnp.float32)
 
-        @pl.when(unit == pointers[own + 1] - 1)
+        @pl.when(unit_idx == pointers[n_idx + 1] - 1)
         def _():
-            y_ref[0] = sums_ref[...].astype(y_ref.dtype)
+            y_ref[0] = acc_ref[...].astype(y_ref.dtype)
 
-    def of_x(tokens, pixel, unit, units, lists, pointers):
-        return pixels.at(pixel, lax.rem(units[unit], taps))[0], tokens, lax.div(units[unit], taps)
+    def x_index_map(m_idx, pixel_idx, unit_idx, units, n_indices, pointers):
+        return pixel_map.at(pixel_idx, lax.rem(units[unit_idx], num_taps))[0], m_idx, lax.div(units[unit_idx], num_taps)
 
-    def of_w(tokens, pixel, unit, units, lists, pointers):
-        source = lax.div(units[unit], taps), lists[unit]
-        return lax.rem(units[unit], taps), *(reversed(source) if transposed else source)
+    def w_index_map(m_idx, pixel_idx, unit_idx, units, n_indices, pointers):
+        k_and_n = lax.div(units[unit_idx], num_taps), n_indices[unit_idx]
+        return lax.rem(units[unit_idx], num_taps), *(reversed(k_and_n) if transpose_rhs else k_and_n)
 
-    blocks = len(pointers) - 1
-    grid = images.shape[1] // tile, number, jnp.maximum(pointers[-1], 1)
+    def y_index_map(m_idx, pixel_idx, unit_idx, units, n_indices, pointers):
+        return pixel_idx, m_idx, n_indices[unit_idx]
+
+    n_blocks = len(pointers) - 1
     y = _call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=grid,
-            in_specs=[pl.BlockSpec((1, tile, BLOCK), of_x), pl.BlockSpec((1, BLOCK, BLOCK), of_w)],
-            out_specs=pl.BlockSpec((1, tile, BLOCK), lambda tokens, pixel, unit, units, lists, *_: (pixel, tokens, lists[unit])),
-            scratch_shapes=[pltpu.VMEM((tile, BLOCK), jnp.float32)],
+            grid=(images.shape[1] // block_m, num_pixels, jnp.maximum(pointers[-1], 1)),
+            in_specs=[pl.BlockSpec((1, block_m, BLOCK), x_index_map), pl.BlockSpec((1, BLOCK, BLOCK), w_index_map)],
+            out_specs=pl.BlockSpec((1, block_m, BLOCK), y_index_map),
+            scratch_shapes=[pltpu.VMEM((block_m, BLOCK), jnp.float32)],
         ),
-        out_shape=jax.ShapeDtypeStruct((number, images.shape[1], blocks * BLOCK), x.dtype),
-        name='sparse_jax_input_gradient' if transposed else 'sparse_jax_forward',
-    )(units, _owners(pointers, len(units)), pointers, images, w)
+        out_shape=jax.ShapeDtypeStruct((num_pixels, images.shape[1], n_blocks * BLOCK), x.dtype),
+        name='sparse_jax_input_gradient' if transpose_rhs else 'sparse_jax_forward',
+    )(units, _list_indices(pointers, len(units)), pointers, images, w)
     visited = jnp.repeat(pointers[1:] > pointers[:-1], BLOCK)
     return jnp.where(visited, y, jnp.zeros((), y.dtype))
 
 
-def _gradient(x, dy, units, outputs, count, pixels: Taps, zeros, place, *, summed: bool = False) -> jax.Array:
-    """x.T @ dy for each of `count` units, into the block of `zeros` that `place` says, or (summed) the sums of its absolute values."""
-    batch, taps, number = x.shape[0], math.prod(pixels.taps), math.prod(pixels.result)
-    images, tile = _images(x), _tile(batch)
-    tiles = images.shape[1] // tile
-    steps = number * tiles
+def _gradient(x, dy, units: _Units, pixel_map: PixelMap, out, out_index_map: Callable, *, absolute_sums: bool = False) -> jax.Array:
+    """x.T @ dy for each unit.
 
-    def kernel(units, outputs, count, x_ref, dy_ref, zeros_ref, dw_ref, sums_ref):
+    Args:
+      x: [batch, height, width, in].
+      dy: [batch, height, width, out].
+      units: those that are computed.
+      pixel_map: which pixel of x a tap reads.
+      out: zeros, which the results are written into.
+      out_index_map: (unit_idx, units, n_indices) to the block of `out` that a unit's result is written to.
+      absolute_sums: whether only the sums of the results' absolute values are written, in 8 rows.
+
+    Returns:
+      `out` with the results in it.
+    """
+    batch, num_taps, num_pixels = x.shape[0], math.prod(pixel_map.kernel_shape), math.prod(pixel_map.result_shape)
+    images, block_m = _from_images(x), _block_m(batch)
+    m_tiles = images.shape[1] // block_m
+    num_steps = num_pixels * m_tiles
+
+    def kernel(units, n_indices, count, x_ref, dy_ref, zeros_ref, out_ref, acc_ref):
         del zeros_ref
-        unit, step = pl.program_id(0), pl.program_id(1)
+        unit_idx, step = pl.program_id(0), pl.program_id(1)
 
         @pl.when(step == 0)
         def _():
-            sums_ref[...] = jnp.zeros_like(sums_ref)
+            acc_ref[...] = jnp.zeros_like(acc_ref)
 
-        @pl.when((unit < count[0]) & (pixels.at(lax.div(step, tiles), lax.rem(units[unit], taps))[1]))
+        @pl.when((unit_idx < count[0]) & (pixel_map.at(lax.div(step, m_tiles), lax.rem(units[unit_idx], num_taps))[1]))
         def _():
-            over = ((0,), (0,)), ((), ())
-            sums_ref[...] += lax.dot_general(x_ref[0], dy_ref[0], over, preferred_element_type=jnp.float32)
+            contracting = ((0,), (0,)), ((), ())
+            acc_ref[...] += lax.dot_general(x_ref[0], dy_ref[0], contracting, preferred_element_type=jnp.float32)
 
-        @pl.when(step == steps - 1)
+        @pl.when(step == num_steps - 1)
         def _():
-            sums = jnp.abs(sums_ref[...]).reshape(-1, 8, BLOCK).sum(0) if summed else sums_ref[...]
-            dw_ref[0] = sums.astype(dw_ref.dtype)
+            result = jnp.abs(acc_ref[...]).reshape(-1, 8, BLOCK).sum(0) if absolute_sums else acc_ref[...]
+            out_ref[0] = result.astype(out_ref.dtype)
 
-    def of_x(unit, step, units, outputs, count):
+    def x_index_map(unit_idx, step, units, n_indices, count):
         return (
-            pixels.at(lax.div(step, tiles), lax.rem(units[unit], taps))[0],
-            lax.rem(step, tiles),
-            lax.div(units[unit], taps),
+            pixel_map.at(lax.div(step, m_tiles), lax.rem(units[unit_idx], num_taps))[0],
+            lax.rem(step, m_tiles),
+            lax.div(units[unit_idx], num_taps),
         )
 
-    def of_dy(unit, step, units, outputs, count):
-        return lax.div(step, tiles), lax.rem(step, tiles), outputs[unit]
+    def dy_index_map(unit_idx, step, units, n_indices, count):
+        return lax.div(step, m_tiles), lax.rem(step, m_tiles), n_indices[unit_idx]
 
-    result = (1, 8, BLOCK) if summed else (1, BLOCK, BLOCK)
-    dw = _call(
+    out_block = (1, 8, BLOCK) if absolute_sums else (1, BLOCK, BLOCK)
+    results = _call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(jnp.maximum(count, 1), steps),
+            grid=(jnp.maximum(units.count, 1), num_steps),
             in_specs=[
-                pl.BlockSpec((1, tile, BLOCK), of_x),
-                pl.BlockSpec((1, tile, BLOCK), of_dy),
+                pl.BlockSpec((1, block_m, BLOCK), x_index_map),
+                pl.BlockSpec((1, block_m, BLOCK), dy_index_map),
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
-            out_specs=pl.BlockSpec(result, lambda unit, step, units, outputs, *_: place(units, outputs, unit)),
+            out_specs=pl.BlockSpec(
+                out_block, lambda unit_idx, step, units, n_indices, _: out_index_map(unit_idx, units, n_indices)
+            ),
             scratch_shapes=[pltpu.VMEM((BLOCK, BLOCK), jnp.float32)],
         ),
-        out_shape=jax.ShapeDtypeStruct(zeros.shape, zeros.dtype),
+        out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype),
         input_output_aliases={5: 0},
-        name='sparse_jax_scores' if summed else 'sparse_jax_weight_gradient',
-    )(units, outputs, count.reshape(1), images, _images(dy), zeros)
-    return dw if summed else jnp.where(count > 0, dw, jnp.zeros((), dw.dtype))
+        name='sparse_jax_scores' if absolute_sums else 'sparse_jax_weight_gradient',
+    )(units.units, units.n_indices, units.count.reshape(1), images, _from_images(dy), out)
+    return results if absolute_sums else jnp.where(units.count > 0, results, jnp.zeros((), results.dtype))
