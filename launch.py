@@ -45,7 +45,7 @@ class _Mode(NamedTuple):
 
 
 MODES = {
-    'train': _Mode('Train (the default), from the last checkpoint if there is one.', ('config', 'workdir')),
+    'train': _Mode('Train (the default); resumes from the last checkpoint.', ('config', 'workdir')),
     'evaluate': _Mode('Evaluate the last checkpoint of a run; writes nothing.', ('config', 'workdir')),
     'sweep': _Mode('Train all combinations of --sweep, then report on them.', ('config', 'workdir', 'sweep', 'jobs')),
     'report': _Mode('Summarize finished runs in tables, figures and a page.', ('workdir', 'runs')),
@@ -66,7 +66,7 @@ config_flags.register_flag_parser_for_type(int, _IntegerOrNone())
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Config file, FILE or FILE:VARIANT.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run: checkpoints, metrics, report.')
 _MODE = flags.DEFINE_string('mode', 'train', f'What to do: {", ".join(MODES)}.')
-_LIST_SETTINGS = flags.DEFINE_boolean('list_settings', False, 'Print every setting, with --config as that config has it, and exit.')
+_LIST_SETTINGS = flags.DEFINE_boolean('list_settings', False, 'Print every setting, as --config has it, and exit.')
 _SWEEP = flags.DEFINE_multi_string('sweep', [], 'All combinations of NAME=VALUE,VALUE;NAME=VALUE. Repeatable.')
 _JOBS = flags.DEFINE_integer(
     'jobs',

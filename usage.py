@@ -4,7 +4,9 @@ Config files are read, not run, and jax is imported for the list of settings onl
 """
 
 import ast
+import contextlib
 import difflib
+import itertools
 import os
 import pathlib
 import shutil
@@ -39,14 +41,15 @@ def _source(path: pathlib.Path) -> ast.Module | None:
 
 def _describe(module: ast.Module) -> ConfigFile | None:
     """None where the file has no ``get_config``, neither its own nor an imported one."""
-    names, variants = set(), None
-    for node in ast.walk(module):
-        names.add(getattr(node, 'asname', None) or getattr(node, 'name', None) or getattr(node, 'id', None))
+    attributes = ('asname', 'name', 'id')  # of imports, of functions, of variables
+    names = {getattr(node, attribute, None) for node in ast.walk(module) for attribute in attributes}
     if not names & {'get_config', '*'}:
         return None
+    variants = None
     for node in module.body:
         if isinstance(node, ast.Assign) and [getattr(target, 'id', None) for target in node.targets] == ['VARIANTS']:
-            variants = tuple(ast.literal_eval(node.value))
+            with contextlib.suppress(ValueError):  # not a literal
+                variants = tuple(ast.literal_eval(node.value))
     return ConfigFile((ast.get_docstring(module) or '').partition('\n')[0], variants)
 
 
@@ -102,10 +105,7 @@ def help_page(modes: Mapping[str, str], flags: Mapping[str, str]) -> str:
     Returns:
       The page, as wide as the terminal.
     """
-    settings = {
-        '--config.NAME=VALUE': 'Change a setting, for example --config.sparsity.density=0.1.',
-        '--list_settings': 'List every setting: its type, default, range or choices, and meaning. With --config=..., its values there.',
-    }
+    settings = '--config.sparsity.density=0.1 changes one; --list_settings lists all: type, default, range or choices, meaning.'
     return '\n\n'.join(
         [
             _fill(
@@ -114,8 +114,8 @@ def help_page(modes: Mapping[str, str], flags: Mapping[str, str]) -> str:
             f'Example, twenty seconds on two CPU cores:\n  {_EXAMPLE}',
             f'Modes:\n{_table({f"--mode={mode}": does for mode, does in modes.items()})}',
             configs_page(),
-            f'Settings:\n{_table(settings)}',
-            f'Flags:\n{_table({f"--{flag}": meaning for flag, meaning in flags.items() if f"--{flag}" not in settings})}',
+            f'Settings:\n{_fill(settings, 2 * " ")}',
+            f'Flags:\n{_table({f"--{flag}": meaning for flag, meaning in flags.items()})}',
         ]
     )
 
@@ -145,20 +145,24 @@ def settings_page(config: 'config_lib.Config | None' = None) -> str:
     lines = ['Settings and their defaults, changed on the command line by --config.NAME=VALUE.']
     if config is not None:
         lines = ['Settings of this config, changed on the command line by --config.NAME=VALUE.', '* differs from the default.']
-    values = config_lib.flatten(config or config_lib.Config())
-    choices, section = _choices(), None
-    for setting in config_lib.describe():
-        if setting.name.partition('.')[0] != section:
-            section = setting.name.partition('.')[0]
-            lines.append('')
-        value = values[setting.name]
-        changed = value != setting.default
-        limits = ', '.join(filter(None, [setting.type, setting.allowed]))
-        notes = [limits, changed and f'default {setting.default!r}', setting.only_with and f'only with {setting.only_with}']
-        head = f'{setting.name} = {value!r}  ({"; ".join(filter(None, notes))})'
-        options = f' One of: {", ".join(choices[setting.name])}.' if setting.name in choices else ''
-        lines += [_fill(head, '* ' if changed else '  '), _fill(setting.description + options, 6 * ' ')]
+    values, choices = config_lib.flatten(config or config_lib.Config()), _choices()
+    for _, section in itertools.groupby(config_lib.describe(), lambda setting: setting.name.partition('.')[0]):
+        lines += ['', *(_setting(setting, values[setting.name], choices.get(setting.name, ())) for setting in section)]
     return '\n'.join(lines)
+
+
+def _setting(setting: 'config_lib.Setting', value: object, choices: Iterable[str]) -> str:
+    is_changed = value != setting.default
+    notes = [f'{setting.type}, {setting.allowed}' if setting.allowed else setting.type]
+    if is_changed:
+        notes.append(f'default {setting.default!r}')
+    head = _fill(f'{setting.name} = {value!r}  ({"; ".join(notes)})', '* ' if is_changed else '  ')
+    sentences = [setting.description]
+    if choices:
+        sentences.append(f'One of: {", ".join(choices)}.')
+    if setting.only_with:
+        sentences.append(f'Only with {setting.only_with}.')
+    return f'{head}\n{_fill(" ".join(sentences), 6 * " ")}'
 
 
 def _choices() -> dict[str, Iterable[str]]:
@@ -183,7 +187,7 @@ def _choices() -> dict[str, Iterable[str]]:
 
 
 def _width() -> int:
-    return min(shutil.get_terminal_size().columns, 100)
+    return min(max(shutil.get_terminal_size().columns, 60), 100)
 
 
 def _fill(text: str, before: str) -> str:
