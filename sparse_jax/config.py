@@ -78,7 +78,7 @@ class Sparsity:
     update_every: int = 0  # Steps between mask updates; 0: one epoch.
     start_step: int = 0  # Last step before mask updates begin; 0: they begin at once.
     stop_step: int = 0  # First step without mask updates; 0: the method's.
-    distribution: str = ''  # Of the first weights over the layers: uniform, erdos_renyi or erk; empty: the method's.
+    distribution: str = ''  # Distribution of the first weights over the layers: uniform, erdos_renyi or erk; empty: the method's.
     # Unit of pruning and growth: unstructured (single weights), block:RxC (R inputs by C outputs), or block:RxC:kernel (such blocks of
     # whole convolution kernels).
     granularity: str = 'unstructured'
