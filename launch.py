@@ -1,16 +1,19 @@
-"""Trains or evaluates an experiment, trains a grid of them, or reports on any number.
+"""Trains or evaluates an experiment, trains a grid of experiments, or reports on any number of runs.
 
     python launch.py --config=configs/mnist_lenet300.py:offline --workdir=runs/mnist_lenet300
     python launch.py --mode=sweep --config=configs/mnist_lenet300.py:offline --workdir=runs/sweep \\
         --sweep='sparsity.density=0.05,0.1;sparsity.method=sparse_momentum,rigl;seed=0,1,2' --sweep='sparsity.method=dense;seed=0,1,2'
     python launch.py --mode=report --workdir=runs
-    python launch.py --distributed --config=... --workdir=...   # on every host: SLURM, Open MPI, Kubernetes, TPU and xpk are detected
+    python launch.py --distributed --config=... --workdir=...   # on every host; finds SLURM, Open MPI, Kubernetes, TPU and xpk clusters
 
-    python launch.py --config=... --lower_only=cuda   # or tpu: what its step becomes there; runs nothing and needs no such device
+    python launch.py --config=... --lower_only=cuda   # or tpu: shows what the step compiles to there; runs nothing, needs no such device
 
-Any setting can be changed on the command line, such as --config.sparsity.density=0.1; sparse_jax/config.py lists them. The same
-command goes on where it stopped; in a finished workdir it prints the result. Exit codes: 0 done, 2 wrong input (do not restart), 70
-failed, 75 stopped by SIGTERM, and saved (restart).
+    python launch.py --help            # modes, configs and flags
+    python launch.py --list_settings   # every setting, with --config=... as that config has it
+
+Any setting can be changed on the command line, for example --config.sparsity.density=0.1. Rerunning the same command resumes from the
+last checkpoint; in a finished workdir it prints the result. Exit codes: 0 done; 2 wrong input (do not restart); 70 failed; 75 stopped by
+SIGTERM after saving (restart).
 """
 
 import difflib
@@ -20,18 +23,33 @@ import os
 import pathlib
 import sys
 import traceback
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+import usage  # sparse_jax comes later: it imports jax, for which help and wrong input should not wait
+
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # jaxlib's notes to its developers
 
-# What glibc's malloc is told: keep freed memory, in one heap, in large pages. By default each large array is mapped anew, and the system
+# Options of glibc's malloc: keep freed memory, in one heap, in large pages. By default each large array is mapped anew, and the system
 # clears its pages when they are first touched: a quarter of the time of a sparse step on CPU (docs/training_step.md).
 MALLOC = ':'.join(f'glibc.malloc.{name}' for name in ('mmap_max=0', 'trim_threshold=1000000000000', 'arena_max=1', 'hugetlb=1'))
 
-MODES = ('train', 'evaluate', 'sweep', 'report')
+
+class _Mode(NamedTuple):
+    does: str
+    flags: tuple[str, ...]  # those of _OF_MODES that it takes
+
+
+MODES = {
+    'train': _Mode('Train (the default); resumes from the last checkpoint.', ('config', 'workdir')),
+    'evaluate': _Mode('Evaluate the last checkpoint of a run; writes nothing.', ('config', 'workdir')),
+    'sweep': _Mode('Train all combinations of --sweep, then report on them.', ('config', 'workdir', 'sweep', 'jobs')),
+    'report': _Mode('Summarize finished runs in tables, figures and a page.', ('workdir', 'runs')),
+}
 
 
 class _IntegerOrNone(flags.IntegerParser):
@@ -45,33 +63,36 @@ class _IntegerOrNone(flags.IntegerParser):
 
 config_flags.register_flag_parser_for_type(int, _IntegerOrNone())
 
-_CONFIG = config_flags.DEFINE_config_file('config', help_string='Config file, and after a colon its variant.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of this run: checkpoints, metrics, result, report.')
+_CONFIG = config_flags.DEFINE_config_file('config', help_string='Config file, FILE or FILE:VARIANT.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run: checkpoints, metrics, report.')
 _MODE = flags.DEFINE_string('mode', 'train', f'What to do: {", ".join(MODES)}.')
-_SWEEP = flags.DEFINE_multi_string('sweep', [], 'name=value,value;name=value: all combinations; may be given several times.')
+_LIST_SETTINGS = flags.DEFINE_boolean('list_settings', False, 'Print every setting, as --config has it, and exit.')
+_SWEEP = flags.DEFINE_multi_string('sweep', [], 'All combinations of NAME=VALUE,VALUE;NAME=VALUE. Repeatable.')
 _JOBS = flags.DEFINE_integer(
     'jobs',
     None,
-    'Runs of a sweep at a time (1), each on a CPU core of its own; on one GPU set XLA_PYTHON_CLIENT_PREALLOCATE=false.',
+    'Runs of a sweep at a time (1), one CPU core each; on one GPU set XLA_PYTHON_CLIENT_PREALLOCATE=false.',
     1,
 )
 _RUNS = flags.DEFINE_multi_string(
-    'runs', [], 'Folders with runs to report on, in place of --workdir, which the report is written to.'
+    'runs',
+    [],
+    'Folder of runs to report on, if not --workdir, where the report is written. Repeatable.',
 )
 _LOWER_ONLY = flags.DEFINE_string(
     'lower_only',
     None,
-    'With --mode=train: cuda or tpu. Prints kernels, memory and collectives of the step on that platform; runs nothing.',
+    'cuda or tpu: print kernels, memory and collectives of the training step there; runs nothing.',
 )
-_DISTRIBUTED = flags.DEFINE_boolean('distributed', False, 'Train on many hosts, this command running on each.')
-_COORDINATOR = flags.DEFINE_string('coordinator', None, 'With --distributed, where no cluster is detected: host:port of process 0.')
-_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Likewise: how many processes there are.')
-_PROCESS = flags.DEFINE_integer('process_id', None, 'Likewise: which one this is, from 0.')
-_INITIALIZATION = flags.DEFINE_integer('initialization_timeout', 120, 'With --distributed: seconds for all hosts to come.', 1)
-_HEARTBEAT = flags.DEFINE_integer(
-    'heartbeat_timeout', 30, 'With --distributed: seconds after which a silent host counts as dead, and all end (70).', 1
-)
+_DISTRIBUTED = flags.DEFINE_boolean('distributed', False, 'Train on many hosts, this command on each of them.')
+_COORDINATOR = flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, where no cluster is found.')
+_PROCESSES = flags.DEFINE_integer('num_processes', None, 'With --coordinator: number of processes.')
+_PROCESS = flags.DEFINE_integer('process_id', None, 'With --coordinator: number of this process, from 0.')
+_INITIALIZATION = flags.DEFINE_integer('initialization_timeout', 120, 'Seconds to wait for all hosts to come (120).', 1)
+_HEARTBEAT = flags.DEFINE_integer('heartbeat_timeout', 30, 'Seconds until a silent host counts as dead (30).', 1)
+_OF_MODES = (_CONFIG, _WORKDIR, _SWEEP, _JOBS, _RUNS)
 _OF_HOSTS = (_COORDINATOR, _PROCESSES, _PROCESS, _INITIALIZATION, _HEARTBEAT)
+_FLAGS = (_CONFIG, _WORKDIR, _MODE, _LIST_SETTINGS, _SWEEP, _JOBS, _RUNS, _LOWER_ONLY, _DISTRIBUTED, *_OF_HOSTS)
 
 
 def _has_accelerator() -> bool:
@@ -80,8 +101,10 @@ def _has_accelerator() -> bool:
 
 
 def keep_memory() -> None:
-    """Starts this program anew, as the same process, with MALLOC in its environment; nothing where that is set, not on Linux, or where
-    an accelerator does the work."""
+    """Restarts this program in the same process with MALLOC in its environment.
+
+    Does nothing where that is set, off Linux, or where an accelerator does the work.
+    """
     if sys.platform.startswith('linux') and 'GLIBC_TUNABLES' not in os.environ and not _has_accelerator():
         os.environ['GLIBC_TUNABLES'] = MALLOC
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -146,57 +169,104 @@ def _wrong_input(error) -> int:
     return 2
 
 
-def _check_names(argv):
-    """Settings and config files that do not exist, told better than by the flags library."""
-    from sparse_jax import config as config_lib
-    from sparse_jax.core import errors
-
-    known = config_lib.flatten(config_lib.Config())
+def _arguments(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The flags of a command line, not yet parsed, by their names."""
     for argument, following in zip(argv, [*argv[1:], ''], strict=True):
-        name, equals, value = argument.lstrip('-').partition('=')
-        value = value if equals else following
-        if argument.startswith('-') and name.startswith('config.') and name.removeprefix('config.') not in known:
-            raise errors.unknown('setting', name.removeprefix('config.'), known)
-        path = pathlib.Path(value.partition(':')[0])
-        if argument.startswith('-') and name == 'config' and value and not path.is_file():
-            raise errors.unknown('--config', str(path), [str(p) for p in path.parent.glob('*.py')])
+        if argument == '--':
+            return
+        if argument.startswith('-'):
+            name, equals, value = argument.lstrip('-').partition('=')
+            yield name, value if equals else following
 
 
-def _parse(argv):
-    """Parses and checks the flags; wrong ones end the process with one line and exit code 2."""
+def _missing(name: str) -> str:
+    examples = {'config': 'configs/mnist_lenet300.py:offline', 'workdir': 'runs/mnist_lenet300', 'sweep': "'seed=0,1,2'"}
+    return f'--{name} is missing: give for instance --{name}={examples[name]}.'
+
+
+def _check_before_parsing(argv: Sequence[str]) -> None:
+    """Configs and settings that do not exist, told sooner and better than the flags library does."""
+    arguments = dict(_arguments(argv))
+    if arguments.get('config'):
+        usage.check_config(arguments['config'])
+    settings = [name.removeprefix('config.') for name in arguments if name.startswith('config.')]
+    if not arguments.get('config') and (settings or 'config' in arguments):
+        raise usage.WrongConfig(_missing('config'))
+    if settings:
+        from sparse_jax import config as config_lib
+        from sparse_jax.core import errors
+
+        defaults = config_lib.flatten(config_lib.Config())
+        for name in settings:
+            if name not in defaults:
+                raise errors.unknown('setting', name, defaults)
+
+
+def _check_mode() -> None:
+    """The flags that a mode needs are there, and none that it does not take."""
+    name = _MODE.value
+    if name not in MODES:
+        near = difflib.get_close_matches(name, MODES, n=1, cutoff=0.4)
+        hint = f' Did you mean {near[0]}?' if near else ''
+        raise ValueError(f'--mode={name} does not exist.{hint} Known: {", ".join(MODES)}.')
+    if _LOWER_ONLY.value is not None and (name != 'train' or _DISTRIBUTED.value):
+        other = '--distributed' if _DISTRIBUTED.value else f'--mode={name}'
+        raise ValueError(f'--lower_only has no meaning with {other}: leave one of them out.')
+    if _LOWER_ONLY.value not in (None, 'cuda', 'tpu'):
+        raise ValueError(f'--lower_only={_LOWER_ONLY.value!r}: must be cuda or tpu.')
+    takes = MODES[name].flags
+    if 'config' in takes and not _CONFIG.value:
+        raise usage.WrongConfig(_missing('config'))
+    for flag in (_WORKDIR, _SWEEP):
+        if flag.name in takes and not flag.value and not _LOWER_ONLY.value:
+            raise ValueError(_missing(flag.name))
+    for flag in _OF_MODES:
+        if flag.value and flag.name not in takes:
+            raise ValueError(f'--{flag.name} has no meaning with --mode={name}: leave it out.')
+
+
+def _check_hosts() -> None:
+    """The flags of many hosts fit together, and the mode."""
+    if not _DISTRIBUTED.value:
+        for flag in _OF_HOSTS:
+            if flag.present:
+                raise ValueError(f'--{flag.name} has a meaning with --distributed only: give that too, or leave it out.')
+        return
+    if _MODE.value not in ('train', 'evaluate'):
+        raise ValueError(f'--distributed has no meaning with --mode={_MODE.value}: leave it out.')
+    from sparse_jax.runtime import hosts
+
+    hosts.arguments(os.environ, coordinator=_COORDINATOR.value, num_processes=_PROCESSES.value, process_id=_PROCESS.value)
+
+
+def _help() -> str:
+    meanings = {flag.name: flags.FLAGS[flag.name].help.partition(';\n')[0] for flag in _FLAGS}  # without absl's note on repeating
+    return usage.help_page({name: mode.does for name, mode in MODES.items()}, meanings)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Parses and checks the flags; answers requests for help, and ends the process with exit code 2 where something is wrong."""
+    if len(argv) == 1 or any(name in ('help', 'helpshort', 'helpfull', 'h', '?') for name, _ in _arguments(argv[1:])):
+        print(_help(), file=sys.stderr)
+        sys.exit(
+            0 if len(argv) > 1 else _wrong_input('nothing to do: give at least --config and --workdir, as in the example above.')
+        )
     try:
-        _check_names(argv[1:])
+        _check_before_parsing(argv[1:])
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise ValueError(f'{rest[1]!r} is not a flag: flags begin with --.')
-        if _MODE.value not in MODES:
-            near = difflib.get_close_matches(_MODE.value, MODES, n=1, cutoff=0.4)
-            hint = f' Did you mean {near[0]}?' if near else ''
-            raise ValueError(f'--mode={_MODE.value} does not exist.{hint} Known: {", ".join(MODES)}.')
-        wanted = ((_CONFIG, 'configs/mnist_lenet300.py:offline'), (_WORKDIR, 'runs/mnist_lenet300'), (_SWEEP, "'seed=0,1,2'"))
-        if _LOWER_ONLY.value is not None:
-            if _MODE.value != 'train' or _DISTRIBUTED.value:
-                other = '--distributed' if _DISTRIBUTED.value else f'--mode={_MODE.value}'
-                raise ValueError(f'--lower_only has no meaning with {other}: leave one of them out.')
-            if _LOWER_ONLY.value not in ('cuda', 'tpu'):
-                raise ValueError(f'--lower_only={_LOWER_ONLY.value!r}: must be cuda or tpu.')
+        if _LIST_SETTINGS.value:
+            print(usage.settings_page(_CONFIG.value))
+            sys.exit(0)
+        _check_mode()
+        _check_hosts()
+        if _LOWER_ONLY.value:
             os.environ['JAX_PLATFORMS'] = 'cpu'  # nothing runs, on no accelerator
-        unwanted = {'report': ('config', 'sweep', 'jobs'), 'sweep': ('runs',)}.get(_MODE.value, ('sweep', 'jobs', 'runs'))
-        for flag, example in wanted:
-            if not flag.value and flag.name not in unwanted and (flag is _CONFIG or not _LOWER_ONLY.value):
-                raise ValueError(f'--{flag.name} is missing: give for instance --{flag.name}={example}.')
-        for flag in (_CONFIG, _SWEEP, _JOBS, _RUNS):
-            if flag.value and flag.name in unwanted:
-                raise ValueError(f'--{flag.name} has no meaning with --mode={_MODE.value}: leave it out.')
-        if _DISTRIBUTED.value and _MODE.value not in ('train', 'evaluate'):
-            raise ValueError(f'--distributed has no meaning with --mode={_MODE.value}: leave it out.')
-        for flag in _OF_HOSTS:
-            if flag.present and not _DISTRIBUTED.value:
-                raise ValueError(f'--{flag.name} has a meaning with --distributed only: give that too, or leave it out.')
-        if _DISTRIBUTED.value:
-            from sparse_jax.runtime import hosts
-
-            hosts.arguments(os.environ, coordinator=_COORDINATOR.value, num_processes=_PROCESSES.value, process_id=_PROCESS.value)
+    except usage.WrongConfig as error:
+        _wrong_input(error)
+        print(f'\n{usage.after_wrong_config()}', file=sys.stderr)
+        sys.exit(2)
     except Exception as error:  # a config file may raise anything; its own message is the last line
         sys.exit(_wrong_input(str(error).strip().rsplit('\n', 1)[-1].removeprefix('ValueError: ')))
     return rest

@@ -13,6 +13,8 @@ run of 240 steps of 50 images (flags: docs/experiments.md) 96.7% of the test dig
 from configs import cifar10
 from sparse_jax import config as config_lib
 
+VARIANTS = ('offline',)
+
 
 def get_config(variant: str = '') -> config_lib.Config:
     return cifar10.get('vgg_d', 0.05, variant, offline_batch=64, offline_epochs=4, offline_rate=0.02)

@@ -12,6 +12,8 @@ two CPU cores.
 from configs import cifar10
 from sparse_jax import config as config_lib
 
+VARIANTS = ('offline',)
+
 
 def get_config(variant: str = '') -> config_lib.Config:
     return cifar10.get('vgg_like', 0.03, variant, offline_batch=50, offline_epochs=3, offline_rate=0.02)

@@ -12,6 +12,8 @@ two CPU cores.
 from configs import cifar10
 from sparse_jax import config as config_lib
 
+VARIANTS = ('offline',)
+
 
 def get_config(variant: str = '') -> config_lib.Config:
     return cifar10.get('wrn_16_10', 0.05, variant, offline_batch=20, offline_epochs=1, offline_rate=0.1)

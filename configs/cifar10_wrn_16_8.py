@@ -11,6 +11,8 @@ Cost: 87,750 steps of 128 images, for an accelerator, not run here; `offline`: t
 from configs import cifar10
 from sparse_jax import config as config_lib
 
+VARIANTS = ('offline',)
+
 
 def get_config(variant: str = '') -> config_lib.Config:
     return cifar10.get('wrn_16_8', 0.05, variant, offline_batch=20, offline_epochs=1, offline_rate=0.1)

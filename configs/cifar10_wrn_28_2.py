@@ -13,6 +13,8 @@ two CPU cores.
 from configs import cifar10
 from sparse_jax import config as config_lib
 
+VARIANTS = ('offline',)
+
 
 def get_config(variant: str = '') -> config_lib.Config:
     return cifar10.get('wrn_28_2', 0.1, variant, offline_batch=20, offline_epochs=1, offline_rate=0.1)

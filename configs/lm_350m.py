@@ -14,6 +14,8 @@ parameter and token: 5.6e18, an hour and a half at 1e15 a second and well over t
 
 from sparse_jax import config as config_lib
 
+VARIANTS = ()
+
 
 def get_config(variant: str = '') -> config_lib.Config:
     if variant:

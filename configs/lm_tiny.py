@@ -12,9 +12,11 @@ dense, 1.638 small; measured with dense gradients in every step and masked dense
 
 from sparse_jax import config as config_lib
 
+VARIANTS = ('dense', 'small')
+
 
 def get_config(variant: str = '') -> config_lib.Config:
-    if variant not in ('', 'dense', 'small'):
+    if variant not in ('', *VARIANTS):
         raise ValueError(f"the variant {variant!r} does not exist: give none, ':dense' or ':small'.")
     config = config_lib.Config()
     config.model.name = 'transformer'

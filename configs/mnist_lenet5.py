@@ -12,6 +12,8 @@ Cost: about 20 minutes on two CPU cores; `offline`: about a minute and a half. R
 from configs import mnist_lenet300
 from sparse_jax import config as config_lib
 
+VARIANTS = ('offline',)
+
 
 def get_config(variant: str = '') -> config_lib.Config:
     config = mnist_lenet300.get_config(variant)

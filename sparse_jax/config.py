@@ -1,118 +1,133 @@
-"""The settings of an experiment, as typed dataclasses; standard library only. Intervals are in steps."""
+"""The settings of an experiment, as typed dataclasses; standard library only. Intervals are in steps.
 
+The comment of a field describes it, wherever settings are listed: ``python launch.py --list_settings`` prints them all.
+"""
+
+import ast
 import dataclasses
+import inspect
+import io
 import math
-from typing import Any
+import tokenize
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from sparse_jax.core import errors
 
 
 @dataclasses.dataclass
 class Model:
-    name: str = 'lenet300'  # see sparse_jax.models
-    dtype: str = 'float32'  # of the computation: float32 or bfloat16; parameters are float32 in any case
-    layout: str = 'auto'  # of images between convolutions: auto, channels or lanes, see models.create
-    dropout: float = -1.0  # probability, in [0, 1); -1: the model's own
-    depth: int = 0  # transformer: layers
-    features: int = 0  # transformer: width of the residual stream
-    heads: int = 0  # transformer: of the attention
-    hidden: int = 0  # transformer: width of the SwiGLU; 0: 8/3 of features, rounded up to a multiple of 64
-    tied: bool = True  # transformer: whether the output layer is the embedding, transposed
-    remat: bool = False  # transformer: compute activations again in the backward pass, to save memory
+    name: str = 'lenet300'  # Network to train.
+    dtype: str = 'float32'  # Type to compute in; parameters are float32 in any case.
+    # Memory layout of images between convolutions: channels last, in lanes for the C++ kernels, or auto, the faster one where it runs.
+    layout: str = 'auto'
+    dropout: float = -1.0  # Probability of dropout; -1: the model's own.
+    depth: int = 0  # Transformer: number of layers; at least 1 there, 0 for all other models.
+    features: int = 0  # Transformer: width of the residual stream; at least 1 there, 0 for all other models.
+    heads: int = 0  # Transformer: number of attention heads; at least 1 there, 0 for all other models.
+    hidden: int = 0  # Transformer: width of the SwiGLU; 0: 8/3 of model.features, rounded up to a multiple of 64.
+    tied: bool = True  # Transformer: the output layer is the transpose of the embedding.
+    remat: bool = False  # Transformer: recompute activations in the backward pass, to save memory.
 
 
 @dataclasses.dataclass
 class Data:
-    name: str = 'mnist'  # see sparse_jax.data
-    dir: str = 'data/mnist'  # folder with the data set's files; not used by data that a package carries
-    batch_size: int = 100  # examples a step
-    eval_batch_size: int = 1000  # examples at a time in evaluations
-    download: bool = False  # fetch missing files into `dir`, with checksums
-    validation: float = (
-        0.1  # part of the training examples (of text: of the files) that is set apart for choosing settings, in [0, 1)
-    )
-    augment: bool = True  # cifar: random crops and flips of the training images
-    pattern: str = '**/*.txt'  # text: which files below `dir`
-    tokenizer: str = ''  # text: a JSON file of the library tokenizers; empty: bytes
-    length: int = 256  # text: tokens of a sequence
-    prefetch: int = 2  # batches that are made ahead, in a thread; 0: none
+    name: str = 'mnist'  # Data set; text reads the files of data.dir, stdlib the sources of Python's standard library.
+    dir: str = 'data/mnist'  # Folder with the data set's files; unused by data sets that come with a package.
+    batch_size: int = 100  # Examples a training step, over all devices.
+    eval_batch_size: int = 1000  # Examples a batch in evaluations, over all devices.
+    download: bool = False  # Download missing files into data.dir, and verify their checksums.
+    validation: float = 0.1  # Fraction of the training examples (text: of the files) held out for choosing settings; 0: none.
+    augment: bool = True  # Crop training images at random, and flip those of CIFAR.
+    pattern: str = '**/*.txt'  # Glob pattern of the text files below data.dir.
+    tokenizer: str = ''  # Tokenizer of text, a JSON file of the library tokenizers; empty: bytes are the tokens.
+    length: int = 256  # Tokens in a sequence of text.
+    prefetch: int = 2  # Batches to prepare ahead in a thread; 0: none.
 
 
 @dataclasses.dataclass
 class Optimizer:
-    name: str = 'sgd'  # see sparse_jax.train.optimizer
-    learning_rate: float = 0.1  # at the start, or after the warm-up
-    schedule: str = 'step'  # step: x decay_factor every decay_every steps; cosine: to final_factor at the end; constant
-    warmup_steps: int = 0  # of a linear warm-up, in equal parts of learning_rate
-    decay_every: int = 25_000  # step schedule: in steps; 0: never
-    decay_factor: float = 0.1  # step schedule
-    final_factor: float = 0.0  # cosine schedule: the last learning rate as a part of learning_rate, in [0, 1]
-    momentum: float = 0.9  # sgd: decay of the momentum, in [0, 1)
-    nesterov: bool = True  # sgd
-    beta1: float = 0.9  # adamw: decay of the mean of the gradients
-    beta2: float = 0.95  # adamw: decay of the mean of their squares
-    weight_decay: float = 5e-4  # sgd: L2, added to the gradient; adamw: decoupled, of matrices only
-    clip_norm: float = 0.0  # largest global norm of the gradients of existing weights; 0: none
+    name: str = 'sgd'  # Optimizer that the sparse method wraps.
+    learning_rate: float = 0.1  # Learning rate at the start, or at the end of the warm-up.
+    # Schedule of the learning rate: step multiplies it by decay_factor every decay_every steps, cosine ends at final_factor.
+    schedule: str = 'step'
+    warmup_steps: int = 0  # Steps of linear warm-up; 0: none.
+    decay_every: int = 25_000  # Step schedule: steps between decays; 0: never decay.
+    decay_factor: float = 0.1  # Step schedule: factor of each decay.
+    final_factor: float = 0.0  # Cosine schedule: last learning rate, as a fraction of optimizer.learning_rate.
+    momentum: float = 0.9  # SGD: decay of the momentum.
+    nesterov: bool = True  # SGD: use Nesterov momentum.
+    beta1: float = 0.9  # AdamW: decay of the mean of the gradients.
+    beta2: float = 0.95  # AdamW: decay of the mean of the squared gradients.
+    weight_decay: float = 5e-4  # SGD: L2 penalty, added to the gradient. AdamW: decoupled, on matrices only. 0: none.
+    clip_norm: float = 0.0  # Largest global norm of the gradients of existing weights; larger ones are scaled down; 0: no clipping.
 
 
 @dataclasses.dataclass
 class Sparsity:
-    method: str = 'sparse_momentum'  # see sparse_jax.methods; or 'dense': the dense twin, everything else equal
-    density: float = 0.05  # share of the sparse leaves' weights that exist, in (0, 1]; with gmp and granet: at the end
-    initial_density: float = 0.5  # granet: where its density begins, in (0, 1]
-    accumulate_steps: int = 1  # rigl: grow by the sum of the gradients of so many steps
-    prune: str = ''  # criterion of sparse_jax.criteria in place of the method's; empty: the method's
-    grow: str = ''  # likewise; 'none': nothing is grown
-    redistribute: str = ''  # likewise; 'none': each layer regrows what it pruned
-    prune_rate: float = 0.0  # part of the weights an update moves, at the start of a cosine to 0.005; 0: the method's
-    update_every: int = 0  # steps between mask updates; 0: one epoch
-    start_step: int = 0  # no mask update up to this step
-    stop_step: int = 0  # no mask update from this step on; 0: the method's
-    distribution: str = ''  # of the first weights over the layers: uniform, erdos_renyi, erk; empty: the method's
-    granularity: str = 'unstructured'  # what one unit of selection is; block:16x16, block:16x16:kernel
-    dense: str = ''  # path patterns of leaves that stay dense, separated by commas, such as fc3/*
-    kernels: str = (
-        'auto'  # of sparse layers: auto (the fastest for each layer at 90% or less, measured), reference, cpu, gpu, tpu, dense
+    method: str = 'sparse_momentum'  # Sparse training method; dense trains the dense twin, everything else equal.
+    density: float = 0.05  # Fraction of the sparse layers' weights that exist; with gmp and granet, at the end of their schedule.
+    initial_density: float = 0.5  # GraNet: density at the start of its schedule.
+    accumulate_steps: int = 1  # RigL: grow by the sum of the gradients of this many steps.
+    prune: str = ''  # Criterion of pruning: which weights go first; empty: the method's.
+    grow: str = ''  # Criterion of growth: which weights come first; empty: the method's; none: nothing is grown.
+    redistribute: str = (
+        ''  # Criterion of redistribution between layers; empty: the method's; none: each layer regrows what it pruned.
     )
-    # steps up to a mask update whose gradients are dense, where growth reads a momentum; None: all steps; 0: none
+    prune_rate: float = 0.0  # Fraction of the weights pruned at a mask update, at the start of a cosine to 0.005; 0: the method's.
+    update_every: int = 0  # Steps between mask updates; 0: one epoch.
+    start_step: int = 0  # Last step before mask updates begin; 0: they begin at once.
+    stop_step: int = 0  # First step without mask updates; 0: the method's.
+    distribution: str = ''  # Distribution of the first weights over the layers: uniform, erdos_renyi or erk; empty: the method's.
+    # Unit of pruning and growth: unstructured (single weights), block:RxC (R inputs by C outputs), or block:RxC:kernel (such blocks of
+    # whole convolution kernels).
+    granularity: str = 'unstructured'
+    dense: str = (
+        ''  # Layers to keep dense: patterns of their paths, separated by commas, such as fc3/*; empty: no more than the model's.
+    )
+    # Kernels of sparse layers: auto measures each layer of density 0.9 or less and takes the fastest; dense multiplies masked weights.
+    kernels: str = 'auto'
+    # Steps up to a mask update that compute dense gradients, where growth reads a momentum; None: all steps; 0: none.
     dense_gradient_window: int | None = 22
 
 
 @dataclasses.dataclass
 class Train:
-    epochs: int = 100  # passes over the training data
-    steps: int = 0  # length of the training in steps; wins over epochs; 0: epochs decide
-    eval_every: int = 0  # steps between evaluations; 0: one epoch
-    label_smoothing: float = 0.0  # part of the target that is spread over all classes, in [0, 1)
-    accumulate: int = 1  # parts that a batch is worked through in, one after the other; divides data.batch_size
-    average_decay: float = 0.0  # of an exponential average of the weights, which evaluations then use, in [0, 1); 0: none
+    epochs: int = 100  # Passes over the training data; unused where train.steps is set.
+    steps: int = 0  # Length of the training in steps; 0: train.epochs decides.
+    eval_every: int = 0  # Steps between evaluations; 0: one epoch.
+    label_smoothing: float = 0.0  # Fraction of the target that is spread evenly over all classes; 0: none.
+    accumulate: int = (
+        1  # Microbatches that a batch is split into, one after the other, to save memory; must divide data.batch_size.
+    )
+    average_decay: float = 0.0  # Decay of an exponential moving average of the weights, which evaluations then use; 0: none.
 
 
 @dataclasses.dataclass
 class Checkpoint:
-    every: int = 1000  # steps between checkpoints; the last step has one in any case
-    keep: int = 2  # newest checkpoints to keep
+    every: int = 1000  # Steps between checkpoints; the last step always has one.
+    keep: int = 2  # Number of checkpoints to keep, the newest.
 
 
 @dataclasses.dataclass
-class Mesh:  # data=1 and model=1: one device, whatever there are
-    data: int = -1  # devices that a batch is divided over; -1: all that are left
-    model: int = 1  # devices that layers are divided over; -1: all that are left
-    layout: str = 'data'  # which weights are divided, see sparse_jax.sharding: data, model, fsdp, model+fsdp
-    rules: str = ''  # own rules, which come first: pattern of a path=axes;..., such as fc1/kernel=none,model
+class Mesh:  # data=1 and model=1 use one device, even where there are more
+    data: int = -1  # Devices that a batch is divided over, at least 1; -1: all that mesh.model leaves.
+    model: int = 1  # Devices that layers are divided over, at least 1; -1: all that mesh.data leaves.
+    layout: str = 'data'  # Which weights are divided, and along which axes of the mesh.
+    rules: str = ''  # Sharding rules that precede the layout's: PATTERN=AXES;..., such as fc1/kernel=none,model; empty: none.
 
 
 @dataclasses.dataclass
 class Log:
-    every: int = 100  # steps between lines of training metrics
-    tensorboard: bool = False  # also write event files; needs the extra `tensorboard`
+    every: int = 100  # Steps between lines of training metrics.
+    tensorboard: bool = False  # Write TensorBoard event files too; needs the extra `tensorboard`.
 
 
 @dataclasses.dataclass
 class Config:
     """All settings of one experiment."""
 
-    seed: int = 0  # of the parameters, the masks and the order of the data
+    seed: int = 0  # Seed of the parameters, the masks and the order of the data.
     model: Model = dataclasses.field(default_factory=Model)
     data: Data = dataclasses.field(default_factory=Data)
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
@@ -153,7 +168,8 @@ def identity(config: Config) -> dict[str, object]:
       config: the settings.
 
     Returns:
-      A flat dictionary without ``checkpoint.*``, ``log.*``, ``data.dir``, ``data.download`` and ``data.prefetch``.
+      A flat dictionary without ``mesh.*``, ``checkpoint.*``, ``log.*``, ``data.dir``, ``data.download``, ``data.prefetch`` and
+      ``sparsity.kernels``.
 
     Example:
       >>> 'data.dir' in identity(Config()), 'seed' in identity(Config())
@@ -162,48 +178,59 @@ def identity(config: Config) -> dict[str, object]:
     return {k: v for k, v in flatten(config).items() if not k.startswith(_FREE)}
 
 
-# (setting, what is allowed, in words)
-_RANGES = (
-    ('seed', lambda v: 0 <= v < 2**31, 'in [0, 2^31)'),
-    ('model.dropout', lambda v: 0 <= v < 1 or v == -1, "in [0, 1), or -1 (the model's own)"),
-    ('model.depth', lambda v: v >= 0, 'at least 0'),
-    ('model.features', lambda v: v >= 0, 'at least 0'),
-    ('model.heads', lambda v: v >= 0, 'at least 0'),
-    ('model.hidden', lambda v: v >= 0, 'at least 0 (0: 8/3 of model.features)'),
-    ('data.batch_size', lambda v: v >= 1, 'at least 1'),
-    ('data.eval_batch_size', lambda v: v >= 1, 'at least 1'),
-    ('data.validation', lambda v: 0 <= v < 1, 'in [0, 1)'),
-    ('data.length', lambda v: v >= 1, 'at least 1'),
-    ('data.prefetch', lambda v: v >= 0, 'at least 0 (0: none)'),
-    ('optimizer.learning_rate', lambda v: 0 < v < math.inf, 'positive and finite'),
-    ('optimizer.warmup_steps', lambda v: v >= 0, 'at least 0'),
-    ('optimizer.final_factor', lambda v: 0 <= v <= 1, 'in [0, 1]'),
-    ('optimizer.momentum', lambda v: 0 <= v < 1, 'in [0, 1)'),
-    ('optimizer.beta1', lambda v: 0 <= v < 1, 'in [0, 1)'),
-    ('optimizer.beta2', lambda v: 0 <= v < 1, 'in [0, 1)'),
-    ('optimizer.clip_norm', lambda v: 0 <= v < math.inf, 'at least 0 (0: none) and finite'),
-    ('optimizer.weight_decay', lambda v: 0 <= v < math.inf, 'at least 0 and finite'),
-    ('optimizer.decay_every', lambda v: v >= 0, 'at least 0 (0: never)'),
-    ('optimizer.decay_factor', lambda v: 0 < v < math.inf, 'positive and finite'),
-    ('sparsity.density', lambda v: 0 < v <= 1, 'in (0, 1]'),
-    ('sparsity.initial_density', lambda v: 0 < v <= 1, 'in (0, 1]'),
-    ('sparsity.accumulate_steps', lambda v: v >= 1, 'at least 1'),
-    ('sparsity.prune_rate', lambda v: 0 <= v <= 1, "in [0, 1] (0: the method's)"),
-    ('sparsity.update_every', lambda v: v >= 0, 'at least 0 (0: one epoch)'),
-    ('sparsity.start_step', lambda v: v >= 0, 'at least 0'),
-    ('sparsity.stop_step', lambda v: v >= 0, "at least 0 (0: the method's)"),
-    ('sparsity.dense_gradient_window', lambda v: v is None or v >= 0, 'at least 0, or None (all steps)'),
-    ('train.epochs', lambda v: v >= 1, 'at least 1'),
-    ('train.steps', lambda v: v >= 0, 'at least 0 (0: train.epochs decides)'),
-    ('train.eval_every', lambda v: v >= 0, 'at least 0 (0: one epoch)'),
-    ('train.label_smoothing', lambda v: 0 <= v < 1, 'in [0, 1)'),
-    ('train.accumulate', lambda v: v >= 1, 'at least 1'),
-    ('train.average_decay', lambda v: 0 <= v < 1, 'in [0, 1) (0: none)'),
-    ('checkpoint.every', lambda v: v >= 1, 'at least 1'),
-    ('checkpoint.keep', lambda v: v >= 1, 'at least 1'),
-    ('log.every', lambda v: v >= 1, 'at least 1'),
-)
+class _Range(NamedTuple):
+    words: str
+    holds: Callable[[Any], bool]  # False for a NaN
 
+
+_AT_LEAST_0 = _Range('at least 0', lambda v: v >= 0)
+_AT_LEAST_1 = _Range('at least 1', lambda v: v >= 1)
+_FINITE = _Range('at least 0 and finite', lambda v: 0 <= v < math.inf)
+_POSITIVE = _Range('positive and finite', lambda v: 0 < v < math.inf)
+_FROM_0_TO_1 = _Range('in [0, 1]', lambda v: 0 <= v <= 1)
+_BELOW_1 = _Range('in [0, 1)', lambda v: 0 <= v < 1)
+_ABOVE_0 = _Range('in (0, 1]', lambda v: 0 < v <= 1)
+
+_RANGES = {
+    'seed': _Range('in [0, 2^31)', lambda v: 0 <= v < 2**31),
+    'model.dropout': _Range('in [0, 1), or -1', lambda v: 0 <= v < 1 or v == -1),
+    'model.depth': _AT_LEAST_0,
+    'model.features': _AT_LEAST_0,
+    'model.heads': _AT_LEAST_0,
+    'model.hidden': _AT_LEAST_0,
+    'data.batch_size': _AT_LEAST_1,
+    'data.eval_batch_size': _AT_LEAST_1,
+    'data.validation': _BELOW_1,
+    'data.length': _AT_LEAST_1,
+    'data.prefetch': _AT_LEAST_0,
+    'optimizer.learning_rate': _POSITIVE,
+    'optimizer.warmup_steps': _AT_LEAST_0,
+    'optimizer.final_factor': _FROM_0_TO_1,
+    'optimizer.momentum': _BELOW_1,
+    'optimizer.beta1': _BELOW_1,
+    'optimizer.beta2': _BELOW_1,
+    'optimizer.clip_norm': _FINITE,
+    'optimizer.weight_decay': _FINITE,
+    'optimizer.decay_every': _AT_LEAST_0,
+    'optimizer.decay_factor': _POSITIVE,
+    'sparsity.density': _ABOVE_0,
+    'sparsity.initial_density': _ABOVE_0,
+    'sparsity.accumulate_steps': _AT_LEAST_1,
+    'sparsity.prune_rate': _FROM_0_TO_1,
+    'sparsity.update_every': _AT_LEAST_0,
+    'sparsity.start_step': _AT_LEAST_0,
+    'sparsity.stop_step': _AT_LEAST_0,
+    'sparsity.dense_gradient_window': _Range('at least 0, or None', lambda v: v is None or v >= 0),
+    'train.epochs': _AT_LEAST_1,
+    'train.steps': _AT_LEAST_0,
+    'train.eval_every': _AT_LEAST_0,
+    'train.label_smoothing': _BELOW_1,
+    'train.accumulate': _AT_LEAST_1,
+    'train.average_decay': _BELOW_1,
+    'checkpoint.every': _AT_LEAST_1,
+    'checkpoint.keep': _AT_LEAST_1,
+    'log.every': _AT_LEAST_1,
+}
 
 # (settings, the setting that decides whether they have an effect, its values with which they do)
 _IMAGES = ('cifar10', 'cifar100', 'digits32')
@@ -218,6 +245,14 @@ _ONLY_FOR = (
     (('sparsity.initial_density',), 'sparsity.method', ('granet', 'dense')),
     (('sparsity.accumulate_steps',), 'sparsity.method', ('rigl', 'dense')),
 )
+
+_OPTIONAL = ('sparsity.dense_gradient_window',)
+_PARSERS: dict[type, Any] = {int: int, float: float, str: str}
+_KINDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text'}
+
+
+def _kind(name: str, default: object) -> type:
+    return int if name in _OPTIONAL else type(default)
 
 
 def override(config: Config, name: str, value: str) -> None:
@@ -237,10 +272,10 @@ def override(config: Config, name: str, value: str) -> None:
       >>> config.sparsity.density
       0.1
     """
-    known = flatten(config)
-    if name not in known:
-        raise errors.unknown('setting', name, known)
-    kind = int if name in _OPTIONAL else type(known[name])
+    current = flatten(config)
+    if name not in current:
+        raise errors.unknown('setting', name, current)
+    kind = _kind(name, current[name])
     try:
         if name in _OPTIONAL and value.lower() == 'none':
             parsed = None
@@ -250,11 +285,6 @@ def override(config: Config, name: str, value: str) -> None:
         raise ValueError(f'{name}={value!r} is not {_KINDS[kind]}.') from error
     *section, field = name.split('.')
     setattr(getattr(config, section[0]) if section else config, field, parsed)
-
-
-_OPTIONAL = ('sparsity.dense_gradient_window',)
-_PARSERS: dict[type, Any] = {int: int, float: float, str: str}
-_KINDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text'}
 
 
 def validate(config: Config) -> None:
@@ -273,9 +303,9 @@ def validate(config: Config) -> None:
       ValueError: config.seed=-1: must be in [0, 2^31).
     """
     flat, default = flatten(config), flatten(Config())
-    for name, allowed, words in _RANGES:
-        if (flat[name] is None and name not in _OPTIONAL) or not allowed(flat[name]):  # a NaN is in no range
-            raise ValueError(f'config.{name}={flat[name]!r}: must be {words}.')
+    for name, allowed in _RANGES.items():
+        if (flat[name] is None and name not in _OPTIONAL) or not allowed.holds(flat[name]):
+            raise ValueError(f'config.{name}={flat[name]!r}: must be {allowed.words}.')
     for names, chooser, choices in _ONLY_FOR:
         for name in names:
             if flat[name] != default[name] and flat[chooser] not in choices:
@@ -283,3 +313,57 @@ def validate(config: Config) -> None:
                     f'config.{name}={flat[name]!r} has no effect with {chooser}={flat[chooser]!r}, only with {", ".join(choices)}: '
                     f'leave it at {default[name]!r}.'
                 )
+
+
+class Setting(NamedTuple):
+    """One setting, as it is listed."""
+
+    name: str  # dotted
+    type: str
+    default: object
+    allowed: str  # the range of a number; empty: anything of the type
+    only_with: str  # the values of another setting that give it an effect; empty: it always has one
+    description: str
+
+
+def describe() -> list[Setting]:
+    """Describes every setting, in the order of the dataclasses.
+
+    Returns:
+      One row a setting; descriptions are the comments of the fields in this file.
+
+    Example:
+      >>> next(setting for setting in describe() if setting.name == 'sparsity.initial_density')
+      Setting(name='sparsity.initial_density', type='float', default=0.5, allowed='in (0, 1]',
+              only_with='sparsity.method=granet, dense', description='GraNet: density at the start of its schedule.')
+    """
+    comments = _comments(Config)
+    for field in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(field.type):
+            comments |= {f'{field.name}.{name}': comment for name, comment in _comments(field.type).items()}
+    only_with = {name: f'{chooser}={", ".join(choices)}' for names, chooser, choices in _ONLY_FOR for name in names}
+    return [
+        Setting(
+            name=name,
+            type=_kind(name, default).__name__,
+            default=default,
+            allowed=_RANGES[name].words if name in _RANGES else '',
+            only_with=only_with.get(name, ''),
+            description=comments[name],
+        )
+        for name, default in flatten(Config()).items()
+    ]
+
+
+def _comments(section: Any) -> dict[str, str]:
+    """The comment of each field of a dataclass: on the lines above it, or after its value."""
+    source = inspect.getsource(section)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    lines = {token.start[0]: token.string.lstrip('# ') for token in tokens if token.type == tokenize.COMMENT}
+    [definition] = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    comments, end = {}, definition.lineno
+    for node in definition.body:
+        start, end = end + 1, node.end_lineno or node.lineno
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            comments[node.target.id] = ' '.join(lines[line] for line in range(start, end + 1) if line in lines)
+    return comments

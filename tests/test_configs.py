@@ -24,13 +24,13 @@ def _module(name):
 
 
 def _variants(name):
-    return sorted({'', *re.findall(rf'configs/{name}\.py:(\w+)', _module(name).__doc__)})
+    return ('', *_module(name).VARIANTS)
 
 
 def _sizes(config):
     shape, tokens = SHAPES.get(config.data.name, (32, 32, 3)), TOKENS.get(config.data.name, 10)
-    made = train.create(config, num_examples=TRAINING[config.data.name], input_shape=shape, num_outputs=tokens)
-    return made, jax.eval_shape(made.init, jax.random.key(0))
+    experiment = train.create(config, num_examples=TRAINING[config.data.name], input_shape=shape, num_outputs=tokens)
+    return experiment, jax.eval_shape(experiment.init, jax.random.key(0))
 
 
 @pytest.mark.parametrize('name', FILES)
@@ -42,12 +42,13 @@ def test_a_config_and_its_docstring(name):
         assert config.data.name in data.NAMES and config.model.name in models.names()
         # the largest are traced once: their variants differ in data and steps
         if variant in ('', 'small', 'dense') or config.model.name.startswith('lenet'):
-            made, state = _sizes(config)
-            assert made.total_steps == (config.train.steps or config.train.epochs * made.steps_per_epoch)
+            experiment, state = _sizes(config)
+            assert experiment.total_steps == (config.train.steps or config.train.epochs * experiment.steps_per_epoch)
         if variant == '':
             parameters = f'{sum(leaf.size for leaf in jax.tree.leaves(state.params)):,}'
             assert parameters in module.__doc__ or not re.search(r'\d parameters', module.__doc__), parameters
             assert f'{config.sparsity.density:.0%}' in module.__doc__
+    assert set(module.VARIANTS) == set(re.findall(rf'configs/{name}\.py:(\w+)', module.__doc__)), 'a docstring names the variants'
     with pytest.raises(ValueError, match="the variant 'nonsense' does not exist"):
         module.get_config('nonsense')
     for command in re.findall(r'python launch.py (.*)', module.__doc__):

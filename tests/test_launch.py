@@ -1,5 +1,6 @@
-"""The launcher: wrong input is told in one line that says what to change, with exit code 2, and nothing is made."""
+"""The launcher: help, the list of settings, and wrong input, told in one line with exit code 2 before anything is written."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -8,24 +9,124 @@ import sys
 import pytest
 
 import launch
+import usage
+from sparse_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = '--config=configs/mnist_lenet300.py:offline'
 
 
+# For each command line: exit code, and the beginning of what stderr says.
+FRONT = (
+    (['--help'], 0, 'usage: python launch.py'),
+    (['-h'], 0, 'usage: python launch.py'),
+    (['--helpshort'], 0, 'usage: python launch.py'),
+    (['--helpfull', '--config=nope'], 0, 'usage: python launch.py'),
+    ([], 2, 'usage: python launch.py'),
+    (['--workdir={}'], 2, 'error: --config is missing: give for instance --config=configs/mnist_lenet300.py:offline.'),
+    (['--workdir={}', '--config='], 2, 'error: --config is missing'),
+    (['--workdir={}', '--config.seed=1'], 2, 'error: --config is missing'),
+    (['--config=lenet'], 2, "error: --config='lenet' does not exist. Did you mean configs/mnist_lenet300.py or configs/mnist_lenet5.py?"),
+    (['--config=mnist_lenet300'], 2, "error: --config='mnist_lenet300' does not exist. Did you mean configs/mnist_lenet300.py?"),
+    (['--config', 'configs/mnist_lent5.py'], 2, "error: --config='configs/mnist_lent5.py' does not exist. Did you mean configs/mnist_lenet5.py or"),
+    (['--config=configs/nope.py', '--workdir={}'], 2, "error: --config='configs/nope.py' does not exist.\n"),
+    (['--config=configs'], 2, "error: --config='configs' is a folder."),
+    (['--config=configs/cifar10.py'], 2, "error: --config='configs/cifar10.py' has no function get_config"),
+    (['--config=configs/mnist_lenet300.py:ofline', '--workdir={}'], 2,
+     "error: --config='configs/mnist_lenet300.py:ofline': the variant 'ofline' does not exist. "
+     'Give configs/mnist_lenet300.py or configs/mnist_lenet300.py:offline.'),
+)  # fmt: skip
+
+
+def test_help_and_wrong_configs_tell_what_there_is_without_jax(tmp_path):
+    program = (
+        'import contextlib, io, json, sys, launch\n'
+        'answers = []\n'
+        'for argv in json.loads(sys.argv[1]):\n'
+        '    with contextlib.redirect_stderr(io.StringIO()) as stderr:\n'
+        '        try:\n'
+        '            launch._parse(["launch.py", *argv])\n'
+        '        except SystemExit as end:\n'
+        '            answers.append((end.code, stderr.getvalue()))\n'
+        'print(json.dumps((answers, "jax" in sys.modules)))\n'
+    )
+    lines = json.dumps([[flag.format(tmp_path / 'run') for flag in flags] for flags, _, _ in FRONT])
+    environment = os.environ | {'COLUMNS': '80'}
+    done = subprocess.run([sys.executable, '-c', program, lines], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answers, is_jax_imported = json.loads(done.stdout)
+    assert not is_jax_imported
+    for (flags, code, beginning), (answered, stderr) in zip(FRONT, answers, strict=True):
+        assert answered == code and stderr.startswith(beginning), (flags, stderr)
+        assert '  configs/mnist_lenet300.py :offline\n      LeNet-300-100 on MNIST at 5% of the weights.\n' in stderr, flags
+        assert stderr.count('  configs/') == 13 and 'configs/cifar10.py\n' not in stderr.partition('\n')[2], flags
+        assert '--list_settings' in stderr and 'python launch.py --config=configs/mnist_lenet300.py:offline --workdir=' in stderr
+        if beginning.startswith('usage'):
+            assert all(f'\n  --{name} ' in stderr for name in ('config', 'workdir', 'sweep', 'distributed', 'process_id')), flags
+            assert all(f'\n  --mode={mode} ' in stderr for mode in launch.MODES), flags
+            assert 'verbosity' not in stderr and 'repeat this option' not in stderr, "absl's own flags"
+        else:
+            assert 'python launch.py --help' in stderr
+    assert not (tmp_path / 'run').exists()
+
+
+def test_every_flag_of_the_launcher_is_in_its_help():
+    defined = [flag.name for flag in launch.flags.FLAGS.flags_by_module_dict()['launch']]
+    assert sorted(defined) == sorted(flag.name for flag in launch._FLAGS)
+
+
+def test_configs_are_found_without_running_them(tmp_path):
+    (tmp_path / 'mine.py').write_text('"""Mine.\n\nMore."""\nfrom base import get_config\nraise SystemExit')
+    (tmp_path / 'helper.py').write_text('"""What mine shares."""\nfrom base import other\nbase.get_config()')
+    (tmp_path / 'computed.py').write_text('VARIANTS = base.VARIANTS\ndef get_config(variant=""): ...')
+    (tmp_path / 'broken.py').write_text('def get_config(:')
+    configs = {pathlib.Path(path).name: config for path, config in usage.find_configs(tmp_path).items()}
+    assert configs == {'mine.py': usage.ConfigFile('Mine.', None), 'computed.py': usage.ConfigFile('', None)}
+    usage.check_config(f'{tmp_path}/mine.py:any')  # only running it tells
+    usage.check_config(f'{tmp_path}/broken.py')
+    with pytest.raises(usage.WrongConfig, match='Did you mean .*mine.py'):
+        usage.check_config(f'{tmp_path}/min.py')
+
+
+def test_every_setting_is_described():
+    settings = config_lib.describe()
+    assert [setting.name for setting in settings] == list(config_lib.flatten(config_lib.Config()))
+    for setting in settings:
+        description = setting.description
+        assert description[:1].isupper() and description.endswith('.') and '#' not in description, setting
+        if setting.default == '' or setting.default == -1:  # they stand for something else
+            assert ('empty:' if setting.default == '' else '-1:') in description, setting
+        if setting.type == 'int' and setting.default == 0 and setting.name != 'seed':
+            assert '0: ' in description or '0 for ' in description, setting
+    assert all(name in {setting.name for setting in settings} for name in usage._choices())
+
+
+def test_settings_are_listed(monkeypatch):
+    monkeypatch.setenv('COLUMNS', '80')
+    page = usage.settings_page()
+    for name, value in config_lib.flatten(config_lib.Config()).items():
+        assert page.count(f'\n  {name} = {value!r}  (') == 1, name
+    assert max(map(len, page.split('\n'))) <= 80
+    assert '  sparsity.density = 0.05  (float, in (0, 1])\n      Fraction of the sparse layers' in page
+    assert 'One of: sgd, adamw.' in page and 'Only with data.name=text.\n' in page
+    command = [sys.executable, 'launch.py', '--list_settings', CONFIG, '--config.sparsity.density=0.1']
+    environment = os.environ | {'COLUMNS': '80'}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    marked = [line for line in done.stdout.split('\n')[2:] if line.startswith('*')]
+    assert [line.split(' ')[1] for line in marked] == ['data.name', 'data.validation', 'optimizer.decay_every', 'sparsity.density']
+    assert marked[-1] == '* sparsity.density = 0.1  (float, in (0, 1]; default 0.05)'
+
+
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
-        (['--workdir={}'], '--config is missing'),
         ([CONFIG], '--workdir is missing'),
         ([CONFIG, '--workdir={}', '--mode=trian'], 'Did you mean train?'),
         ([CONFIG, '--workdir={}', '--worksteps=3'], "Unknown command line flag 'worksteps'"),
         ([CONFIG, '--workdir={}', 'density=0.1'], "'density=0.1' is not a flag"),
         ([CONFIG, '--workdir={}', '--config.sparsity.densty=0.1'], 'Did you mean \'sparsity.density\''),
         ([CONFIG, '--workdir={}', '--config.sparsity.density=lots'], 'config.sparsity.density'),
-        (['--config=configs/mnist_lenet30.py', '--workdir={}'], "Did you mean 'configs/mnist_lenet300.py'"),
-        (['--config', 'configs/mnist_lenet3.py', '--workdir={}'], "Did you mean 'configs/mnist_lenet300.py'"),
-        (['--config=configs/mnist_lenet300.py:ofline', '--workdir={}'], "the variant 'ofline' does not exist"),
         ([CONFIG, '--workdir={}', '--config.sparsity.density=2'], 'config.sparsity.density=2.0: must be in (0, 1]'),
         ([CONFIG, '--workdir={}', '--config.sparsity.method=sparse_momemtum'], "Did you mean 'sparse_momentum'?"),
         ([CONFIG, '--workdir={}', '--config.model.name=lenet3000'], "Did you mean 'lenet300'"),
@@ -129,7 +230,7 @@ def test_it_starts_anew_once_with_memory_kept_in_the_same_process():
     program = 'import os, launch; launch.keep_memory(); print(os.getpid(), os.environ["GLIBC_TUNABLES"])'
     environment = {key: value for key, value in os.environ.items() if key != 'GLIBC_TUNABLES'}
     for given, expected in ((None, launch.MALLOC), ('glibc.malloc.arena_max=2', 'glibc.malloc.arena_max=2')):
-        own = environment | ({'GLIBC_TUNABLES': given} if given else {})
-        process = subprocess.Popen([sys.executable, '-c', program], cwd=ROOT, env=own, stdout=subprocess.PIPE, text=True)
+        tuned = environment | ({'GLIBC_TUNABLES': given} if given else {})
+        process = subprocess.Popen([sys.executable, '-c', program], cwd=ROOT, env=tuned, stdout=subprocess.PIPE, text=True)
         out, _ = process.communicate(timeout=60)
         assert out.split() == [str(process.pid), expected]
