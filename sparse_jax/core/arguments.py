@@ -28,9 +28,11 @@ def stated_once(**stated_by: Sequence[str] | None) -> Callable[[Callable[_P, _R]
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
         @functools.wraps(function)
         def checked(*args: _P.args, **keywords: _P.kwargs) -> _R:
+            given = inspect.signature(function).bind_partial(*args, **keywords).arguments
+            given |= given.pop('options', {})
             for name, stated in stated_by.items():
-                if keywords.get(name) is not None:
-                    others = keywords.keys() - {name, 'inner'}
+                if given.get(name) is not None:
+                    others = given.keys() - {name, 'inner'}
                     if twice := sorted(others if stated is None else others.intersection(stated)):
                         raise ValueError(f'{name}= states {", ".join(twice)} too: give one or the other.')
             return function(*args, **keywords)
