@@ -44,7 +44,7 @@ def update(rounds: int) -> dict[str, Any]:
     mesh = sharding.make_mesh(4, 2)
     params = {f'{name}/kernel': jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in mask_update.resnet50().items()}
     tx = sj.sparsify(optax.sgd(0.1, 0.9), density=0.05, update_every=1, total_steps=10)
-    placed = sharding.place(params, mesh, 'model+fsdp')
+    placed = sharding.placements(params, mesh, 'model+fsdp')
     shapes = params, jax.eval_shape(tx.init, params)
     places = tuple(sharding.shardings(tree, params, placed, mesh) for tree in shapes)
     whole = NamedSharding(mesh, P())
