@@ -38,26 +38,26 @@ def traced(name: str, batch_size: int, density: float):
     params = sj.apply_masks(params, masks)
     leaves = [path for path, mask in masks_lib.leaf_paths(masks) if np.ndim(mask)]
     patterns = sj.kernels.make_patterns(masks, implementations=dict.fromkeys(leaves, 'reference'))
-    observed: dict[str, jax.Array] = {}
-    observe = lambda x, w, pattern, geometry: observed.__setitem__(pattern.name, jnp.mean(x != 0))
+    inputs: dict[str, jax.Array] = {}
+    note = lambda x, w, pattern, geometry: inputs.__setitem__(pattern.name, jnp.mean(x != 0))
 
     @jax.jit
     def densities(params, x):
-        observed.clear()
-        api.observers.append(observe)
+        inputs.clear()
+        api.observers.append(note)
         try:
             model.apply(params, state, x, train=True, rng=jax.random.key(1), patterns=patterns)
         finally:
-            api.observers.remove(observe)
-        return dict(observed)
+            api.observers.remove(note)
+        return dict(inputs)
 
-    input_density = {path: float(value) for path, value in densities(params, batch['input']).items()}
+    seen = {path: float(value) for path, value in densities(params, batch['input']).items()}
     with measure.recorded() as calls:
         jax.eval_shape(
             lambda p: model.apply(p, state, batch['input'], train=True, rng=jax.random.key(1), patterns=patterns), params
         )
-    weight_density = {path: float(np.mean(mask)) for path, mask in masks_lib.leaf_paths(masks)}
-    return [(call, weight_density[call.name], input_density[call.name]) for call in calls]
+    shares = {path: float(np.mean(mask)) for path, mask in masks_lib.leaf_paths(masks)}
+    return [(call, shares[call.name], seen[call.name]) for call in calls]
 
 
 def torch_shape(call: measure.Call, batch_size: int) -> tuple[int, ...]:
