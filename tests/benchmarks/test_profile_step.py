@@ -27,8 +27,8 @@ def test_a_real_trace_is_shared_out_among_the_instructions_that_ran(tmp_path):
     ran = profile_step.events(pathlib.Path(tmp_path), 'jit_step')
     seconds = profile_step.shares(ran)
     assert set(seconds) <= {*instructions, 'nothing runs'}
-    whole = (max(end for _, end, _ in ran) - min(begin for begin, _, _ in ran)) * 1e-9
-    assert abs(sum(seconds.values()) - whole) < 1e-6
+    duration = (max(end for _, end, _ in ran) - min(begin for begin, _, _ in ran)) * 1e-9
+    assert abs(sum(seconds.values()) - duration) < 1e-6
     products = [row for name, row in instructions.items() if name in seconds and row.kind == 'matrix products']
     assert [row.operations for row in products] == [2 * 512**3]
 
