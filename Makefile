@@ -1,7 +1,7 @@
 # make train   trains LeNet-300-100 at 5% of its weights on real handwritten digits, into runs/mnist_lenet300
 # make test    runs all tests
 # make lint    checks style and types
-# make figures measures how reliable runs are: kills, signals, damaged files (forty minutes); FLAGS=--reduced: seven
+# make reliability measures how reliable runs are: kills, signals, damaged files (forty minutes); FLAGS=--reduced: seven
 # make test-gpu-aot, make test-tpu-aot   compile the kernels for a GPU and a TPU that need not be there, and run them in the interpreter
 # The first call makes a virtual environment in .venv and installs what requirements.txt pins. PYTHON=python3.12 picks another one.
 
@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test test-core test-gpu-aot test-tpu-aot lint figures clean
+.PHONY: train test test-core test-gpu-aot test-tpu-aot lint reliability clean
 
 train: $(VENV)/installed
 	$(RUN) launch.py --config=configs/mnist_lenet300.py:offline --workdir=runs/mnist_lenet300
@@ -34,7 +34,7 @@ lint: $(VENV)/installed
 	$(RUN) -m ruff format --check .
 	$(RUN) -m basedpyright
 
-figures: $(VENV)/installed
+reliability: $(VENV)/installed
 	JAX_PLATFORMS=cpu $(RUN) -m benchmarks.reliability $(FLAGS)
 
 clean:

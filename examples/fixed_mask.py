@@ -1,10 +1,10 @@
-"""Fine-tuning under a fixed mask: a dense network is pruned once by magnitude, then trained on with its mask kept.
+"""Fine-tuning under a fixed mask: a dense network is pruned once by magnitude and then trained further with that mask.
 
     python examples/fixed_mask.py
 
-In the repository: ``.venv/bin/python`` after ``make train``, or any Python after ``pip install '.[train]'``.
+Run it in the repository, with ``.venv/bin/python`` after ``make train``, or with any Python after ``pip install '.[train]'``.
 
-``sj.methods.static`` never moves a weight, and ``sj.set_masks`` gives it a mask of one's own. Cost: ten seconds on a CPU.
+``sj.methods.static`` never moves a weight, and ``sj.set_masks`` replaces its masks by given ones. Cost: ten seconds on a CPU.
 """
 
 import jax
@@ -46,7 +46,7 @@ dense = optax.sgd(0.1, 0.9)
 params, _ = train(dense, params, dense.init(params), steps=300, seed=0)
 print(f'dense: test accuracy {accuracy(params):.1%}')
 
-# the twentieth of each layer's weights that are largest, exactly
+# exactly the largest twentieth of each layer's weights
 masks = jax.tree.map(lambda p: sj.selection.select_largest(jnp.abs(p), p.size // 20, jnp.ones(p.shape, bool)), params)
 tx = sj.methods.static(optax.sgd(0.05, 0.9), density=0.05)
 opt_state = sj.set_masks(tx.init(params), masks)

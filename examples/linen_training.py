@@ -1,8 +1,8 @@
-"""Sparse momentum in a flax.linen training loop with TrainState, the last layer dense.
+"""Sparse momentum in a flax.linen training loop with TrainState and a dense last layer.
 
     python examples/linen_training.py
 
-In the repository: ``.venv/bin/python`` after ``make train``, or any Python after ``pip install '.[train]'``.
+Run it in the repository, with ``.venv/bin/python`` after ``make train``, or with any Python after ``pip install '.[train]'``.
 
 Cost: ten seconds on a CPU.
 """

@@ -2,10 +2,10 @@
 
     python examples/nnx_training.py
 
-In the repository: ``.venv/bin/python`` after ``make train``, or any Python after ``pip install '.[train]'``.
+Run it in the repository, with ``.venv/bin/python`` after ``make train``, or with any Python after ``pip install '.[train]'``.
 
-The masks live in the optimizer's state. After its construction the model's weights are masked once; then every update keeps
-them exactly sparse. Cost: fifteen seconds on a CPU.
+The masks live in the optimizer's state. The model's weights are masked once, after the optimizer is constructed; from then on every
+update keeps them exactly sparse. Cost: fifteen seconds on a CPU.
 """
 
 import jax
@@ -35,13 +35,13 @@ model = Network(nnx.Rngs(0))
 optimizer = nnx.Optimizer(model, sj.sparse_momentum(0.05, density=0.1, update_every=40, total_steps=steps), wrt=nnx.Param)
 
 
-def masked(model, optimizer):
-    """The model's weights with exact zeros off the masks."""
+def apply_masks(model, optimizer):
+    """Sets the model's weights to exact zeros off the masks."""
     opt_state = nnx.as_pure(optimizer.opt_state)  # plain arrays in place of nnx variables
     nnx.update(model, sj.apply_masks(nnx.as_pure(nnx.state(model, nnx.Param)), sj.get_masks(opt_state)))
 
 
-masked(model, optimizer)
+apply_masks(model, optimizer)
 
 
 @nnx.jit

@@ -1,10 +1,10 @@
-"""RigL around Adam, on a plain dict of weights, with what it costs.
+"""RigL around Adam on a plain dict of weights, with the multiply-adds that it takes.
 
     python examples/plain_adam.py
 
-In the repository: ``.venv/bin/python`` after ``make train``, or any Python after ``pip install '.[train]'``.
+Run it in the repository, with ``.venv/bin/python`` after ``make train``, or with any Python after ``pip install '.[train]'``.
 
-Any optax optimizer and any pytree; ``sparse_jax.data`` is for the digits only. Cost: ten seconds on a CPU.
+It works with any optax optimizer and any pytree; ``sparse_jax.data`` only provides the digits. Cost: ten seconds on a CPU.
 """
 
 import jax
@@ -51,7 +51,7 @@ for batch in data.batches(digits, batch_size=100, seed=0, num_batches=steps):
 sj.check_sparse(params, opt_state)
 masks = sj.get_masks(opt_state)
 print(sj.stats.table(opt_state))
-# for a batch of 100; RigL needs the gradients of missing weights in one step before each update
+# for a batch of 100; RigL needs the gradients of missing weights only in the step of each update
 cost = sj.stats.operations(logits, masks, params, digits.test.inputs[:100], dense_gradient_window=1, update_every=update_every)
 print(cost.table())
 accuracy = jnp.mean(jnp.argmax(logits(params, digits.test.inputs), axis=-1) == digits.test.labels)

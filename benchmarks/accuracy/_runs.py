@@ -1,4 +1,4 @@
-"""Many runs of launch.py, a few at a time, each on one core; finished ones are kept, so that a table can be stopped and started."""
+"""Trains many runs of launch.py, a few at a time, each on one core; finished runs are kept, so that a benchmark can be resumed."""
 
 import json
 import pathlib
@@ -6,7 +6,7 @@ from typing import Any
 
 from sparse_jax.train import sweep
 
-# As the methods were published: dense gradients in every step, none clipped; and masked dense products: the same bits on every machine.
+# The methods as published: dense gradients in every step and no clipping. Masked dense products give the same bits on every machine.
 AS_PUBLISHED = [
     '--config.sparsity.dense_gradient_window=None',
     '--config.sparsity.kernels=dense',
@@ -15,11 +15,11 @@ AS_PUBLISHED = [
 
 
 def train_all(runs: dict[pathlib.Path, list[str]], jobs: int) -> None:
-    """Trains what is not finished yet.
+    """Trains the runs that are not finished yet.
 
     Args:
-      runs: workdir to flags of launch.py, --config first.
-      jobs: runs at a time.
+      runs: mapping from workdir to the flags of launch.py, --config first.
+      jobs: number of runs at a time.
     """
     tasks = {path: ['launch.py', *flags, '--config.checkpoint.keep=1', f'--workdir={path}'] for path, flags in runs.items()}
     if not tasks:
@@ -30,4 +30,5 @@ def train_all(runs: dict[pathlib.Path, list[str]], jobs: int) -> None:
 
 
 def result(folder: pathlib.Path) -> dict[str, Any]:
+    """Reads the result of a finished run."""
     return json.loads((folder / 'result.json').read_text())

@@ -1,9 +1,10 @@
-"""LeNet-5 at 5% on the sparse kernels, chosen by measurement, against masked dense products: accuracy and time, paired by seed.
+"""LeNet-5 at 5% on the sparse kernels that are measured fastest, against masked dense products: accuracy and time, paired by seed.
 
     python -m benchmarks.accuracy.kernels
 
-trains on the offline digits with launch.py, one at a time on all cores, into runs/kernels (finished runs are kept): masked with dense
-gradients in every step, masked with the window of 22 steps, and with the window on the kernels that win. Cost: 25 minutes on two CPU cores.
+It trains on the offline digits with launch.py, one run at a time on all cores, into runs/kernels (finished runs are kept): masked with
+dense gradients in every step, masked with a window of 22 steps, and with that window on the fastest kernels. Cost: 25 minutes on two
+CPU cores.
 """
 
 import argparse
@@ -27,7 +28,7 @@ def workdir(root: pathlib.Path, model: str, row: str, seed: int) -> pathlib.Path
 
 
 def table(root: pathlib.Path, model: str, seeds: int) -> str:
-    """Accuracy in percent with its standard error, the difference to the masked run of the seed with its 95% interval, and the time."""
+    """Formats a Markdown table: accuracy with standard error, paired difference to the masked runs with 95% interval, and time."""
     lines = [
         '| run | test accuracy % (standard error) | minus masked with the window, points (95% interval) | training time |',
         '|---|---|---|---:|',
@@ -38,9 +39,10 @@ def table(root: pathlib.Path, model: str, seeds: int) -> str:
         difference = accuracy[row] - accuracy['masked, window of 22']
         half = stats.t.ppf(0.975, seeds - 1) * stats.sem(difference) if seeds > 1 else float('nan')
         versus = f'{difference.mean():+.2f} ({difference.mean() - half:.2f} to {difference.mean() + half:.2f})'
+        if row == 'masked, window of 22':
+            versus = ''
         seconds = np.median([r['seconds'] for r in rows])
-        own = '' if row == 'masked, window of 22' else versus
-        lines.append(f'| {row} | {accuracy[row].mean():.2f} ({stats.sem(accuracy[row]):.2f}) | {own} | {seconds:.0f} s |')
+        lines.append(f'| {row} | {accuracy[row].mean():.2f} ({stats.sem(accuracy[row]):.2f}) | {versus} | {seconds:.0f} s |')
     return '\n'.join(lines)
 
 

@@ -1,9 +1,9 @@
-"""Both LeNets on the offline digits: densities against the dense twin, paired by seed.
+"""Both LeNets on the offline digits: several densities against the dense twin, paired by seed.
 
     python -m benchmarks.accuracy.lenets
 
-trains 2 networks x 6 densities x 5 seeds with launch.py, two at a time, into runs/lenets (finished ones are kept, so that it can
-be stopped and started again), and prints a Markdown table. Cost: about an hour on two CPU cores; --models=lenet300: six minutes.
+It trains 2 networks x 6 densities x 5 seeds with launch.py, two at a time, into runs/lenets (finished runs are kept, so that it can be
+resumed), and prints a Markdown table. Cost: about an hour on two CPU cores; --models=lenet300: six minutes.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def workdir(root: pathlib.Path, model: str, density: float, seed: int) -> pathli
 
 
 def table(root: pathlib.Path, models: list[str], seeds: int) -> str:
-    """Test accuracy in percent, mean and standard error; the difference to dense in points, with its 95% interval (Student's t)."""
+    """Formats a Markdown table: mean test accuracy with standard error, and the difference to dense with 95% interval (Student's t)."""
     lines = [
         '| network | density | nonzeros | test accuracy % (standard error) | dense minus this, points (95% interval) |',
         '|---|---|---|---|---|',

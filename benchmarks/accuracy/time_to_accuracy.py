@@ -1,11 +1,11 @@
-"""Test accuracy against wall clock, all costs in: dense (ours and PyTorch's), masked sparse, and sparse on the kernels.
+"""Test accuracy against wall clock with all costs included: dense (ours and PyTorch's), masked sparse, and sparse on the kernels.
 
     python -m benchmarks.accuracy.time_to_accuracy --torch_python=PYTHON
 
-trains LeNet-5 and VGG-D on the offline digits, one run after the other on all cores, each a process of its own from its start to its end: imports,
-data, compilation, measuring kernels, evaluations and checkpoints count (PyTorch is given arrays and parameters that are ready, and saves
-nothing). The table has the seconds until a test accuracy was first seen; the figure goes to runs/time_to_accuracy/. Settings of all
-contenders are the same; PyTorch starts from our parameters of the seed. Cost: ten minutes on two cores.
+It trains LeNet-5 and VGG-D on the offline digits, one run at a time on all cores. Each run is a separate process, whose whole life is
+timed: imports, data, compilation, measuring kernels, evaluations and checkpoints count (PyTorch gets prepared arrays and parameters
+and saves nothing). The table has the seconds until a test accuracy was first reached; the figure goes to runs/time_to_accuracy/. All
+contenders have the same settings, and PyTorch starts from our initial parameters. Cost: ten minutes on two cores.
 """
 
 import argparse
@@ -31,13 +31,22 @@ from sparse_jax.train import run as run_lib
 NETWORKS: dict[str, dict[str, Any]] = {
     'vgg_d': dict(
         config='configs/cifar10_vgg_d.py:offline',
-        own={'data.batch_size': 64, 'train.epochs': 6, 'data.augment': False, 'sparsity.update_every': 62, 'train.eval_every': 31},
+        settings={
+            'data.batch_size': 64,
+            'train.epochs': 6,
+            'data.augment': False,
+            'sparsity.update_every': 62,
+            'train.eval_every': 31,
+        },
         targets=(0.9, 0.95),
     ),
     'lenet5': dict(
-        config='configs/mnist_lenet5.py:offline', own={'train.steps': 2000, 'train.eval_every': 40}, targets=(0.9, 0.95)
+        config='configs/mnist_lenet5.py:offline',
+        settings={'train.steps': 2000, 'train.eval_every': 40},
+        targets=(0.9, 0.95),
     ),
 }
+# settings of the run by contender; None: PyTorch
 CONTENDERS = {
     'dense, PyTorch': None,
     'dense, ours': {'sparsity.method': 'dense'},
@@ -46,20 +55,21 @@ CONTENDERS = {
 }
 
 
-def _config(network: str, own: dict[str, Any]) -> tuple[config_lib.Config, list[str]]:
-    """The settings of a run, and the flags that launch.py takes them by."""
+def _config(network: str, settings: dict[str, Any]) -> tuple[config_lib.Config, list[str]]:
+    """Returns the config of a run, and the same as flags of launch.py."""
     row = NETWORKS[network]
-    values = row['own'] | own | {'checkpoint.every': 10**6, 'checkpoint.keep': 1}
+    values = row['settings'] | settings | {'checkpoint.every': 10**6, 'checkpoint.keep': 1}
     path, variant = row['config'].split(':')
     config = importlib.import_module(path.removesuffix('.py').replace('/', '.')).get_config(variant)
     for key, value in values.items():
-        part, field = key.split('.')
-        setattr(getattr(config, part), field, value)
+        section, field = key.split('.')
+        setattr(getattr(config, section), field, value)
     flags = [f'--config={row["config"]}', *(f'--config.{key}={value}' for key, value in values.items())]
     return config, flags
 
 
 def _prepare_torch(network: str, folder: pathlib.Path) -> None:
+    """Writes the data, initial parameters and settings that torch_training.py reads."""
     config, _ = _config(network, {'sparsity.method': 'dense'})
     data = run_lib.load_data(config)
     experiment = run_lib.create_experiment(config, data)
@@ -80,28 +90,28 @@ def _prepare_torch(network: str, folder: pathlib.Path) -> None:
 
 
 def run(network: str, contender: str, folder: pathlib.Path, torch_python: str) -> dict[str, Any]:
-    """One contender's points: seconds since its process was started, and test accuracy."""
+    """Runs one contender; returns its points (seconds since its process was started, test accuracy) and its total seconds."""
     shutil.rmtree(folder, ignore_errors=True)
-    own = CONTENDERS[contender]
+    settings = CONTENDERS[contender]
     environment = dict(os.environ)
-    if own is None:
+    if settings is None:
         folder.mkdir(parents=True)
         _prepare_torch(network, folder)
-        command = [torch_python, str(pathlib.Path(__file__).parent / 'torch_training.py'), str(folder)]
-        environment['GLIBC_TUNABLES'] = launch.MALLOC  # it is faster with it too
+        command = [torch_python, '-m', 'benchmarks.accuracy.torch_training', str(folder)]
+        environment['GLIBC_TUNABLES'] = launch.MALLOC  # PyTorch is faster with it too
     else:
-        command = [sys.executable, 'launch.py', *_config(network, own)[1], f'--workdir={folder}']
-    points, seen, metrics = [], 0, folder / 'metrics.jsonl'
+        command = [sys.executable, 'launch.py', *_config(network, settings)[1], f'--workdir={folder}']
+    points, num_read, metrics = [], 0, folder / 'metrics.jsonl'
     begin = time.perf_counter()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while True:
         ended = process.poll() is not None
         lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-        whole = [line for line in lines if line.endswith('\n')]
-        for row in map(json.loads, whole[seen:]):
+        complete = [line for line in lines if line.endswith('\n')]
+        for row in map(json.loads, complete[num_read:]):
             if 'test_accuracy' in row:
                 points.append((time.perf_counter() - begin, row['test_accuracy']))
-        seen = len(whole)
+        num_read = len(complete)
         if ended:
             break
         time.sleep(0.05)
@@ -111,7 +121,7 @@ def run(network: str, contender: str, folder: pathlib.Path, torch_python: str) -
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """Formats the rows as a Markdown table."""
     lines = ['| network | contender | best test accuracy | seconds to 90% | to 95% | to the end |', '|---|---|---:|---:|---:|---:|']
     for row in rows:
         cells = [row['network'], row['contender'], f'{100 * max(accuracy for _, accuracy in row["points"]):.1f}%']
@@ -123,7 +133,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Accuracy against wall clock, one line a contender."""
+    """Draws accuracy against wall clock, with one line per contender."""
     networks = list(dict.fromkeys(row['network'] for row in rows))
     figure, axes = plt.subplots(1, len(networks), figsize=(5.6 * len(networks), 4.2), layout='constrained', squeeze=False)
     for axis, network in zip(axes[0], networks, strict=True):
@@ -145,15 +155,15 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--networks', default=','.join(NETWORKS))
-    parser.add_argument('--torch_python', default='', help='a Python in which torch is installed; default: no such contender')
+    parser.add_argument('--torch_python', default='', help='a Python with torch installed; by default PyTorch is left out')
     parser.add_argument('--root', type=pathlib.Path, default=pathlib.Path('runs/time_to_accuracy'))
     args = parser.parse_args()
     if unknown := set(args.networks.split(',')) - set(NETWORKS):
         parser.error(f'argument --networks: {", ".join(sorted(unknown))} is not one of {", ".join(NETWORKS)}')
     rows = []
     for network in args.networks.split(','):
-        for contender, own in CONTENDERS.items():
-            if own is None and not args.torch_python:
+        for contender, settings in CONTENDERS.items():
+            if settings is None and not args.torch_python:
                 continue
             folder = args.root / f'{network}-{contender.replace(",", "").replace(" ", "-").replace("%", "")}'
             rows.append(run(network, contender, folder, args.torch_python))

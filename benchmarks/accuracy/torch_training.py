@@ -1,8 +1,9 @@
 """A whole dense training in PyTorch, for benchmarks/accuracy/time_to_accuracy.py: oneDNN, channels_last, torch.optim.SGD.
 
-    python benchmarks/accuracy/torch_training.py FOLDER
+    python -m benchmarks.accuracy.torch_training FOLDER
 
-reads FOLDER/settings.json, params.npz and data.npz, and appends step and test accuracy to FOLDER/metrics.jsonl. Needs torch and numpy only.
+It reads FOLDER/settings.json, params.npz and data.npz, and appends step and test accuracy to FOLDER/metrics.jsonl. It needs only torch
+and numpy.
 """
 
 import json
@@ -13,17 +14,19 @@ import sys
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
-import torch_twin  # pyright: ignore[reportMissingImports]
+
+from benchmarks.steps import torch_twin
 
 
 def rate(settings, step):
-    """The learning rate of a step, from 0 on, as sparse_jax.train.optimizer has it."""
+    """Returns the learning rate of a step, counted from 0, as sparse_jax.train.optimizer does."""
     if settings['schedule'] == 'cosine':
         return settings['learning_rate'] * 0.5 * (1 + math.cos(math.pi * step / settings['steps']))
     return settings['learning_rate'] * settings['decay_factor'] ** (step // settings['decay_every'])
 
 
 def images(array):
+    """Turns images [n, height, width, channels] into a tensor in channels_last format."""
     return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
@@ -36,8 +39,13 @@ def main():
     forward = getattr(torch_twin, settings['model'])
     x, y, test_x = images(data['x']), torch.from_numpy(data['y']).long(), images(data['test_x'])
     test_y = torch.from_numpy(data['test_y']).long()
-    own = dict(lr=settings['learning_rate'], momentum=settings['momentum'], nesterov=True, weight_decay=settings['weight_decay'])
-    optimizer = torch.optim.SGD(p.values(), **own)
+    optimizer = torch.optim.SGD(
+        p.values(),
+        lr=settings['learning_rate'],
+        momentum=settings['momentum'],
+        nesterov=True,
+        weight_decay=settings['weight_decay'],
+    )
     random, size, order = np.random.default_rng(settings['seed']), settings['batch_size'], []
 
     def apply(x, train):
@@ -56,8 +64,8 @@ def main():
             optimizer.step()
             if (step + 1) % settings['eval_every'] == 0 or step + 1 == settings['steps']:
                 with torch.no_grad():
-                    right = [(apply(part, False).argmax(1)) for part in test_x.split(250)]
-                accuracy = (torch.cat(right) == test_y).float().mean().item()
+                    predictions = [apply(part, False).argmax(1) for part in test_x.split(250)]
+                accuracy = (torch.cat(predictions) == test_y).float().mean().item()
                 metrics.write(json.dumps({'step': step + 1, 'test_accuracy': accuracy}) + '\n')
 
 

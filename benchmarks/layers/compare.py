@@ -2,10 +2,14 @@
 
     python -m benchmarks.layers --torch_python=PYTHON
 
-PYTHON is a Python in whose environment torch is installed (and, for its column, sparseprop). XLA's dense layer, ours, PyTorch's (oneDNN,
-channels_last) and SparseProp's take turns; figures are medians over rounds, ratios are medians of the ratios within a round. Also
-printed: how far ours is from the machine's peaks, as measured here (multiply-adds of XLA's largest matrix product, bytes of numpy's copy); the
-density below which ours wins; what the kernel reaches where nothing is sparse, which is the ceiling that its loads set; the time of a pattern's rebuild; and what each needs in memory beside operands and results, as XLA counts it.
+PYTHON is a Python with torch installed (and, for its column, sparseprop). XLA's dense layer, ours, PyTorch's (oneDNN, channels_last)
+and SparseProp's take turns. Times are medians over rounds; ratios are medians of the ratios within a round. Also printed:
+
+  - the fraction of the machine's peaks that ours reaches, as measured here by XLA's matrix product and numpy's copy;
+  - the density below which ours is faster;
+  - the fraction of the peak that the kernel reaches where nothing is sparse, a ceiling set by its loads;
+  - the time to rebuild a pattern, and the temporary memory of each program as XLA counts it.
+
 Cost: ten minutes.
 """
 
@@ -25,7 +29,7 @@ import numpy as np
 
 from sparse_jax import kernels
 
-# batch, side of the image (0: a matrix product), in, out, taps a side, stride
+# batch size, side of the image (0: a matrix product), input and output channels, side of the kernel, stride
 SHAPES = [
     (32, 16, 256, 256, 3, 1),
     (32, 32, 128, 128, 3, 1),
@@ -38,7 +42,8 @@ DENSITIES = (0.2, 0.1, 0.05, 0.02)
 
 
 def title(shape) -> str:
-    """
+    """Returns a layer's name in the tables.
+
     >>> title(SHAPES[0]), title(SHAPES[-1])
     ('3x3, 256 to 256, 32x16x16', 'linear 2048 to 2048, 1024')
     """
@@ -49,7 +54,7 @@ def title(shape) -> str:
 
 
 class Layer:
-    """XLA's dense layer and ours, compiled."""
+    """XLA's dense layer and our sparse one on the same operands, compiled."""
 
     def __init__(self, shape, density: float, block: int = 1):
         batch, side, inputs, outputs, taps, stride = shape
@@ -61,7 +66,7 @@ class Layer:
         self._x = jnp.asarray(random.standard_normal(image, np.float32))
         self._w = jnp.asarray(np.where(self.mask, random.standard_normal(weight, np.float32), 0))
         pattern = jax.device_put(kernels.make_pattern(self.mask, block=None if block == 1 else (block, block)))
-        # padding as PyTorch has it, (taps - 1) / 2 on both sides, at stride 2 too
+        # PyTorch's padding: (taps - 1) / 2 on both sides, at stride 2 too
         options: dict[str, Any] = dict(strides=(stride, stride), padding=((taps // 2, taps // 2),) * 2)
         dense = (lambda x, w: x @ w) if side == 0 else functools.partial(kernels.convolve, **options)
         if side == 0:
@@ -72,29 +77,34 @@ class Layer:
         self._dy = jnp.asarray(random.standard_normal(y.shape, np.float32))
         self.multiply_adds = 3 * float(self.mask.sum()) * y.size / outputs
         self.bytes = 4.0 * (3 * self._x.size + 3 * y.size + 2 * self._w.size)  # each pass reads or writes each of them once
-        both = lambda f: lambda x, w, dy, *p: (lambda y, pull: (y, pull(dy)))(*jax.vjp(lambda x, w: f(x, w, *p), x, w))
-        self._dense = jax.jit(both(dense)).lower(self._x, self._w, self._dy).compile()
-        self._sparse = jax.jit(both(sparse)).lower(self._x, self._w, self._dy, pattern).compile()
+        with_gradients = lambda f: lambda x, w, dy, *p: (lambda y, vjp: (y, vjp(dy)))(*jax.vjp(lambda x, w: f(x, w, *p), x, w))
+        self._dense = jax.jit(with_gradients(dense)).lower(self._x, self._w, self._dy).compile()
+        self._sparse = jax.jit(with_gradients(sparse)).lower(self._x, self._w, self._dy, pattern).compile()
         self._pattern = pattern
 
     def dense(self) -> float:
+        """Returns the seconds of one call of the dense layer."""
         return _seconds(lambda: self._dense(self._x, self._w, self._dy))
 
     def sparse(self) -> float:
+        """Returns the seconds of one call of the sparse layer."""
         return _seconds(lambda: self._sparse(self._x, self._w, self._dy, self._pattern))
 
     def rebuild(self) -> float:
+        """Returns the seconds to make the pattern from the mask and to put it on the device."""
         return min(_seconds(lambda: jax.device_put(kernels.make_pattern(self.mask))) for _ in range(5))
 
     def memory(self) -> tuple[float, float]:
-        """Temporary bytes of the dense and the sparse program; of the sparse one with the pattern and the most that the kernel takes itself.
+        """Returns the temporary bytes of the dense and of the sparse program.
 
-        That is, a nonzero, 8 bytes in order of use and 16 partial sums, and a thread 1 KiB for each output and half a MiB of window.
+        The sparse program is charged with the pattern and with the most that the kernel allocates itself: for each nonzero 8 bytes in
+        order of use and 16 partial sums, and for each thread 1 KiB an output and half a MiB of window.
         """
-        of = lambda compiled: compiled.memory_analysis().temp_size_in_bytes
-        pattern = sum(leaf.nbytes for leaf in jax.tree.leaves(self._pattern))
-        threads = (os.cpu_count() or 1) * (1024 * max(self._w.shape[-2:]) + 2**19)
-        return of(self._dense), of(self._sparse) + pattern + 72 * int(self.mask.sum()) + threads
+        temporary_bytes = lambda compiled: compiled.memory_analysis().temp_size_in_bytes
+        pattern_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self._pattern))
+        thread_bytes = (os.cpu_count() or 1) * (1024 * max(self._w.shape[-2:]) + 2**19)
+        kernel_bytes = pattern_bytes + 72 * int(self.mask.sum()) + thread_bytes
+        return temporary_bytes(self._dense), temporary_bytes(self._sparse) + kernel_bytes
 
 
 def _seconds(function) -> float:
@@ -104,7 +114,7 @@ def _seconds(function) -> float:
 
 
 class Torch:
-    """The rivals in PyTorch, in a process of their own, which tells its seconds itself."""
+    """The layers of PyTorch and SparseProp, in a separate process that times itself."""
 
     def __init__(self, python: str):
         script = pathlib.Path(__file__).parent / 'torch_layers.py'
@@ -115,6 +125,7 @@ class Torch:
             raise SystemExit(f'error: the PyTorch rival ended with {self._process.wait()}: is torch installed for --torch_python?')
 
     def ask(self, **request):
+        """Sends a request of torch_layers.py and returns its answer."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + '\n')
         self._process.stdin.flush()
@@ -125,7 +136,7 @@ class Torch:
 
 
 def measure(shape, density: float, rounds: int, torch: Torch | None, block: int = 1) -> dict:
-    """All columns of one layer at one density."""
+    """Measures one layer at one density; returns a row with all columns of the tables."""
     layer = Layer(shape, density, block)
     runs = {'xla': layer.dense, 'ours': layer.sparse}
     if torch:
@@ -134,7 +145,7 @@ def measure(shape, density: float, rounds: int, torch: Torch | None, block: int 
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 2):
         for name, run in runs.items():
-            time.sleep(0.02)  # OpenMP's threads of the rival before go on spinning for a while, on a core that is this one's turn
+            time.sleep(0.02)  # OpenMP threads of the previous contender spin for a while, on cores that this one needs
             value = run()
             if number >= 2:
                 seconds[name].append(value)
@@ -148,35 +159,35 @@ def measure(shape, density: float, rounds: int, torch: Torch | None, block: int 
 
 
 def peaks() -> tuple[float, float]:
-    """Multiply-adds a second of a large matrix product and bytes a second of a copy (read and written), the best of some."""
+    """Measures the machine's peaks: multiply-adds per second of a matrix product, and bytes read and written per second by a copy."""
     a = jnp.ones((2048, 2048))
     product = jax.jit(jnp.matmul)
     product(a, a).block_until_ready()
     multiply_adds = max(2048**3 / _seconds(lambda: product(a, a)) for _ in range(10))
-    big = np.ones(2**26, np.float32)
-    copy = np.empty_like(big)
-    return multiply_adds, max(2 * big.nbytes / _seconds(lambda: np.copyto(copy, big)) for _ in range(5))
+    source = np.ones(2**26, np.float32)
+    target = np.empty_like(source)
+    return multiply_adds, max(2 * source.nbytes / _seconds(lambda: np.copyto(target, source)) for _ in range(5))
 
 
 def crossover(rows: list[dict], rival: str) -> str:
-    """The density below which ours is faster than a rival, from the measured ones (log-linear between them)."""
+    """Returns the density below which ours is faster than a rival, log-linear between the measured densities."""
     points = sorted((row['density'], row['ratios'][rival]) for row in rows if rival in row['ratios'])
     for (d0, r0), (d1, r1) in itertools.pairwise(points):
         if r0 >= 1 > r1:
-            part = np.log(r0) / np.log(r0 / r1)
-            return f'{np.exp(np.log(d0) + part * np.log(d1 / d0)):.0%}'
+            fraction = np.log(r0) / np.log(r0 / r1)
+            return f'{np.exp(np.log(d0) + fraction * np.log(d1 / d0)):.0%}'
     return f'above {points[-1][0]:.0%}' if points[-1][1] >= 1 else f'below {points[0][0]:.0%}'
 
 
 def table(rows: list[dict], peak: tuple[float, float]) -> str:
-    """The results as Markdown."""
+    """Formats the rows as a Markdown table."""
     names = {'xla': 'XLA dense', 'torch': 'PyTorch dense', 'sparseprop': 'SparseProp'}
-    there = [name for name in names if any(name in row['seconds'] for row in rows)]
-    lines = ['| layer | density | ours | ' + ' | '.join(f'{names[n]} | ours is' for n in there) + ' | of peak |']
-    lines.append('|---|---:|---:|' + '---:|---:|' * len(there) + '---:|')
+    rivals = [name for name in names if any(name in row['seconds'] for row in rows)]
+    lines = ['| layer | density | ours | ' + ' | '.join(f'{names[n]} | ours is' for n in rivals) + ' | of peak |']
+    lines.append('|---|---:|---:|' + '---:|---:|' * len(rivals) + '---:|')
     for row in rows:
         cells = []
-        for name in there:
+        for name in rivals:
             cells.append(f'{1e3 * row["seconds"][name]:.1f} ms' if name in row['seconds'] else '')
             cells.append(f'{row["ratios"][name]:.1f}x' if name in row['ratios'] else '')
         of_peak = row['multiply_adds'] / row['seconds']['ours'] / peak[0]
@@ -186,29 +197,37 @@ def table(rows: list[dict], peak: tuple[float, float]) -> str:
     return '\n'.join(lines)
 
 
+def _limits_row(rows: list[dict], peak: tuple[float, float]) -> str:
+    """Formats one layer's row of the second table, from its rows at all densities."""
+    by_density = {row['density']: row for row in rows}
+    seconds = {density: row['seconds']['ours'] for density, row in by_density.items()}
+    sparse, full = by_density[0.05], by_density[1.0]
+    cells = [
+        title(sparse['shape']),
+        *(crossover(rows, rival) for rival in ('xla', 'torch') if rival in rows[0]['ratios']),
+        f'{seconds[0.2] / seconds[0.05]:.1f}x',
+        f'{full["multiply_adds"] / seconds[1.0] / peak[0]:.0%}',
+        f'{sparse["bytes"] / peak[1] / seconds[0.05]:.0%}',
+        f'{1e3 * sparse["rebuild_seconds"]:.1f} ms',
+        *(f'{sparse[f"{kind}_temporary_bytes"] / 2**20:.1f} MiB' for kind in ('dense', 'sparse')),
+    ]
+    return f'| {" | ".join(cells)} |'
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rounds', type=int, default=11)
-    parser.add_argument('--torch_python', default='', help='a Python in which torch is installed; default: no such columns')
-    parser.add_argument('--json', type=pathlib.Path, help='file for the results')
+    parser.add_argument('--torch_python', default='', help='a Python with torch installed; by default those columns are left out')
+    parser.add_argument('--json', type=pathlib.Path, help='file to write the results to')
     args = parser.parse_args()
     torch = Torch(args.torch_python) if args.torch_python else None
     peak = peaks()
-    rows, blocks, crossovers = [], [], []
+    rows, blocks, limits = [], [], []
     for shape in SHAPES:
-        rows += [measure(shape, density, args.rounds, torch) for density in DENSITIES]
-        print(table(rows[-len(DENSITIES) :], peak), flush=True)
-        wider = rows[-len(DENSITIES) :] + [measure(shape, density, 3, torch) for density in (0.4, 0.7, 1.0)]
-        found = [crossover(wider, rival) for rival in ('xla', 'torch') if rival in wider[0]['ratios']]
-        by_density = {row['density']: row['seconds']['ours'] for row in wider}
-        row, full = rows[-2], wider[-1]
-        ceiling = full['multiply_adds'] / full['seconds']['ours'] / peak[0]
-        memory = [f'{row[f"{kind}_temporary_bytes"] / 2**20:.1f} MiB' for kind in ('dense', 'sparse')]
-        bound = row['bytes'] / peak[1] / row['seconds']['ours']
-        crossovers.append(
-            f'| {title(shape)} | {" | ".join(found)} | {by_density[0.2] / by_density[0.05]:.1f}x | {ceiling:.0%} | {bound:.0%} '
-            f'| {1e3 * row["rebuild_seconds"]:.1f} ms | {" | ".join(memory)} |'
-        )
+        of_shape = [measure(shape, density, args.rounds, torch) for density in DENSITIES]
+        print(table(of_shape, peak), flush=True)
+        rows += of_shape
+        limits.append(_limits_row(of_shape + [measure(shape, density, 3, torch) for density in (0.4, 0.7, 1.0)], peak))
     for shape in (SHAPES[0], SHAPES[-1]):
         blocks += [measure(shape, density, args.rounds, torch, block=16) for density in (0.1, 0.05)]
     if torch:
@@ -221,6 +240,6 @@ def main() -> None:
         f'| layer | {rivals} | 20% against 5% | at 100%: of peak | at 5%: its bytes would take | rebuild | temporary, dense | temporary, sparse |'
     )
     print('|---|' + '---:|' * (8 if torch else 7))
-    print('\n'.join(crossovers))
+    print('\n'.join(limits))
     if args.json:
         args.json.write_text(json.dumps({'peaks': peak, 'rows': rows + blocks}, indent=2) + '\n')

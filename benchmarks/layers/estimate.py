@@ -1,12 +1,12 @@
-"""The paper's estimate of a sparse network's speed beside its measurement, layer by layer.
+"""The paper's estimate of a sparse network's speed next to a measurement, layer by layer.
 
     python -m benchmarks.layers.estimate --model=vgg_d --torch_python=PYTHON
 
-The paper could not measure: it took the dense time of each layer, times the share of its weights that exist, times the share of its inputs
-that are not zero (it skips products with what ReLU zeroed as well), and so came to 3.5x for VGG and 12x for wide residual networks. Here
-each convolution and matrix product of the network is run for real, forward and both gradients, at the densities of a uniform start, by
-XLA's dense product, by ours, and by PyTorch's (its other Python as in benchmarks/layers/compare.py; without it the estimate is of XLA's time). The
-density of the inputs is counted on a batch of random images at the start of training. Cost: two minutes; wrn_16_8: four.
+The paper did not measure: it multiplied the dense time of each layer by the density of its weights and by the density of its inputs
+(it also skips products with what ReLU set to zero), which gave 3.5x for VGG and 12x for wide residual networks. Here each convolution
+and matrix product of the network is run, forward and both gradients, at the densities of a uniform start: by XLA's dense product, by
+ours and by PyTorch's (PYTHON as in benchmarks/layers/compare.py; without it the estimate starts from XLA's time). The density of the
+inputs is counted on a batch of random images at the start of training. Cost: two minutes, for wrn_16_8 four.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from sparse_jax.kernels import api, measure, store
 
 
 def traced(name: str, batch_size: int, density: float):
-    """Calls of each sparse layer in order, with the shares of its weights that exist and of its inputs that are not zero."""
+    """Returns the call of each sparse layer, in order, with the densities of its weights and of its inputs."""
     batch = twins.batch(name, batch_size)
     model = models.create(name, input_shape=batch['input'].shape[1:], num_outputs=10)
     params, state = jax.jit(model.init)(jax.random.key(0))
@@ -61,9 +61,9 @@ def traced(name: str, batch_size: int, density: float):
 
 
 def torch_shape(call: measure.Call, batch_size: int) -> tuple[int, ...]:
-    """The layer as benchmarks/layers/torch_layers.py takes it."""
+    """Returns a call's shape in the form that benchmarks/layers/torch_layers.py takes."""
     if call.x[1:3] == call.w[:2] == (1, 1):
-        side = math.isqrt(call.x[0] // batch_size)  # a 1x1 convolution was flattened
+        side = math.isqrt(call.x[0] // batch_size)  # a flattened 1x1 convolution
         return (batch_size, side if side > 1 else 0, *call.w[2:], 1, 1)
     return call.x[0], call.x[1], *call.w[2:], call.w[0], call.geometry.strides[0]
 
@@ -75,18 +75,18 @@ def _torch_seconds(torch, shape: tuple[int, ...]) -> float:
 
 
 def estimate(name: str, batch_size: int, density: float, torch) -> list[dict]:
-    """A row a layer; layers of one shape and density are measured once."""
-    rows, known = [], {}
+    """Measures each layer and returns a row for each; layers of one shape and density are measured once."""
+    rows, measured = [], {}
     calls = traced(name, batch_size, density)
-    if torch:  # at once, and a pause: OpenMP's threads go on spinning for a while
+    if torch:  # all before the others, and then a pause, since OpenMP's threads spin for a while
         for call, _, _ in calls:
             _torch_seconds(torch, torch_shape(call, batch_size))
         time.sleep(1)
     for call, weights, inputs in calls:
         key = (call._replace(name=''), store.rounded(weights))
-        if key not in known:
-            known[key] = measure.measure(call, weights, at_least=1.0, rounds=5)
-        seconds = dict(known[key])
+        if key not in measured:
+            measured[key] = measure.measure(call, weights, at_least=1.0, rounds=5)
+        seconds = dict(measured[key])
         if torch:
             seconds['torch'] = _torch_seconds(torch, torch_shape(call, batch_size))
         seconds['estimate'] = seconds['torch' if torch else 'dense'] * weights * inputs
@@ -95,23 +95,22 @@ def estimate(name: str, batch_size: int, density: float, torch) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows and their sum as Markdown."""
-    there = 'torch' in rows[0]['seconds']
-    header = ['layer', 'weights', 'inputs not zero', 'XLA dense', *(['PyTorch dense'] if there else [])]
+    """Formats the rows and their sum as a Markdown table."""
+    with_torch = 'torch' in rows[0]['seconds']
+    header = ['layer', 'weights', 'inputs not zero', 'XLA dense', *(['PyTorch dense'] if with_torch else [])]
     header += ['estimated', 'ours', 'estimated speedup', 'measured speedup']
     lines = ['| ' + ' | '.join(header) + ' |', '|---|' + '---:|' * (len(header) - 1)]
     total = {key: sum(row['seconds'].get(key, row['seconds']['dense']) for row in rows) for key in rows[0]['seconds'] | {'cpu': 0}}
-    everything = [*rows, {'layer': 'all of these', 'seconds': total}]
-    for row in everything:
-        s = row['seconds']
-        base, ours = s['torch' if there else 'dense'], s.get('cpu', s['dense'])
-        shares = [f'{row["weights"]:.1%}', f'{row["inputs"]:.0%}'] if 'weights' in row else ['', '']
-        times = [s['dense'], *([s['torch']] if there else []), s['estimate'], ours]
+    for row in [*rows, {'layer': 'all of these', 'seconds': total}]:
+        seconds = row['seconds']
+        base, ours = seconds['torch' if with_torch else 'dense'], seconds.get('cpu', seconds['dense'])
+        densities = [f'{row["weights"]:.1%}', f'{row["inputs"]:.0%}'] if 'weights' in row else ['', '']
+        times = [seconds['dense'], *([seconds['torch']] if with_torch else []), seconds['estimate'], ours]
         cells = [
             row['layer'],
-            *shares,
+            *densities,
             *(f'{1e3 * t:.2f} ms' for t in times),
-            f'{base / s["estimate"]:.1f}x',
+            f'{base / seconds["estimate"]:.1f}x',
             f'{base / ours:.1f}x',
         ]
         lines.append('| ' + ' | '.join(cells) + ' |')
@@ -123,8 +122,8 @@ def main() -> None:
     parser.add_argument('--model', choices=[name for name in twins.MODELS if name != 'lm_tiny'], default='vgg_d')
     parser.add_argument('--density', type=float, default=0.05)
     parser.add_argument('--batch_size', type=int, default=64)
-    parser.add_argument('--torch_python', default='', help='a Python in which torch is installed')
-    parser.add_argument('--json', type=pathlib.Path, help='file for the results')
+    parser.add_argument('--torch_python', default='', help='a Python with torch installed')
+    parser.add_argument('--json', type=pathlib.Path, help='file to write the results to')
     args = parser.parse_args()
     torch = compare.Torch(args.torch_python) if args.torch_python else None
     rows = estimate(args.model, args.batch_size, args.density, torch)

@@ -1,10 +1,10 @@
-"""One layer in PyTorch (oneDNN, channels_last) and in SparseProp, run by another Python; the rival of benchmarks/layers/compare.py.
+"""One layer in PyTorch (oneDNN, channels_last) and in SparseProp, for benchmarks/layers/compare.py, which starts it with another Python.
 
     python benchmarks/layers/torch_layers.py
 
-reads a JSON object a line from standard input: one with "shape" (batch, side, in, out, taps, stride) and "density" prepares a layer, one
-with "run" ("torch" or "sparseprop") makes a call of it, forward and both gradients, and prints its seconds (null: it is not there). Needs
-torch; the column of SparseProp needs the package sparseprop.
+It reads one JSON object per line from standard input. An object with "shape" (batch, side, in, out, taps, stride) and "density"
+prepares a layer and prints which implementations there are; one with "run" ("torch" or "sparseprop") calls it, forward and both
+gradients, and prints the seconds, or null if it is not available. It needs torch, and for SparseProp the package sparseprop.
 """
 
 import json
@@ -23,7 +23,7 @@ except ImportError:
 
 
 def prepare(shape, density):
-    """name -> a call without arguments."""
+    """Makes the layer of each implementation; returns a function without arguments by name."""
     batch, side, inputs, outputs, taps, stride = shape
     torch.manual_seed(0)
     if side == 0:  # a matrix product
@@ -41,13 +41,13 @@ def prepare(shape, density):
     x, weight = x.detach().requires_grad_(), weight.requires_grad_()
     gradient = torch.randn_like(dense(x, weight)).detach()
     calls = {'torch': lambda: torch.autograd.grad(dense(x, weight), (x, weight), gradient)}
-    if SparseConv2d is not None and density <= 0.2:  # it crashes on denser ones: its offsets are 16 bits wide
-        own = gradient.contiguous()
+    if SparseConv2d is not None and density <= 0.2:  # it crashes on denser layers: its offsets are 16 bits wide
+        channels_first = gradient.contiguous()
         best = None
-        # SparseProp vectorises over the batch or over the image: the quicker one is its rival
+        # SparseProp vectorises over the batch or over the image: the faster of the two is compared
         for over_batch in (False, True) if side else (False,):
             layer = SparseConv2d(sparse_weight, None, taps // 2, stride, over_batch) if side else SparseLinear(sparse_weight)
-            call = lambda layer=layer: torch.autograd.grad(layer(plain), (plain, layer.weight), own)
+            call = lambda layer=layer: torch.autograd.grad(layer(plain), (plain, layer.weight), channels_first)
             try:
                 seconds = min(_seconds(call) for _ in range(3))
             except Exception as error:

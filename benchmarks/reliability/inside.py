@@ -1,4 +1,9 @@
-"""The figures of benchmarks.reliability that one process of eight devices measures: elastic, selection, corruption. It prints JSON."""
+"""The figures of benchmarks.reliability that are measured in one process of eight devices: elastic, selection and corruption.
+
+    python -m benchmarks.reliability.inside FIGURE COUNT FOLDER
+
+It prints the results as JSON; benchmarks/reliability/figures.py starts it.
+"""
 
 import json
 import pathlib
@@ -23,12 +28,13 @@ from sparse_jax.train import devices as devices_lib
 
 
 def bits(tree: Any) -> list[bytes]:
-    """Of all arrays."""
+    """Returns the bytes of each array of a tree."""
     unwrap = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
     return [np.asarray(unwrap(x)).tobytes() for x in jax.tree.leaves(tree)]
 
 
 def _save(folder: pathlib.Path, state: Any, steps=(1,)) -> pathlib.Path:
+    """Saves a state as the checkpoint of each of some steps; returns the folder."""
     checkpoints = checkpoint.Checkpoints(folder, keep=len(steps))
     for step in steps:
         checkpoints.save(step, state, 0.0)
@@ -37,7 +43,10 @@ def _save(folder: pathlib.Path, state: Any, steps=(1,)) -> pathlib.Path:
 
 
 def elastic(counts: int, folder: pathlib.Path) -> dict[str, Any]:
-    """A Transformer saved on 4 x 2, restored on each mesh, saved there, and restored on 4 x 2 again; then a mask update from the same gradients."""
+    """Restores a Transformer saved on 4 x 2 devices on each mesh, saves it there, and restores it on 4 x 2 again.
+
+    After each restore it compares the state's fingerprint, and the masks of an update from the same gradients.
+    """
     del counts
 
     def make(data, model):
@@ -53,16 +62,17 @@ def elastic(counts: int, folder: pathlib.Path) -> dict[str, Any]:
     tx = sj.sparse_momentum(0.1, density=0.2, update_every=1, total_steps=10, stacked=experiment.stacked)
 
     def next_masks(state):
-        """Of an update from gradients that the parameters make up."""
-        opt_state = tx.init(state.params)
-        return bits(
-            jax.jit(lambda p, s: sj.get_masks(tx.update(jax.tree.map(lambda x: jnp.roll(x, 1), p), s, p)[1]))(
-                state.params, opt_state
-            )
-        )
+        """Returns the bits of the masks after an update from rolled parameters as gradients."""
+
+        @jax.jit
+        def updated_masks(params, opt_state):
+            grads = jax.tree.map(lambda x: jnp.roll(x, 1), params)
+            return sj.get_masks(tx.update(grads, opt_state, params)[1])
+
+        return bits(updated_masks(state.params, tx.init(state.params)))
 
     expected, masks, first = checkpoint.fingerprint(state), next_masks(state), _save(folder / 'first', state)
-    got = {'restores': 0, 'fingerprints': 0, 'masks': 0}
+    results = {'restores': 0, 'fingerprints': 0, 'masks': 0}
     for mesh in ((2, 4), (8, 1), (1, 8), (1, 1)):
         source = first
         for turn in (mesh, (4, 2)):
@@ -70,11 +80,11 @@ def elastic(counts: int, folder: pathlib.Path) -> dict[str, Any]:
             checkpoints = checkpoint.Checkpoints(source)
             state, _ = checkpoints.restore(1, devices.shapes)
             checkpoints.close()
-            got['restores'] += 1
-            got['fingerprints'] += checkpoint.fingerprint(state) == expected
-            got['masks'] += next_masks(state) == masks
+            results['restores'] += 1
+            results['fingerprints'] += checkpoint.fingerprint(state) == expected
+            results['masks'] += next_masks(state) == masks
             source = _save(folder / f'{mesh}', state) if turn == mesh else source
-    return got
+    return results
 
 
 SPECS = (
@@ -84,7 +94,7 @@ SPECS = (
 
 
 def selection(counts: int, folder: pathlib.Path) -> dict[str, Any]:
-    """A tree of twelve matrices and convolutions, laid by each of eight specs."""
+    """Updates the masks of twelve matrices and convolutions, sharded by each of eight specs, and compares with one device."""
     del folder
     shapes = {f'{i}': shape for i, shape in enumerate([(256, 512), (512, 256), (3, 3, 64, 128), (1, 1, 128, 64)] * 3)}
     keys = jax.random.split(jax.random.key(0), len(shapes))
@@ -95,32 +105,33 @@ def selection(counts: int, folder: pathlib.Path) -> dict[str, Any]:
     grads = jax.tree.map(lambda p: jnp.round(4 * jnp.roll(p, 7)), params)
     update = jax.jit(tx.update)
     expected, mesh = bits(update(grads, state, params)), sharding.make_mesh(4, 2)
-    got: dict[str, Any] = {'cases': 0, 'equal': 0, 'gathers': 0, 'bytes': 0.0, 'layers': len(shapes)}
+    results: dict[str, Any] = {'cases': 0, 'equal': 0, 'gathers': 0, 'bytes': 0.0, 'layers': len(shapes)}
     for spec in SPECS[:counts]:
-        place = lambda x, spec=spec: NamedSharding(mesh, P(*[None] * (x.ndim - 2), *spec) if x.ndim >= 2 else P())
-        placed = jax.tree.map(lambda x, place=place: jax.device_put(x, place(x)), (grads, state, params))
-        compiled = update.lower(*placed).compile()
-        got['cases'] += 1
-        got['equal'] += bits(compiled(*placed)) == expected
-        found = collectives.find(compiled.as_text() or '')
-        got['gathers'] += sum(c.kind != 'all-reduce' for c in found)
+        shard = lambda x, spec=spec: NamedSharding(mesh, P(*[None] * (x.ndim - 2), *spec) if x.ndim >= 2 else P())
+        operands = jax.tree.map(lambda x, shard=shard: jax.device_put(x, shard(x)), (grads, state, params))
+        compiled = update.lower(*operands).compile()
+        results['cases'] += 1
+        results['equal'] += bits(compiled(*operands)) == expected
+        communication = collectives.find(compiled.as_text() or '')
+        results['gathers'] += sum(c.kind != 'all-reduce' for c in communication)
         axes = len({axis for part in spec if part for axis in (part if isinstance(part, tuple) else (part,))})
-        for loop in {c.loop for c in found if c.loop}:
-            got['bytes'] = max(got['bytes'], sum(c.bytes for c in found if c.loop == loop) / len(shapes) / axes)
-    return got
+        for loop in {c.loop for c in communication if c.loop}:
+            loop_bytes = sum(c.bytes for c in communication if c.loop == loop)
+            results['bytes'] = max(results['bytes'], loop_bytes / len(shapes) / axes)
+    return results
 
 
 def corruption(counts: int, folder: pathlib.Path) -> dict[str, Any]:
-    """Bits at random in all files of a checkpoint, in turn; what we restore, and what orbax alone gives of the same files."""
+    """Flips a random bit in each file of a checkpoint in turn; compares what we restore, and what orbax alone restores."""
     tree = {
         'w': jax.random.normal(jax.random.key(0), (200, 100)),
         'mask': jax.random.bernoulli(jax.random.key(1), 0.1, (200, 100)),
         'step': jnp.int32(7),
     }
-    whole, saved = bits(tree), _save(folder / 'saved', tree, (1, 2))
+    expected, saved = bits(tree), _save(folder / 'saved', tree, (1, 2))
     files = sorted(p.relative_to(saved) for p in (saved / '2').rglob('*') if p.is_file() and p.stat().st_size)
     random = np.random.default_rng(0)
-    got = {'flips': 0, 'silent': 0, 'fell_back': 0, 'refused': 0, 'harmless': 0, 'orbax': 0}
+    results = {'flips': 0, 'silent': 0, 'fell_back': 0, 'refused': 0, 'harmless': 0, 'orbax': 0}
     for number in range(counts):
         name, copy = files[number % len(files)], folder / str(number)
         shutil.copytree(saved, copy)
@@ -128,25 +139,26 @@ def corruption(counts: int, folder: pathlib.Path) -> dict[str, Any]:
         content[random.integers(len(content))] ^= 1 << int(random.integers(8))
         assert content != (saved / name).read_bytes(), 'nothing was flipped'
         (copy / name).write_bytes(content)
-        got['flips'] += 1
+        results['flips'] += 1
         try:
-            alone = ocp.StandardCheckpointer().restore((copy / '2' / 'state').absolute())
-            got['orbax'] += bits(alone) != bits(jax.tree.map(lambda x: jnp.packbits(x, axis=-1) if x.dtype == bool else x, tree))
-        except Exception:  # it noticed
+            by_orbax = ocp.StandardCheckpointer().restore((copy / '2' / 'state').absolute())
+            packed = jax.tree.map(lambda x: jnp.packbits(x, axis=-1) if x.dtype == bool else x, tree)
+            results['orbax'] += bits(by_orbax) != bits(packed)
+        except Exception:  # orbax noticed
             pass
         checkpoints = checkpoint.Checkpoints(copy)
         try:
-            found = checkpoints.restore_newest(jax.eval_shape(lambda: tree))
-            assert found is not None
-            step, state, _ = found
-            got['fell_back' if step == 1 else 'harmless'] += bits(state) == whole
-            got['silent'] += bits(state) != whole
+            restored = checkpoints.restore_newest(jax.eval_shape(lambda: tree))
+            assert restored is not None
+            step, state, _ = restored
+            results['fell_back' if step == 1 else 'harmless'] += bits(state) == expected
+            results['silent'] += bits(state) != expected
         except ValueError:
-            got['refused'] += 1
+            results['refused'] += 1
         finally:
             checkpoints.close()
         shutil.rmtree(copy)
-    return got
+    return results
 
 
 if __name__ == '__main__':

@@ -1,8 +1,8 @@
-"""What many devices and hosts cost: bytes and time of a mask update, the pause of a checkpoint, a restart, and two processes for one.
+"""The cost of many devices and hosts: a mask update's bytes and time, a checkpoint's pause, a restart, two processes against one.
 
     python -m benchmarks.steps.distributed
 
-All on this machine's cores, with virtual devices: no speed-up can be seen here, only what is moved, and what it costs to be many.
+All of it runs on this machine's cores with virtual devices, which cannot show a speed-up, only what is communicated and the overhead.
 Cost: six minutes on two cores.
 """
 
@@ -34,35 +34,36 @@ FOLDER = pathlib.Path('runs/distributed')
 
 
 def _moved(compiled) -> tuple[int, int]:
-    """Bytes of all collectives of a program on a device, those in loops once for each of at most 32 rounds; and how many gather."""
-    found = collectives.find(compiled.as_text() or '')
-    return sum(c.bytes * (32 if c.loop else 1) for c in found), sum(c.kind == 'all-gather' for c in found)
+    """Returns the bytes that a program's collectives move per device (loops counted as 32 rounds) and its number of all-gathers."""
+    communication = collectives.find(compiled.as_text() or '')
+    return sum(c.bytes * (32 if c.loop else 1) for c in communication), sum(c.kind == 'all-gather' for c in communication)
 
 
 def update(rounds: int) -> dict[str, Any]:
-    """ResNet-50's tree over 4 x 2 devices by model+fsdp: a mask update as it is, and one that gathers weights and momenta first."""
+    """Measures a mask update of ResNet-50's tree, sharded by model+fsdp on 4 x 2 devices: ours, and one that gathers its inputs first."""
     mesh = sharding.make_mesh(4, 2)
     params = {f'{name}/kernel': jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in mask_update.resnet50().items()}
     tx = sj.sparsify(optax.sgd(0.1, 0.9), density=0.05, update_every=1, total_steps=10)
-    placed = sharding.place(params, mesh, 'model+fsdp')
+    placed = sharding.placements(params, mesh, 'model+fsdp')
     shapes = params, jax.eval_shape(tx.init, params)
-    places = tuple(sharding.shardings(tree, params, placed, mesh) for tree in shapes)
-    whole = NamedSharding(mesh, P())
+    shardings = tuple(sharding.shardings(tree, params, placed, mesh) for tree in shapes)
+    replicated = NamedSharding(mesh, P())
 
     def ours(grads, params, state):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
     def gathered(grads, params, state):
-        everywhere = lambda tree: jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, whole), tree)
-        return ours(*everywhere((grads, params, state)))
+        gather = lambda tree: jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, replicated), tree)
+        return ours(*gather((grads, params, state)))
 
-    make = jax.jit(lambda key: {name: jax.random.normal(key, p.shape) for name, p in params.items()}, out_shardings=places[0])
-    operands = make(jax.random.key(1)), make(jax.random.key(0)), jax.jit(tx.init, out_shardings=places[1])(make(jax.random.key(0)))
+    make = jax.jit(lambda key: {name: jax.random.normal(key, p.shape) for name, p in params.items()}, out_shardings=shardings[0])
+    init = jax.jit(tx.init, out_shardings=shardings[1])
+    operands = make(jax.random.key(1)), make(jax.random.key(0)), init(make(jax.random.key(0)))
     row: dict[str, Any] = {}
     programs = {}
     for name, function in (('ours', ours), ('gathered', gathered)):
-        programs[name] = jax.jit(function, out_shardings=places).lower(*operands).compile()
+        programs[name] = jax.jit(function, out_shardings=shardings).lower(*operands).compile()
         moved, gathers = _moved(programs[name])
         row[name] = {'bytes': moved, 'gathers': gathers, 'seconds': []}
     for turn in range(rounds + 1):
@@ -77,9 +78,9 @@ def update(rounds: int) -> dict[str, Any]:
 
 
 def pause(rounds: int) -> dict[str, Any]:
-    """25 million weights with momenta and masks on one device: what a save keeps the loop waiting, and what it takes in all."""
+    """Measures how long saving 25 million weights with momenta and masks blocks the loop, and how long it takes in total."""
     shapes = mask_update.resnet50()
-    keys = jax.random.split(jax.random.key(0), len(shapes))  # no constants: those compress to nothing
+    keys = jax.random.split(jax.random.key(0), len(shapes))  # random, since constants compress to nothing
     params = {name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)}
     tx = sj.sparse_momentum(0.1, density=0.05, update_every=10**6, total_steps=10**7)
     state = jax.jit(lambda p: tx.update(p, tx.init(p), p)[1])(params)  # with momenta
@@ -103,7 +104,7 @@ def pause(rounds: int) -> dict[str, Any]:
 
 
 def restart() -> dict[str, float]:
-    """LeNet-300-100 with a cache of compiled programs: from the start of the command to its first step, the second time."""
+    """Measures the seconds from the start of a LeNet-300-100 run to its first step, without and with a cache of compiled programs."""
     folder, row = FOLDER / 'restart', {}
     for name in ('cold', 'warm'):
         run = folder / name
@@ -129,7 +130,7 @@ def restart() -> dict[str, float]:
 
 
 def hosts(rounds: int) -> dict[str, Any]:
-    """LeNet-300-100 on a mesh of 4 x 2: eight devices of one process, and four each of two. Steps a second."""
+    """Measures steps per second of LeNet-300-100 on a mesh of 4 x 2, from one process of eight devices and from two of four."""
     row: dict[str, Any] = {'1x8': [], '2x4': []}
     flags = ('--config.train.steps=400', '--config.mesh.data=4', '--config.mesh.model=2', '--config.mesh.layout=model')
     for turn in range(rounds):

@@ -2,11 +2,11 @@
 
     python -m benchmarks.steps.mask_update
 
-ResNet-50's 53 convolutions and its output layer, 25.5 million weights, sparse momentum at 5%, `tx.update` and `apply_updates` in one
-jit with donated state. What counts is the time of a step with an update beyond that of an ordinary step of the same program. The
-rivals run the same rule, in the same program but for the selection: by a stable argsort of the keys (the same masks, bit for bit),
-and by thresholds from a sort of the keys as uint32, the quickest sort there is (whose counts are not exact where there are ties).
-They take turns in one process, and ratios are medians over rounds. Cost: six minutes; --sizes= leaves the second table out.
+ResNet-50's 53 convolutions and its output layer (25.5 million weights), sparse momentum at 5%, `tx.update` and `apply_updates` in one
+jit with donated state. Reported is how much longer a step with a mask update takes than an ordinary step of the same program. The
+rivals run the same program with another selection: by a stable argsort of the keys (the same masks, bit for bit), and by thresholds
+from a sort of the keys as uint32, the fastest sort available (whose counts are not exact where there are ties). They take turns in one
+process, and ratios are medians over rounds. Cost: six minutes; --sizes= skips the second table.
 """
 
 import argparse
@@ -24,11 +24,11 @@ import optax
 import sparse_jax as sj
 from sparse_jax.core import numerics, selection
 
-EVERY = 10**6
+UPDATE_EVERY = 10**6
 
 
 def resnet50() -> dict[str, tuple[int, ...]]:
-    """Shapes of ResNet-50's weights: 54 leaves, 25,502,912 weights."""
+    """Returns the shapes of ResNet-50's weights: 54 leaves with 25,502,912 weights."""
     shapes, channels = {'conv1': (7, 7, 3, 64)}, 64
     for stage, (width, blocks) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):
         for block in range(blocks):
@@ -50,11 +50,8 @@ def _by_argsort(leaves, k):
         rows = leaf.reshape(len(leaf), -1)
         order = jnp.argsort(rows, axis=1, descending=True, stable=True)
         chosen = jnp.arange(rows.shape[1]) < k[start : start + len(leaf), None]
-        masks.append(
-            (jax.vmap(lambda o, c, n=rows.shape[1]: jnp.zeros(n, bool).at[o].set(c))(order, chosen) & (rows > 0)).reshape(
-                leaf.shape
-            )
-        )
+        scatter = jax.vmap(lambda o, c, n=rows.shape[1]: jnp.zeros(n, bool).at[o].set(c))
+        masks.append((scatter(order, chosen) & (rows > 0)).reshape(leaf.shape))
         start += len(leaf)
     return masks
 
@@ -63,8 +60,8 @@ def _by_sort(leaves, k):
     masks, start = [], 0
     for leaf in leaves:
         rows = leaf.reshape(len(leaf), -1)
-        place = jnp.clip(rows.shape[1] - k[start : start + len(leaf)], 0, rows.shape[1] - 1)
-        threshold = jnp.take_along_axis(jnp.sort(rows, axis=1), place[:, None], axis=1)
+        rank = jnp.clip(rows.shape[1] - k[start : start + len(leaf)], 0, rows.shape[1] - 1)
+        threshold = jnp.take_along_axis(jnp.sort(rows, axis=1), rank[:, None], axis=1)
         masks.append(((rows >= threshold) & (rows > 0)).reshape(leaf.shape))
         start += len(leaf)
     return masks
@@ -79,7 +76,7 @@ SELECTIONS = {
 
 def _optimizer(**options):
     inner = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, 0.9, nesterov=True))
-    return sj.methods.create('sparse_momentum', inner, 0.05, EVERY, 10 * EVERY, **options)
+    return sj.methods.create('sparse_momentum', inner, 0.05, UPDATE_EVERY, 10 * UPDATE_EVERY, **options)
 
 
 def _lower(tx, shapes):
@@ -93,7 +90,7 @@ def _lower(tx, shapes):
 
 
 class Runner:
-    """A compiled step and its state; times ordinary steps and steps with an update."""
+    """A compiled step with its state, which times ordinary steps and steps with a mask update."""
 
     def __init__(self, compiled, params, state, grads):
         self.compiled, self.grads = compiled, grads
@@ -101,15 +98,16 @@ class Runner:
         self.state = jax.tree.map(jnp.copy, state)
 
     def time(self, count: int) -> float:
+        """Returns the seconds of the step that follows step `count`."""
         self.state = jax.block_until_ready(self.state._replace(count=jnp.int32(count)))
         begin = time.perf_counter()
         self.params, self.state = jax.block_until_ready(self.compiled(self.params, self.state, self.grads))
         return time.perf_counter() - begin
 
     def beyond(self) -> tuple[float, float]:
-        """An ordinary step, and what one with an update takes beyond it."""
+        """Returns the seconds of an ordinary step, and how many more a step with a mask update takes."""
         ordinary = min(self.time(0) for _ in range(3))
-        return ordinary, self.time(EVERY - 1) - ordinary
+        return ordinary, self.time(UPDATE_EVERY - 1) - ordinary
 
 
 def _inputs(shapes):
@@ -119,11 +117,12 @@ def _inputs(shapes):
 
 
 def _temporaries(compiled, size: int) -> float:
-    """Memory that a program takes beyond its arguments and results, in bytes a weight."""
-    return (compiled.memory_analysis()).temp_size_in_bytes / size
+    """Returns a program's temporary memory in bytes per weight."""
+    return compiled.memory_analysis().temp_size_in_bytes / size
 
 
 def against_sorting(rounds: int) -> None:
+    """Prints the table of selections: ours, by argsort, and by sort."""
     shapes = resnet50()
     size = sum(math.prod(shape) for shape in shapes.values())
     params, grads, state = _inputs(shapes)
@@ -154,15 +153,18 @@ def against_sorting(rounds: int) -> None:
     )
     print('|---|---|---|---|---|')
     for name in runners:
-        mine = np.array(times[name][1:])
-        ratio = '' if name == 'sparse_jax' else f'{np.median(mine / ours):.1f}x'
-        print(f'| {name} | {1e3 * np.median(mine):.0f} ms | {ratio} | {seconds[name]:.1f} s | {memory[name]:.2f} bytes a weight |')
+        updates = np.array(times[name][1:])
+        ratio = '' if name == 'sparse_jax' else f'{np.median(updates / ours):.1f}x'
+        print(
+            f'| {name} | {1e3 * np.median(updates):.0f} ms | {ratio} | {seconds[name]:.1f} s | {memory[name]:.2f} bytes a weight |'
+        )
     print(f'where all layers share a loop (accelerators; several devices): {shared:.2f} bytes a weight beyond an ordinary step')
     same = all((runners['sparse_jax'].state.masks[n] == runners['argsort'].state.masks[n]).all() for n in shapes)
     print(f'argsort made the same masks: {same}')
 
 
 def by_size(millions: list[float], rounds: int) -> None:
+    """Prints the table of numbers of weights, each as many layers and as a single one."""
     print('| weights | leaves | ordinary step | mask update, beyond an ordinary step | a million weights | compilation |')
     print('|---|---|---|---|---|---|')
     for million in millions:
@@ -189,6 +191,7 @@ def by_size(millions: list[float], rounds: int) -> None:
 
 
 def many_leaves(number: int) -> None:
+    """Prints how long a tree of many leaves takes to trace and to compile."""
     shapes = {f'layer{i}': (64 + 8 * (i % 10), 96) for i in range(number)}
     for what, options in (('with mask updates', {}), ('with a fixed mask', {'grow': None})):
         begin = time.perf_counter()
@@ -203,7 +206,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--sizes', default='1,4,10,25,50,100', help='millions of weights, separated by commas')
-    parser.add_argument('--leaves', type=int, default=500, help='of the tree whose compilation is timed; 0: none')
+    parser.add_argument(
+        '--leaves', type=int, default=500, help='number of leaves of the tree whose compilation is timed; 0 skips it'
+    )
     args = parser.parse_args()
     against_sorting(args.rounds)
     if args.sizes:

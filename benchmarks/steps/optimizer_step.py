@@ -2,9 +2,9 @@
 
     python -m benchmarks.steps.optimizer_step
 
-A tree of 25 million float32 weights, `tx.update` and `apply_updates` in one jit, the state donated, SGD with momentum and weight
-decay. The rivals take turns in one process; the figure is the median over rounds of the ratio within a round. Steps with a mask
-update: benchmarks/steps/mask_update.py. Cost: one minute.
+A tree of 25 million float32 weights, `tx.update` and `apply_updates` in one jit with donated state, SGD with momentum and weight
+decay. Both take turns in one process; the result is the median over rounds of the ratio within a round. Steps with a mask update are
+measured by benchmarks/steps/mask_update.py. Cost: one minute.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def _compile(tx, params, grads):
     return jax.jit(step, donate_argnums=(0, 1)).lower(params, jax.eval_shape(tx.init, params), grads).compile()
 
 
-def _time(function) -> float:
+def _seconds(function) -> float:
     begin = time.perf_counter()
     jax.block_until_ready(function())
     return time.perf_counter() - begin
@@ -61,7 +61,7 @@ def main() -> None:
     times = {name: [] for name in runs}
     for _ in range(args.rounds + 2):
         for name in runs:
-            times[name].append(_time(lambda n=name: [advance(n) for _ in range(3)][-1]) / 3)
+            times[name].append(_seconds(lambda n=name: [advance(n) for _ in range(3)][-1]) / 3)
     dense, ordinary = (np.array(times[name][2:]) for name in ('dense', 'sparse'))
 
     million = args.layers * args.side**2 / 1e6

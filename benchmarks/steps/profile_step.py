@@ -1,10 +1,10 @@
-"""Where each millisecond of a training step goes, beside what its bytes and operations would take at this machine's peaks.
+"""Where each millisecond of a training step goes, next to what its bytes and operations would take at this machine's peaks.
 
     python -m benchmarks.steps.profile_step --model=wrn_16_8 --density=0.05
 
-traces some steps of ours (benchmarks/steps/train_step.py) with jax.profiler, gives each moment to the instructions that run in it, in equal parts,
-and prints a table by kind of work; --image=FILE draws it, --instructions=20 lists the longest ones. Operations are those of products,
-with weights that exist; bytes are those of operands and results, each once. Cost: two minutes on two cores.
+It traces some of our steps (benchmarks/steps/train_step.py) with jax.profiler, divides each moment equally among the instructions that
+run in it, and prints a table by kind of work; --image=FILE draws it, --instructions=20 lists the longest instructions. Operations are
+those of products with active weights; bytes count each operand and result once. Cost: two minutes on two cores.
 """
 
 import argparse
@@ -28,11 +28,11 @@ _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)
 
 
 class Instruction(NamedTuple):
-    """One instruction of a compiled step, as XLA's text has it."""
+    """One instruction of a compiled step, from its HLO text."""
 
-    kind: str  # the part of the step it belongs to
-    bytes: float  # of operands and results
-    operations: float  # of products: two for each multiply-add
+    kind: str  # kind of work that it belongs to
+    bytes: float  # size of its operands and results
+    operations: float  # two for each multiply-add of a product
 
 
 def _shapes(text: str) -> list[tuple[int, tuple[int, ...]]]:
@@ -47,55 +47,58 @@ _PRODUCTS = {'forward': 'forward', 'input_gradient': 'input gradients', 'weight_
 
 
 def instructions(text: str, density: float) -> dict[str, Instruction]:
-    """The instructions of an HLO module's text by name.
+    """Parses the text of an HLO module; returns its instructions by name.
 
     >>> line = '  %dot.1 = f32[8,4]{1,0} dot(%a, %b), lhs_contracting_dims={1}, metadata={op_name="jit(step)/jvp()/dot"}'
     >>> defined = '  %a = f32[8,16]{1,0} parameter(0)\\n  %b = f32[16,4]{1,0} parameter(1)\\n'
     >>> instructions(defined + line, 1.0)['dot.1']
     Instruction(kind='matrix products', bytes=896, operations=1024.0)
     """
-    results, found = {}, {}
+    results, by_name = {}, {}
     for line in text.splitlines():
         if match := _INSTRUCTION.match(line):
             results[match[1]] = _shapes(match[2])
     for line in text.splitlines():
         if not (match := _INSTRUCTION.match(line)):
             continue
-        name, _, code, operands, rest = match.groups()
-        taken = [shape for operand in re.findall(r'%([\w.\-]+)', operands) for shape in results.get(operand, [])]
-        size, operations = _bytes(taken) + _bytes(results[name]), 0.0
-        path = m[1] if (m := re.search(r'op_name="([^"]*)"', rest)) else ''
-        backward, forward = 'transpose(jvp' in path, 'jvp(' in path
-        if target := re.search(r'custom_call_target="sparse_jax_(\w+)"', rest):
+        name, _, opcode, operand_names, attributes = match.groups()
+        operands = [shape for operand in re.findall(r'%([\w.\-]+)', operand_names) for shape in results.get(operand, [])]
+        size, operations = _bytes(operands) + _bytes(results[name]), 0.0
+        path = m[1] if (m := re.search(r'op_name="([^"]*)"', attributes)) else ''
+        if target := re.search(r'custom_call_target="sparse_jax_(\w+)"', attributes):
+            kind = 'pooling'
             if target[1] in _PRODUCTS:
-                dense = 's32[0]' in rest  # an empty list
-                everything = [shape for _, shape in taken + results[name]]
-                weight = next((s for s in everything if len(s) == 4 and math.prod(s[:2]) <= 121), (1, 1, 1, 1))
-                pixels = [math.prod(s) // s[3] for s in everything if len(s) == 5 and s[3] == weight[3]]
-                pixels += [math.prod(s[:3]) for s in everything if len(s) == 4 and s[3] == weight[3] and s != weight]
-                operations = 2.0 * math.prod(weight) * min(pixels, default=0) * (1 if dense else density)
+                dense = 's32[0]' in attributes  # an empty list of nonzeros
+                operations = _product_operations(operands + results[name]) * (1 if dense else density)
                 kind = f'{"dense" if dense else "sparse"} products, {_PRODUCTS[target[1]]}'
-            else:
-                kind = 'pooling'
-        elif code == 'convolution' or '__conv' in rest or 'convolution' in name:
+        elif opcode == 'convolution' or '__conv' in attributes or 'convolution' in name:
             kind = "XLA's convolutions"
-        elif code == 'dot' or name.startswith('dot') or path.endswith('dot_general'):
+        elif opcode == 'dot' or name.startswith('dot') or path.endswith('dot_general'):
             kind = 'matrix products'
-            operations = 2.0 * math.sqrt(math.prod(math.prod(s) for _, s in [*taken[:2], *results[name][:1]]))
-        elif backward:
+            operations = 2.0 * math.sqrt(math.prod(math.prod(s) for _, s in [*operands[:2], *results[name][:1]]))
+        elif 'transpose(jvp' in path:
             kind = 'elementwise and sums, backward'
-        elif forward:
+        elif 'jvp(' in path:
             kind = 'elementwise and sums, forward'
         else:
             kind = 'optimizer and masks'
-        found[name] = Instruction(kind, size, operations)
-    return found
+        by_name[name] = Instruction(kind, size, operations)
+    return by_name
+
+
+def _product_operations(shapes) -> float:
+    """Returns the operations of one of our kernels' products with a dense weight, from its operands' and results' shapes."""
+    sides = [side for _, side in shapes]
+    weight = next((s for s in sides if len(s) == 4 and math.prod(s[:2]) <= 121), (1, 1, 1, 1))
+    pixels = [math.prod(s) // s[3] for s in sides if len(s) == 5 and s[3] == weight[3]]
+    pixels += [math.prod(s[:3]) for s in sides if len(s) == 4 and s[3] == weight[3] and s != weight]
+    return 2.0 * math.prod(weight) * min(pixels, default=0)
 
 
 def events(folder: pathlib.Path, module: str) -> list[tuple[float, float, str]]:
-    """Begin, end (ns) and name of each instruction that ran, from a trace."""
+    """Reads a trace; returns begin, end (ns) and name of each instruction that ran."""
     (path,) = folder.glob('**/*.xplane.pb')
-    found = []
+    ran = []
     for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
         for line in plane.lines:
             starts, ends = {}, []
@@ -106,12 +109,12 @@ def events(folder: pathlib.Path, module: str) -> list[tuple[float, float, str]]:
                 elif stats.get('hlo_module') == module:
                     starts[stats.get('_p')] = event.start_ns, event.start_ns + event.duration_ns, str(stats['hlo_op'])
             ends = dict(ends)
-            found += [(begin, max(end, ends.get(key, end)), name) for key, (begin, end, name) in starts.items()]
-    return sorted(found)
+            ran += [(begin, max(end, ends.get(key, end)), name) for key, (begin, end, name) in starts.items()]
+    return sorted(ran)
 
 
 def shares(ran: list[tuple[float, float, str]]) -> dict[str, float]:
-    """Seconds of each name: each moment in equal parts to what runs in it; what is between is 'nothing runs'.
+    """Returns seconds by name: each moment is divided equally among what runs in it, or counts as 'nothing runs'.
 
     >>> {name: round(s * 1e9, 3) for name, s in sorted(shares([(0, 10, 'a'), (5, 15, 'b'), (20, 30, 'a')]).items())}
     {'a': 17.5, 'b': 7.5, 'nothing runs': 5.0}
@@ -132,18 +135,18 @@ def shares(ran: list[tuple[float, float, str]]) -> dict[str, float]:
 def measure(
     name: str, density: float, batch_size: int, dense_gradients: bool, steps: int, layout: str
 ) -> tuple[list[dict], list[dict]]:
-    """Rows by kind of work, and by instruction."""
+    """Profiles steps of a network; returns rows by kind of work and rows by instruction, the longest first."""
     batch, params = twins.batch(name, batch_size), twins.parameters(name)
     method = 'dense' if density == 1 else 'sparse_momentum'
     ours = train_step.Ours(name, method, density, batch, params, layout=layout)
     jit = ours.step.lower(ours.state, batch, ours.patterns, dense_gradients=dense_gradients)
     compiled, state = jit.compile(), ours.state
-    known = instructions(compiled.as_text() or '', density)
+    by_name = instructions(compiled.as_text() or '', density)
     for _ in range(2):
         state, _ = compiled(state, batch, ours.patterns)
     jax.block_until_ready(state)
     seconds: collections.Counter[str] = collections.Counter()
-    for _ in range(steps):  # one trace a step: what is between two steps is not part of either
+    for _ in range(steps):  # one trace per step, so that the time between two steps counts for neither
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
                 state, _ = compiled(state, batch, ours.patterns)
@@ -151,9 +154,9 @@ def measure(
             seconds.update(shares(events(pathlib.Path(folder), 'jit_train_step')))
     rows = []
     for instruction, total in seconds.items():
-        own = known.get(instruction, Instruction('other', 0, 0))
-        kind = instruction if instruction == 'nothing runs' else own.kind
-        rows.append({'name': instruction, 'kind': kind, 'seconds': total / steps, 'bytes': own.bytes, 'operations': own.operations})
+        kind, bytes_, operations = by_name.get(instruction, Instruction('other', 0, 0))
+        kind = instruction if instruction == 'nothing runs' else kind
+        rows.append({'name': instruction, 'kind': kind, 'seconds': total / steps, 'bytes': bytes_, 'operations': operations})
     rows.sort(key=lambda row: -row['seconds'])
     kinds: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -164,12 +167,12 @@ def measure(
 
 
 def _floors(row: dict, peak: tuple[float, float]) -> tuple[float, float]:
-    """Seconds that its operations and its bytes would take at the peaks."""
+    """Returns the seconds that a row's operations and its bytes would take at the peaks."""
     return row['operations'] / 2 / peak[0], row['bytes'] / peak[1]
 
 
 def table(rows: list[dict], peak: tuple[float, float]) -> str:
-    """By kind of work, as Markdown."""
+    """Formats the rows by kind of work as a Markdown table."""
     total = {'kind': 'the step', **{key: sum(row[key] for row in rows) for key in ('seconds', 'bytes', 'operations')}}
     lines = [
         '| part | time | share | operations | at the peak they take | bytes | at the peak they take |',
@@ -191,15 +194,15 @@ def table(rows: list[dict], peak: tuple[float, float]) -> str:
 
 
 def draw(rows: list[dict], peak: tuple[float, float], title: str, path: pathlib.Path) -> None:
-    """Bars of the measured time, and a mark where the larger of both floors is."""
+    """Draws bars of the measured times, each with a mark at the larger of its two floors."""
     figure, axes = plt.subplots(figsize=(9, 0.45 * len(rows) + 1.4), layout='constrained')
-    places = range(len(rows))[::-1]
-    axes.barh(places, [1e3 * row['seconds'] for row in rows], color='#4878a8', label='measured')
+    heights = range(len(rows))[::-1]
+    axes.barh(heights, [1e3 * row['seconds'] for row in rows], color='#4878a8', label='measured')
     floors = [1e3 * max(_floors(row, peak)) for row in rows]
     axes.scatter(
-        floors, places, marker='|', s=260, color='#d0602a', linewidths=2.5, zorder=3, label='its operations or bytes at the peak'
+        floors, heights, marker='|', s=260, color='#d0602a', linewidths=2.5, zorder=3, label='its operations or bytes at the peak'
     )
-    axes.set_yticks(places, [row['kind'] for row in rows])
+    axes.set_yticks(heights, [row['kind'] for row in rows])
     axes.set_xlabel('milliseconds')
     axes.set_title(title)
     axes.grid(axis='x', alpha=0.3)
@@ -212,12 +215,12 @@ def draw(rows: list[dict], peak: tuple[float, float], title: str, path: pathlib.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', choices=twins.MODELS, default='wrn_16_8')
-    parser.add_argument('--density', type=float, default=0.05, help='1: the dense twin')
-    parser.add_argument('--dense_gradients', action='store_true', help='a step of the window before a mask update')
-    parser.add_argument('--layout', default='auto', help='channels: with plain XLA between the products')
+    parser.add_argument('--density', type=float, default=0.05, help='1 profiles the dense twin')
+    parser.add_argument('--dense_gradients', action='store_true', help='profile a step of the window before a mask update')
+    parser.add_argument('--layout', default='auto', help="'channels' uses plain XLA between the products")
     parser.add_argument('--batch_size', type=int, default=64)
     parser.add_argument('--steps', type=int, default=5)
-    parser.add_argument('--instructions', type=int, default=0, help='how many of the longest to list')
+    parser.add_argument('--instructions', type=int, default=0, help='number of the longest instructions to list')
     parser.add_argument('--image', type=pathlib.Path, help='default: runs/profile_step/MODEL-DENSITY.png')
     args = parser.parse_args()
     peak = compare.peaks()

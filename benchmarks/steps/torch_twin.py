@@ -2,8 +2,8 @@
 
     python benchmarks/steps/torch_twin.py MODEL PARAMETERS.npz BATCH.npz
 
-reads parameters and a batch, then for each line on standard input makes a training step and prints its seconds and loss. Needs torch
-and numpy only.
+It reads parameters and a batch, then for each line on standard input makes a training step and prints its seconds and loss. It needs
+only torch and numpy.
 """
 
 import sys
@@ -15,7 +15,7 @@ import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 
 
 def load(path, tensor):
-    """Arrays by path; convolution kernels as [out, in, height, width] in channels_last, matrices as [out, in]."""
+    """Reads arrays by path; convolution kernels become [out, in, height, width] in channels_last, matrices [out, in]."""
     params = {}
     for name, array in np.load(path).items():
         value = torch.from_numpy(array)
@@ -33,7 +33,7 @@ def conv(x, p, name, stride=1, padding=1):
 
 
 def norm(x, p, name, running=None, train=True):
-    """running: running means and variances by name, in benchmarks/accuracy/torch_training.py."""
+    """Batch normalisation; `running` holds running means and variances by name (benchmarks/accuracy/torch_training.py)."""
     mean, var = running[name] if running else (None, None)
     return F.batch_norm(x, mean, var, p[f'{name}/scale'], p[f'{name}/bias'], training=train, eps=1e-5)
 

@@ -2,12 +2,18 @@
 
     python -m benchmarks.steps.train_step --density=0.05,0.2,0.1,0.02,0.01 --json=FILE --torch_python=PYTHON
 
-Forward, backward, SGD with Nesterov momentum and L2, no dropout, float32, a batch of noise. The rivals take turns, times are medians over
-rounds and ratios medians of those within a round: `xla` (benchmarks/steps/twins.py), `dense` (ours), sparse (ours at each density, as
-launch.py trains: kernels where they are measured fastest, the window of dense gradients and a mask update every 390 steps amortised),
-`torch` (benchmarks/steps/torch_twin.py by the Python that is named, in which torch is installed). All keep their memory (launch.MALLOC), PyTorch
-also as it comes. Without --model all four. For images of CIFAR's shape it also prints how many a
-second the input pipeline makes. Cost: fifteen minutes on two cores with five densities.
+Forward, backward, SGD with Nesterov momentum and L2, no dropout, float32, a batch of noise. The rivals take turns; times are medians
+over rounds, and ratios medians of the ratios within a round:
+
+  - `xla`: plain jax.lax (benchmarks/steps/twins.py);
+  - `dense`: ours without sparsity;
+  - sparse: ours at each density as launch.py trains, with kernels where they are measured fastest, and with the window of dense
+    gradients and a mask update every 390 steps amortised;
+  - `torch`: benchmarks/steps/torch_twin.py, run by PYTHON, which must have torch installed.
+
+All of them keep freed memory (launch.MALLOC), PyTorch is also run with its defaults ("as it comes"). Without --model all four networks
+are measured. For images of CIFAR's shape it also prints how many images per second the input pipeline makes. Cost: fifteen minutes on
+two cores with five densities.
 """
 
 import argparse
@@ -41,54 +47,65 @@ UPDATE_EVERY = 390
 def config(
     name: str, method: str, density: float, batch_size: int, *, kernels: str = 'auto', layout: str = 'auto'
 ) -> config_lib.Config:
-    """Settings of our step."""
-    made = config_lib.Config()
-    made.model.name = 'transformer' if name == 'lm_tiny' else name
+    """Returns the config of our step."""
+    c = config_lib.Config()
+    c.model.name = 'transformer' if name == 'lm_tiny' else name
     if name == 'lm_tiny':
-        made.model.depth, made.model.features, made.model.heads = (twins.LM[key] for key in ('depth', 'features', 'heads'))
-    made.model.dropout = 0.0 if name.startswith('wrn') else -1.0
-    made.data.batch_size = batch_size
-    made.optimizer.learning_rate, made.optimizer.momentum, made.optimizer.weight_decay = twins.RATE, twins.MOMENTUM, twins.DECAY
-    made.optimizer.schedule = 'constant'
-    made.sparsity.method, made.sparsity.density, made.sparsity.update_every = method, density, UPDATE_EVERY
-    made.sparsity.kernels, made.model.layout = kernels, layout
-    made.train.steps = 100 * UPDATE_EVERY
-    return made
+        c.model.depth, c.model.features, c.model.heads = (twins.LM[key] for key in ('depth', 'features', 'heads'))
+    c.model.dropout = 0.0 if name.startswith('wrn') else -1.0
+    c.data.batch_size = batch_size
+    c.optimizer.learning_rate, c.optimizer.momentum, c.optimizer.weight_decay = twins.RATE, twins.MOMENTUM, twins.DECAY
+    c.optimizer.schedule = 'constant'
+    c.sparsity.method, c.sparsity.density, c.sparsity.update_every = method, density, UPDATE_EVERY
+    c.sparsity.kernels, c.model.layout = kernels, layout
+    c.train.steps = 100 * UPDATE_EVERY
+    return c
 
 
 class Ours:
-    """Our training step from given parameters, as launch.py runs it: layers on the kernels that are measured fastest, window and all."""
+    """Our training step from given parameters, as launch.py runs it: with the kernels that are measured fastest, and the window.
 
-    def __init__(self, name: str, method: str, density: float, batch, params, **own):
+    Args:
+      name: name of the network.
+      method: name of the sparse-training method, or ``'dense'``.
+      density: density of the sparse leaves.
+      batch: batch that each step trains on.
+      params: initial parameters.
+      **options: keyword arguments of :func:`config`.
+    """
+
+    def __init__(self, name: str, method: str, density: float, batch, params, **options):
         shape, outputs = batch['input'].shape[1:], twins.TOKENS if name == 'lm_tiny' else 10
-        settings = config(name, method, density, len(batch['input']), **own)
-        made = train.create(settings, num_examples=UPDATE_EVERY * len(batch['input']), input_shape=shape, num_outputs=outputs)
-        state = jax.jit(made.init)(jax.random.key(0))
+        settings = config(name, method, density, len(batch['input']), **options)
+        num_examples = UPDATE_EVERY * len(batch['input'])
+        experiment = train.create(settings, num_examples=num_examples, input_shape=shape, num_outputs=outputs)
+        state = jax.jit(experiment.init)(jax.random.key(0))
         params = jax.tree.map(jnp.array, params)
         if method != 'dense':
             params = sj.apply_masks(params, sj.get_masks(state.opt_state))
         self.state = state._replace(params=params)
         self.batch = batch
         with tempfile.TemporaryDirectory() as folder:
-            self.patterns = kernel_choice.LayerKernels(settings, made, pathlib.Path(folder), 0).patterns(0, self.state)
-        self.step = jax.jit(made.train_step, donate_argnums=0, static_argnames='dense_gradients')
-        is_dense = [made.needs_dense_gradient(step) for step in range(UPDATE_EVERY + 1, 2 * UPDATE_EVERY + 1)]
+            self.patterns = kernel_choice.LayerKernels(settings, experiment, pathlib.Path(folder), 0).patterns(0, self.state)
+        self.step = jax.jit(experiment.train_step, donate_argnums=0, static_argnames='dense_gradients')
+        is_dense = [experiment.needs_dense_gradient(step) for step in range(UPDATE_EVERY + 1, 2 * UPDATE_EVERY + 1)]
         self.dense_share = sum(is_dense) / UPDATE_EVERY
 
     def __call__(self, dense_gradients: bool = True) -> float:
+        """Makes a step and returns its loss."""
         self.state, metrics = self.step(self.state, self.batch, self.patterns, dense_gradients=dense_gradients)
         loss = float(metrics['loss'])
         jax.block_until_ready(self.state.params)
         return loss
 
     def before_an_update(self) -> None:
-        """Sets the clock so that the next step updates the masks."""
+        """Sets the step count so that the next step updates the masks."""
         is_state = lambda x: isinstance(x, sj.SparsifyState)
         late = lambda x: x._replace(count=jnp.full_like(x.count, UPDATE_EVERY - 1)) if is_state(x) else x
         self.state = self.state._replace(opt_state=jax.tree.map(late, self.state.opt_state, is_leaf=is_state))
 
     def mask_update(self) -> float:
-        """Seconds of a step that updates the masks, and of the new patterns; afterwards the state is the one before."""
+        """Returns the seconds of a step that updates the masks and of making new patterns; the state is restored afterwards."""
         before = jax.tree.map(jnp.copy, self.state)
         self.before_an_update()
         begin = time.perf_counter()
@@ -101,11 +118,12 @@ class Ours:
         return seconds
 
     def density(self) -> float:
+        """Returns the density of the masks."""
         return sj.stats.density(sj.get_masks(self.state.opt_state))
 
 
 class Plain:
-    """The step in plain jax.lax."""
+    """The training step in plain jax.lax."""
 
     def __init__(self, name: str, batch, params):
         self._params = jax.tree.map(jnp.array, params)
@@ -114,16 +132,25 @@ class Plain:
         self._step = jax.jit(twins.step(name), donate_argnums=(0, 1))
 
     def __call__(self) -> float:
+        """Makes a step and returns its loss."""
         self._params, self._trace, loss = self._step(self._params, self._trace, self.batch)
         jax.block_until_ready(self._params)
         return float(loss)
 
 
 class Torch:
-    """The step in PyTorch, in a process of its own, which tells its seconds itself."""
+    """The training step in PyTorch, in a separate process that times itself.
+
+    Args:
+      python: path of a Python with torch installed.
+      name: name of the network.
+      batch: batch that each step trains on.
+      params: initial parameters.
+      folder: folder for the files that the process reads.
+      as_it_comes: whether to run without launch.MALLOC, which makes PyTorch's steps faster too.
+    """
 
     def __init__(self, python: str, name: str, batch, params, folder: pathlib.Path, *, as_it_comes: bool = False):
-        """Args: as_it_comes: without launch.MALLOC, which makes PyTorch's steps faster too."""
         np.savez(folder / 'params.npz', **dict(masks_lib.leaf_paths(params)))
         np.savez(folder / 'batch.npz', **batch)
         script = pathlib.Path(__file__).parent / 'torch_twin.py'
@@ -140,7 +167,7 @@ class Torch:
         return line
 
     def __call__(self) -> tuple[float, float]:
-        """Seconds and loss."""
+        """Makes a step and returns its seconds and loss."""
         assert self._process.stdin is not None
         self._process.stdin.write('\n')
         self._process.stdin.flush()
@@ -159,7 +186,7 @@ def _seconds(function) -> float:
 
 
 def _pipeline(batch_size: int) -> float:
-    """Images a second of the CIFAR pipeline, augmentation and all, from arrays of noise."""
+    """Returns how many images per second the CIFAR pipeline makes, augmentation included, from arrays of noise."""
     images = np.random.default_rng(0).integers(0, 256, (50 * batch_size, 32, 32, 3), dtype=np.uint8)
     split = data_lib.Split(images, np.zeros(len(images), np.int32))
     data = data_lib.Dataset(split, split, split, 10, data_lib.standardized_cifar, data_lib.augment_lib.crop_and_flip)
@@ -169,54 +196,62 @@ def _pipeline(batch_size: int) -> float:
     return count / (time.perf_counter() - begin)
 
 
+def _take_turns(contenders: dict[str, Callable[[], Any]], torches: dict[str, Torch], rounds: int) -> dict[str, list[float]]:
+    """Runs all contenders in turn, round after round; returns the seconds of each, without the first round, which compiles."""
+    times: dict[str, list[float]] = {key: [] for key in (*contenders, *torches)}
+    for round_ in range(rounds + 1):
+        row = {}
+        for key, contender in contenders.items():
+            time.sleep(0.02)  # OpenMP's threads spin for a while after a step
+            row[key] = _seconds(contender)
+        for key, torch in torches.items():
+            row[key] = torch()[0]
+        for key, value in row.items() if round_ else ():
+            times[key].append(value)
+    return times
+
+
+def _density_row(density: float, ours: Ours, times: dict[str, list[float]]) -> dict[str, float]:
+    """Returns the columns of one density: its three kinds of steps, their average in training, and the ratios to its rivals."""
+    assert abs(ours.density() - density) < 1e-3
+    sparse, dense = times[f'{density} sparse'], times[f'{density} dense gradients']
+    step, window = float(np.median(sparse)), float(np.median(dense))
+    update = float(np.median([ours.mask_update() for _ in range(3)])) - window
+    share = ours.dense_share
+    row = {'density': density, 'step_seconds': step, 'dense_gradient_step_seconds': window, 'mask_update_seconds': update}
+    row['seconds'] = (1 - share) * step + share * window + update / UPDATE_EVERY
+    average = np.array([(1 - share) * s + share * w for s, w in zip(sparse, dense, strict=True)]) + update / UPDATE_EVERY
+    for key in ('xla', 'dense', 'torch', 'torch_as_it_comes'):
+        if key in times:
+            row[f'{key}_ratio'] = float(np.median(np.array(times[key]) / average))
+    return row
+
+
 def measure(name: str, densities: Sequence[float], batch_size: int, rounds: int, torch_python: str) -> dict[str, Any]:
-    """All columns of one network."""
+    """Measures one network; returns a row with all columns of the tables."""
     batch, params = twins.batch(name, batch_size), twins.parameters(name)
     contenders: dict[str, Callable[[], Any]] = {'xla': Plain(name, batch, params), 'dense': Ours(name, 'dense', 1.0, batch, params)}
     sparse = {density: Ours(name, 'sparse_momentum', density, batch, params) for density in densities}
     for density, ours in sparse.items():
         contenders[f'{density} sparse'] = functools.partial(ours, dense_gradients=False)
         contenders[f'{density} dense gradients'] = ours
-    times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         torches = {}
         if torch_python:
-            for key, plain in (('torch', False), ('torch_as_it_comes', True)):
-                torches[key] = Torch(torch_python, name, batch, params, pathlib.Path(folder), as_it_comes=plain)
-        for round_ in range(rounds + 1):
-            row = {}
-            for key, contender in contenders.items():
-                time.sleep(0.02)  # OpenMP's threads go on spinning for a while
-                row[key] = _seconds(contender)
-            for key, torch in torches.items():
-                row[key] = torch()[0]
-            for key, value in row.items() if round_ else ():  # the first compiles
-                times.setdefault(key, []).append(value)
+            for key, as_it_comes in (('torch', False), ('torch_as_it_comes', True)):
+                torches[key] = Torch(torch_python, name, batch, params, pathlib.Path(folder), as_it_comes=as_it_comes)
+        times = _take_turns(contenders, torches, rounds)
         for torch in torches.values():
             torch.close()
-    median = {key: float(np.median(values)) for key, values in times.items()}
     result: dict[str, Any] = {
         'model': name,
         'batch_size': batch_size,
-        'xla_seconds': median['xla'],
-        'dense_seconds': median['dense'],
+        'xla_seconds': float(np.median(times['xla'])),
+        'dense_seconds': float(np.median(times['dense'])),
     }
     for key, torch in torches.items():
-        result |= {f'{key}_seconds': median[key], 'torch': torch.version.split()[0]}
-    result['densities'] = []
-    for density, ours in sparse.items():
-        assert abs(ours.density() - density) < 1e-3
-        step, window = (median[f'{density} {kind}'] for kind in ('sparse', 'dense gradients'))
-        update = float(np.median([ours.mask_update() for _ in range(3)])) - window
-        share = ours.dense_share
-        row = {'density': density, 'step_seconds': step, 'dense_gradient_step_seconds': window, 'mask_update_seconds': update}
-        row['seconds'] = (1 - share) * step + share * window + update / UPDATE_EVERY
-        pairs = zip(times[f'{density} sparse'], times[f'{density} dense gradients'], strict=True)
-        average = np.array([(1 - share) * s + share * w for s, w in pairs]) + update / UPDATE_EVERY
-        for key in ('xla', 'dense', 'torch', 'torch_as_it_comes'):
-            if key in times:
-                row[f'{key}_ratio'] = float(np.median(np.array(times[key]) / average))
-        result['densities'].append(row)
+        result |= {f'{key}_seconds': float(np.median(times[key])), 'torch': torch.version.split()[0]}
+    result['densities'] = [_density_row(density, ours, times) for density, ours in sparse.items()]
     fastest = min(result['densities'][0]['seconds'], result['dense_seconds'])
     if name == 'lm_tiny':
         result['tokens_per_second'] = batch_size * twins.LENGTH / fastest
@@ -227,7 +262,7 @@ def measure(name: str, densities: Sequence[float], batch_size: int, rounds: int,
 
 
 def crossover(result: dict[str, Any], rival: str) -> str:
-    """The density below which the sparse step is the faster one, log-linear between those measured."""
+    """Returns the density below which our sparse step is faster than a rival, log-linear between the measured densities."""
     rows = [{'density': row['density'], 'ratios': {rival: row[f'{rival}_ratio']}} for row in result['densities']]
     return compare.crossover(rows, rival)
 
@@ -236,7 +271,7 @@ GOLDEN_SIZES = {'vgg_d': 16, 'wrn_16_8': 4, 'lenet5': 4, 'lm_tiny': 4}
 
 
 def golden(torch_python: str) -> dict[str, dict]:
-    """PyTorch's losses over three steps of small batches, for the tests."""
+    """Records PyTorch's losses over three steps of small batches, for the tests."""
     recorded = {}
     for name, size in GOLDEN_SIZES.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -248,7 +283,7 @@ def golden(torch_python: str) -> dict[str, dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """The results as Markdown."""
+    """Formats the rows as two Markdown tables."""
     lines = [
         '| network | density | plain jax.lax | PyTorch dense (as it comes) | ours, dense | ours, sparse | against jax.lax '
         '| against PyTorch (as it comes) | against ours, dense |',
@@ -256,11 +291,11 @@ def table(rows: list[dict]) -> str:
     ]
     milliseconds = lambda seconds: f'{1e3 * seconds:,.0f} ms' if seconds >= 0.1 else f'{1e3 * seconds:,.1f} ms'
     for row in rows:
-        known = [key for key in ('xla', 'torch', 'torch_as_it_comes', 'dense') if f'{key}_seconds' in row]
-        times = {key: milliseconds(row[f'{key}_seconds']) for key in known}
+        rivals = [key for key in ('xla', 'torch', 'torch_as_it_comes', 'dense') if f'{key}_seconds' in row]
+        times = {key: milliseconds(row[f'{key}_seconds']) for key in rivals}
         torch = f'{times["torch"]} ({times["torch_as_it_comes"]})' if 'torch' in times else ''
         for point in row['densities']:
-            ratios = {key: f'{point[f"{key}_ratio"]:.1f}x' for key in known}
+            ratios = {key: f'{point[f"{key}_ratio"]:.1f}x' for key in rivals}
             against = f'{ratios["torch"]} ({ratios["torch_as_it_comes"]})' if torch else ''
             cells = [row['model'], f'{point["density"]:.0%}', times['xla'], torch, times['dense'], milliseconds(point['seconds'])]
             lines.append('| ' + ' | '.join([*cells, ratios['xla'], against, ratios['dense']]) + ' |')
@@ -271,9 +306,9 @@ def table(rows: list[dict]) -> str:
     lines.append('|---|---:|---:|---:|---:|---:|')
     for row in rows:
         point = row['densities'][0]
-        own = [milliseconds(point[f'{key}_seconds']) for key in ('step', 'dense_gradient_step', 'mask_update')]
+        times = [milliseconds(point[f'{key}_seconds']) for key in ('step', 'dense_gradient_step', 'mask_update')]
         wins = [crossover(row, key) if f'{key}_ratio' in point else '' for key in ('dense', 'torch')]
-        lines.append('| ' + ' | '.join([f'{row["model"]} at {point["density"]:.0%}', *own, *wins]) + ' |')
+        lines.append('| ' + ' | '.join([f'{row["model"]} at {point["density"]:.0%}', *times, *wins]) + ' |')
     return '\n'.join(lines)
 
 
@@ -289,15 +324,15 @@ def _densities(text: str) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--model', choices=twins.MODELS, help='default: all')
+    parser.add_argument('--model', choices=twins.MODELS, help='network to measure; by default all of them')
     parser.add_argument(
-        '--density', type=_densities, default='0.05', help='the first of them is the one of the second table; separated by commas'
+        '--density', type=_densities, default='0.05', help='densities, separated by commas; the second table shows the first one'
     )
     parser.add_argument('--batch_size', type=int, default=64)
     parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--json', type=pathlib.Path, help='file for the results')
-    parser.add_argument('--torch_python', default='', help='a Python in which torch is installed; default: no column torch_seconds')
-    parser.add_argument('--golden', type=pathlib.Path, help="only record PyTorch's losses for the tests, into this file")
+    parser.add_argument('--json', type=pathlib.Path, help='file to write the results to')
+    parser.add_argument('--torch_python', default='', help='a Python with torch installed; by default PyTorch is left out')
+    parser.add_argument('--golden', type=pathlib.Path, help="only record PyTorch's losses for the tests in this file")
     args = parser.parse_args()
     if args.golden:
         args.golden.write_text(json.dumps(golden(args.torch_python), indent=2) + '\n')

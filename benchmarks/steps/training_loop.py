@@ -2,9 +2,9 @@
 
     python -m benchmarks.steps.training_loop
 
-LeNet-300-100 at 5% on the offline digits, 4,000 steps. Both loops run the same steps over the same arrays; the bare one does
-nothing but draw a batch and call the jitted step. Compared is the time of the steps after the first 100, which hold the
-compilation; the two take turns, and the figure is the median ratio. Cost: a minute and a half.
+LeNet-300-100 at 5% on the offline digits, 4,000 steps. Both loops run the same steps over the same arrays; the bare one only draws a
+batch and calls the jitted step. The first 100 steps, which include the compilation, are not timed. The two take turns, and the result
+is the median ratio. Cost: a minute and a half.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from sparse_jax import data as data_lib
 from sparse_jax import models, train
 from sparse_jax.train import metrics
 
-WARM_UP = 100  # steps that are not timed: they contain the compilation
+WARM_UP = 100  # steps that are not timed, since they include the compilation
 
 
 def _bare(config, data, steps: int) -> float:
-    """Seconds of the loop that a user would write."""
+    """Returns the seconds of the loop that a user would write."""
     model = models.create('lenet300', input_shape=(28, 28, 1), num_outputs=10)
     params, model_state = model.init(jax.random.key(config.seed))
     schedule = optax.exponential_decay(0.1, 2000, 0.1, staircase=True)
@@ -61,7 +61,7 @@ def _bare(config, data, steps: int) -> float:
 
 
 def _ours(config, steps: int) -> float:
-    """Seconds of launch.py's loop over the same steps, as its own metrics tell."""
+    """Returns the seconds of launch.py's loop over the same steps, from the metrics that it writes."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         config.train.steps, config.log.every = steps, WARM_UP
         config.sparsity.dense_gradient_window, config.sparsity.kernels = None, 'dense'  # the bare loop's step

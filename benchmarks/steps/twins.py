@@ -1,6 +1,6 @@
 """The networks of benchmarks/steps/train_step.py in plain jax.lax, as anyone would write them, on the same parameters as ours.
 
-Nothing here is tuned and nothing is shared with sparse_jax.models: it is the rival `xla_seconds`, and an oracle for the tests.
+Nothing here is tuned or shared with the layers of sparse_jax.models: it is the rival `xla_seconds` and an oracle for the tests.
 """
 
 from typing import Any
@@ -19,15 +19,15 @@ LENGTH, TOKENS = 128, 257
 
 
 def create(name: str) -> models.Model:
-    """Our model, without dropout."""
+    """Creates our model, without dropout."""
     if name == 'lm_tiny':
         return models.create('transformer', input_shape=(LENGTH,), num_outputs=TOKENS, **LM)
-    own: dict[str, Any] = {'dropout': 0.0} if name.startswith('wrn') else {}
-    return models.create(name, input_shape=(28, 28, 1) if name == 'lenet5' else (32, 32, 3), num_outputs=10, **own)
+    options: dict[str, Any] = {'dropout': 0.0} if name.startswith('wrn') else {}
+    return models.create(name, input_shape=(28, 28, 1) if name == 'lenet5' else (32, 32, 3), num_outputs=10, **options)
 
 
 def batch(name: str, size: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """A batch of noise, with labels, the same everywhere."""
+    """Draws a batch of noise with labels by numpy, so that it is the same everywhere."""
     rng = np.random.default_rng((seed, 1))
     if name == 'lm_tiny':
         tokens = rng.integers(0, TOKENS, (size, LENGTH + 1), dtype=np.int32)
@@ -37,7 +37,7 @@ def batch(name: str, size: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def parameters(name: str, seed: int = 0):
-    """Parameters of our model's tree drawn by numpy, so that every twin and every version starts from the same ones."""
+    """Draws the parameters of our model's tree by numpy, so that all twins and versions start from the same ones."""
     rng = np.random.default_rng((seed, 2))
     shapes, _ = jax.eval_shape(create(name).init, jax.random.key(0))
     leaves = []
@@ -137,7 +137,7 @@ RATE, MOMENTUM, DECAY = 0.0001, 0.9, 5e-4
 
 
 def forward_loss(name: str):
-    """The loss (params, batch) -> mean cross entropy."""
+    """Returns the loss function (params, batch) -> mean cross entropy."""
     forward = _FORWARD[name]
 
     def loss_fn(params, batch):
@@ -148,7 +148,7 @@ def forward_loss(name: str):
 
 
 def step(name: str):
-    """A training step (params, trace, batch) -> (params, trace, loss): SGD with Nesterov momentum and L2, written out."""
+    """Returns a training step (params, trace, batch) -> (params, trace, loss): SGD with Nesterov momentum and L2, written out."""
     loss_fn = forward_loss(name)
 
     def train_step(params, trace, batch):

@@ -1,4 +1,4 @@
-"""Data sets as arrays, and their batches as a random-access grain data set whose position is one integer."""
+"""Data sets in memory, and their training batches as a random-access grain data set whose position is one integer."""
 
 import functools
 import zlib
@@ -17,10 +17,10 @@ TEXT = ('text', 'stdlib')
 
 
 class Split(NamedTuple):
-    """Examples of one purpose."""
+    """The examples of one split: training, validation or test."""
 
     inputs: np.ndarray  # images [n, height, width, channels], or tokens [n, length]
-    labels: np.ndarray  # [n], or the next tokens [n, length]
+    labels: np.ndarray  # classes [n], or the next tokens [n, length]
 
 
 class Dataset(NamedTuple):
@@ -29,22 +29,20 @@ class Dataset(NamedTuple):
     train: Split
     validation: Split  # may be empty
     test: Split  # may be empty
-    num_outputs: int  # classes, or tokens that exist
-    prepare: Callable[[np.ndarray], np.ndarray]  # from an example's form in memory to what a model takes
-    augment: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = (
-        None  # (inputs, random bits): training inputs, before `prepare`
-    )
-    bytes_per_token: float | None = None  # of the validation text
-    fingerprint: str = ''  # of a text, which no setting tells
+    num_outputs: int  # number of classes, or size of the vocabulary
+    prepare: Callable[[np.ndarray], np.ndarray]  # turns inputs as they are stored into what a model takes
+    augment: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None  # (inputs, random bits), training only, before `prepare`
+    bytes_per_token: float | None = None  # average over the validation text; None for images
+    fingerprint: str = ''  # checksum of a text, which the config does not identify; empty for images
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Of one example."""
+        """Shape of one example's input."""
         return self.train.inputs.shape[1:]
 
 
 def _standardized(mean, std) -> Callable[[np.ndarray], np.ndarray]:
-    """(x / 255 - mean) / std by channel, as one product and one sum."""
+    """Returns a function that computes (x / 255 - mean) / std for each channel with one product and one sum."""
     scale = (1 / (255 * np.array(std))).astype(np.float32)
     shift = (-np.array(mean) / np.array(std)).astype(np.float32)
     return lambda pixels: pixels * scale + shift
@@ -53,7 +51,7 @@ def _standardized(mean, std) -> Callable[[np.ndarray], np.ndarray]:
 standardized_cifar = _standardized(cifar.MEAN, cifar.STD)
 
 
-def _as_they_are(inputs: np.ndarray) -> np.ndarray:
+def _identity(inputs: np.ndarray) -> np.ndarray:
     return inputs
 
 
@@ -72,20 +70,22 @@ def load(
     tokenizer: str = '',
     length: int = 256,
 ) -> Dataset:
-    """A data set by name.
+    """Loads a data set by name.
 
     Args:
-      name: one of ``NAMES``: digits32 are the offline digits in CIFAR's shape, stdlib the sources of Python's standard library.
-      folder: where its files are, or are downloaded to.
-      download: whether to fetch missing files.
-      validation: part of the training examples, the last ones, that is set apart, in [0, 1); of text, part of the files.
-      augment: CIFAR and digits32: whether training images are cropped (and CIFAR's mirrored) at random.
-      pattern: text: which files below the folder.
-      tokenizer: text: JSON file of a tokenizer; empty: bytes.
-      length: text: tokens of a sequence.
+      name: one of ``NAMES``. ``digits32`` is the offline digits in CIFAR's shape; ``stdlib`` is the source code of Python's standard
+        library.
+      folder: folder that holds the files, or that they are downloaded to.
+      download: whether to download missing files.
+      validation: fraction of the training examples, in [0, 1), that is held out for validation: the last examples, or for text a
+        random choice of the files.
+      augment: whether training images are cropped at random (and those of CIFAR mirrored). Only used by CIFAR and ``digits32``.
+      pattern: glob pattern of the files below ``folder``. Only used by ``text``.
+      tokenizer: JSON file of a tokenizer; if empty, tokens are bytes. Only used by ``text`` and ``stdlib``.
+      length: number of tokens in a sequence. Only used by ``text`` and ``stdlib``.
 
     Returns:
-      The data set.
+      The data set in memory.
 
     Raises:
       ValueError: if the name is unknown, files are missing or damaged, or text is not UTF-8.
@@ -99,11 +99,16 @@ def load(
             Split(*text.pack(part.stream, length, purpose))
             for part, purpose in ((corpus.train, 'training'), (corpus.validation, 'validation'))
         )
-        none = Split(held_out.inputs[:0], held_out.labels[:0])
-        per_token = corpus.validation.num_bytes / len(corpus.validation.stream)
-        fingerprint = f'{zlib.crc32(corpus.validation.stream.data, zlib.crc32(corpus.train.stream.data)):08x}'
-        return Dataset(train, held_out, none, corpus.num_tokens, _tokens, None, per_token, fingerprint)
-    change, prepare, num_outputs = None, _as_they_are, 10
+        return Dataset(
+            train=train,
+            validation=held_out,
+            test=Split(held_out.inputs[:0], held_out.labels[:0]),
+            num_outputs=corpus.num_tokens,
+            prepare=_tokens,
+            bytes_per_token=corpus.validation.num_bytes / len(corpus.validation.stream),
+            fingerprint=f'{zlib.crc32(corpus.validation.stream.data, zlib.crc32(corpus.train.stream.data)):08x}',
+        )
+    augmentation, prepare, num_outputs = None, _identity, 10
     if name == 'mnist':
         if download:
             mnist.download(folder)
@@ -113,39 +118,45 @@ def load(
     elif name == 'digits32':
         train, test = cifar.digits()
         prepare = _standardized((mnist.MEAN,) * 3, (mnist.STD,) * 3)
-        change = functools.partial(augment_lib.crop_and_flip, flip=False)  # a mirrored digit is another sign
+        augmentation = functools.partial(augment_lib.crop_and_flip, flip=False)  # a mirrored digit is no digit
     else:
         if download:
             cifar.download(name, folder)
         train, test = cifar.load(name, folder)
-        prepare, num_outputs, change = standardized_cifar, cifar.CLASSES[name], augment_lib.crop_and_flip
+        prepare, num_outputs, augmentation = standardized_cifar, cifar.CLASSES[name], augment_lib.crop_and_flip
     inputs, labels = train
-    kept = len(labels) - round(validation * len(labels))
-    parts = Split(inputs[:kept], labels[:kept]), Split(inputs[kept:], labels[kept:]), Split(*test)
-    return Dataset(*parts, num_outputs, prepare, change if augment else None)
+    num_train = len(labels) - round(validation * len(labels))
+    return Dataset(
+        train=Split(inputs[:num_train], labels[:num_train]),
+        validation=Split(inputs[num_train:], labels[num_train:]),
+        test=Split(*test),
+        num_outputs=num_outputs,
+        prepare=prepare,
+        augment=augmentation if augment else None,
+    )
 
 
 def batches(
     data: Dataset, *, batch_size: int, seed: int, num_batches: int, process_index: int = 0, process_count: int = 1
 ) -> grain.MapDataset:
-    """Shuffled training batches by number: the n-th batch is a function of the seed and n alone.
+    """Makes shuffled training batches that are addressed by number: batch n depends only on the seed and n.
 
-    Each epoch goes through the examples in a new order and leaves out those that do not fill a batch. An element is a whole batch:
-    grain spends about 10 microseconds on an element, which at one example each would take longer than a LeNet's step.
+    Each epoch visits the examples in a new order and drops those that do not fill a batch. One element is a whole batch: grain
+    spends about 10 microseconds on an element, and with one example per element that would exceed the time of a LeNet's step.
 
     Args:
-      data: the data set.
-      batch_size: examples a step, of all processes together; at most as many as there are.
-      seed: of the order and of the augmentation.
-      num_batches: length of the data set; the training's steps.
-      process_index: of this process.
-      process_count: each process gets its own part of every batch, one after the other; divides the batch size.
+      data: data set to draw from.
+      batch_size: number of examples in a batch over all processes; at most the number of training examples.
+      seed: seed of the order and of the augmentation.
+      num_batches: number of batches in the result, usually the number of training steps.
+      process_index: index of this process.
+      process_count: number of processes, a divisor of ``batch_size``. Each process gets one contiguous part of every batch.
 
     Returns:
-      A grain data set of dictionaries ``input`` and ``label``.
+      A grain data set of dictionaries with the keys ``input`` and ``label``.
 
     Raises:
-      ValueError: if a batch is larger than the data, or cannot be divided.
+      ValueError: if ``batch_size`` exceeds the number of training examples or is not a multiple of ``process_count``.
 
     Example:
       >>> split = Split(np.zeros((10, 2, 2, 1), np.float32), np.arange(10, dtype=np.int32))
@@ -178,15 +189,15 @@ def batches(
 
 
 def stream(data: grain.MapDataset, start: int, prefetch: int) -> Iterator[dict[str, np.ndarray]]:
-    """The batches from a position on, some made ahead in a thread.
+    """Iterates over the batches from a position on and prepares some of them ahead of time in a thread.
 
     Args:
-      data: from :func:`batches`.
-      start: batches drawn so far.
-      prefetch: how many are made ahead; 0: none, and no thread.
+      data: data set from :func:`batches`.
+      start: number of batches already drawn.
+      prefetch: number of batches to prepare ahead of time; 0 uses no thread.
 
     Returns:
-      An iterator.
+      An iterator over batches.
     """
     options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
     return iter(data[start:].to_iter_dataset(options))

@@ -1,4 +1,4 @@
-"""The paper's augmentation of CIFAR: reflect-pad by 4, crop at random, flip at random; a function of (seed, epoch, index) alone."""
+"""The paper's augmentation of CIFAR: reflect-pad by 4, crop at random, flip at random. It depends only on (seed, epoch, index)."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ PAD = 4
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's output function: a bijection of uint64 whose bits all depend on all (Steele et al., 2014)."""
+    """Applies splitmix64's output function, a bijection of uint64 in which each bit depends on all others (Steele et al., 2014)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -14,15 +14,15 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def random_bits(seed: int, epoch: int, index: np.ndarray) -> np.ndarray:
-    """Random bits of each example: a hash of the three numbers, so that any process makes any example's without the others'.
+    """Hashes seed, epoch and index into random bits, so that any process computes the bits of any example by itself.
 
     Args:
-      seed: of the run.
-      epoch: number of the pass over the data.
-      index: of the examples in the data set, int[n].
+      seed: seed of the run.
+      epoch: number of the pass over the data, from 0.
+      index: indices of the examples in the data set, int[n].
 
     Returns:
-      uint64[n].
+      Random bits of each example, uint64[n].
 
     Example:
       >>> bits = random_bits(0, 3, np.array([7, 8]))
@@ -34,25 +34,25 @@ def random_bits(seed: int, epoch: int, index: np.ndarray) -> np.ndarray:
 
 
 def offsets(bits: np.ndarray, flip: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row and column of each crop's corner in the padded image, 0 to 8, and whether the crop is mirrored."""
-    sides = np.uint64(2 * PAD + 1)
+    """Returns row and column of each crop's corner in the padded image, 0 to 8, and whether the crop is mirrored."""
+    num_offsets = np.uint64(2 * PAD + 1)
     # the high bits of 16 random ones times 9: uneven by less than 2^-12
-    row = (bits & np.uint64(0xFFFF)) * sides >> np.uint64(16)
-    column = (bits >> np.uint64(16) & np.uint64(0xFFFF)) * sides >> np.uint64(16)
+    row = (bits & np.uint64(0xFFFF)) * num_offsets >> np.uint64(16)
+    column = (bits >> np.uint64(16) & np.uint64(0xFFFF)) * num_offsets >> np.uint64(16)
     mirrored = (bits >> np.uint64(32) & np.uint64(1)).astype(bool) & flip
     return row.astype(np.int64), column.astype(np.int64), mirrored
 
 
 def crop_and_flip(images: np.ndarray, bits: np.ndarray, *, flip: bool = True) -> np.ndarray:
-    """Reflect-pads each image by 4 pixels, crops it to its size at a random place, and mirrors it in half of the cases.
+    """Reflect-pads each image by 4 pixels, crops it to its size at a random offset, and mirrors it with probability one half.
 
     Args:
-      images: [n, height, width, channels], any type.
-      bits: uint64[n], from :func:`random_bits`.
+      images: images [n, height, width, channels] of any dtype.
+      bits: random bits from :func:`random_bits`, uint64[n].
       flip: whether images may be mirrored.
 
     Returns:
-      The same shape and type.
+      Augmented images of the same shape and dtype.
     """
     height, width = images.shape[1:3]
     padded = np.pad(images, ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)), mode='reflect')

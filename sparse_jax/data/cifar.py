@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 from the author's archives, python or binary, packed or unpacked; and the offline digits in their shape."""
+"""CIFAR-10 and CIFAR-100 from the author's archives (binary or Python, packed or unpacked), and the offline digits in CIFAR's shape."""
 
 import io
 import os
@@ -20,15 +20,15 @@ Arrays = tuple[np.ndarray, np.ndarray]  # images uint8[n, 32, 32, 3], labels int
 
 
 class Archive(NamedTuple):
-    """One of the archives of the author's page, https://www.cs.toronto.edu/~kriz/cifar.html."""
+    """An archive of the author's page, https://www.cs.toronto.edu/~kriz/cifar.html."""
 
     name: str
-    md5: str  # as that page states it
-    folder: str  # in the archive
-    train: tuple[str, ...]
-    test: str
-    label_bytes: int = 0  # before each image, of which the last counts; 0: pickled
-    label_key: bytes = b''  # pickled
+    md5: str  # as stated on that page
+    folder: str  # the archive's top folder
+    train: tuple[str, ...]  # names of the training files
+    test: str  # name of the test file
+    label_bytes: int = 0  # label bytes before each image, of which the last one is used; 0 if the files are pickles
+    label_key: bytes = b''  # key of the labels in a pickled dictionary
 
 
 _BATCHES = tuple(f'data_batch_{i}' for i in range(1, 6))
@@ -53,16 +53,16 @@ _PIXELS = 3 * 32 * 32
 def download(
     name: str, folder: str | os.PathLike, archives: Sequence[Archive] | None = None, mirrors: Sequence[str] = MIRRORS
 ) -> None:
-    """Fetches the binary archive with its checksum, unless the data are there in any form.
+    """Downloads the binary archive and verifies its checksum, unless the folder already has the data in some form.
 
     Args:
-      name: cifar10 or cifar100.
-      folder: where to; made if need be.
-      archives: in place of the author's.
+      name: ``'cifar10'`` or ``'cifar100'``.
+      folder: folder to download to; created if it does not exist.
+      archives: archives to use instead of the author's.
       mirrors: addresses to try in this order, each ending in ``/``.
 
     Raises:
-      ValueError: if no mirror gives the archive with its checksum.
+      ValueError: if no mirror provides the archive with the expected checksum.
     """
     archives = archives or ARCHIVES[name]
     folder = pathlib.Path(folder)
@@ -71,32 +71,33 @@ def download(
 
 
 def load(name: str, folder: str | os.PathLike, archives: Sequence[Archive] | None = None) -> tuple[Arrays, Arrays]:
-    """CIFAR from the first of its forms that is there: an unpacked folder, or an archive, whose checksum is then verified.
+    """Loads CIFAR from the first form that the folder has: an unpacked archive, or a packed one, whose checksum is verified.
 
     Args:
-      name: cifar10 or cifar100 (its 100 fine labels).
-      folder: where the files are.
-      archives: in place of the author's.
+      name: ``'cifar10'`` or ``'cifar100'`` (with its 100 fine labels).
+      folder: folder that holds the files.
+      archives: archives to look for instead of the author's.
 
     Returns:
       Training and test arrays: images uint8[n, 32, 32, 3] and labels int32[n].
 
     Raises:
-      ValueError: if a file is missing, truncated, empty, has another checksum or a label that does not exist.
+      ValueError: if a file is missing, truncated, empty, has another checksum or a label out of range.
     """
     archives, folder = archives or ARCHIVES[name], pathlib.Path(folder)
     for archive in archives:
         if (folder / archive.folder).is_dir():
-            return _parts(_unpacked(folder, archive), archive, CLASSES[name])
+            return _decode(_read_unpacked(folder, archive), archive, CLASSES[name])
         if (folder / archive.name).exists():
-            return _parts(_packed(folder / archive.name, archive), archive, CLASSES[name])
+            return _decode(_read_packed(folder / archive.name, archive), archive, CLASSES[name])
     raise ValueError(
         f'data.dir={str(folder)!r} has none of {", ".join(a.name for a in archives)}, nor one of them unpacked: put one there (from {MIRRORS[0]}), set '
         "data.download=True, or train on the digits that need no download with the config's variant :offline."
     )
 
 
-def _unpacked(folder: pathlib.Path, archive: Archive) -> dict[str, tuple[str, bytes]]:
+def _read_unpacked(folder: pathlib.Path, archive: Archive) -> dict[str, tuple[str, bytes]]:
+    """Reads the files of an unpacked archive: (path for error messages, content) for each of the archive's file names."""
     contents = {}
     for part in (*archive.train, archive.test):
         path = folder / archive.folder / part
@@ -106,7 +107,8 @@ def _unpacked(folder: pathlib.Path, archive: Archive) -> dict[str, tuple[str, by
     return contents
 
 
-def _packed(path: pathlib.Path, archive: Archive) -> dict[str, tuple[str, bytes]]:
+def _read_packed(path: pathlib.Path, archive: Archive) -> dict[str, tuple[str, bytes]]:
+    """Like `_read_unpacked`, from the archive itself, whose checksum is verified first."""
     content = path.read_bytes()
     files_lib.check_md5(content, archive.md5, str(path), 'delete it and set data.download=True, or put the right file there.')
     contents = {}
@@ -118,7 +120,7 @@ def _packed(path: pathlib.Path, archive: Archive) -> dict[str, tuple[str, bytes]
     return contents
 
 
-def _parts(contents: Mapping[str, tuple[str, bytes]], archive: Archive, classes: int) -> tuple[Arrays, Arrays]:
+def _decode(contents: Mapping[str, tuple[str, bytes]], archive: Archive, classes: int) -> tuple[Arrays, Arrays]:
     read = lambda part: (
         read_binary(*contents[part], archive.label_bytes, classes)
         if archive.label_bytes
@@ -129,19 +131,19 @@ def _parts(contents: Mapping[str, tuple[str, bytes]], archive: Archive, classes:
 
 
 def read_binary(name: str, content: bytes, label_bytes: int, classes: int) -> Arrays:
-    """Reads records of labels and 3,072 pixels, channel by channel.
+    """Decodes a binary file: records of one or two label bytes and 3,072 pixels, channel by channel.
 
     Args:
-      name: of the file, for errors.
-      content: of the file.
-      label_bytes: labels before each image; the last counts.
-      classes: number of labels that exist.
+      name: name of the file, used in error messages.
+      content: content of the file.
+      label_bytes: number of label bytes before each image; the last one is used.
+      classes: number of classes; labels are below it.
 
     Returns:
-      uint8[n, 32, 32, 3] and int32[n].
+      Images uint8[n, 32, 32, 3] and labels int32[n].
 
     Raises:
-      ValueError: naming file and offset, if it is empty or truncated or has a label that does not exist.
+      ValueError: if the file is empty or truncated, or has a label out of range; the message names file and offset.
     """
     size = label_bytes + _PIXELS
     if not content or len(content) % size:
@@ -160,7 +162,7 @@ def read_binary(name: str, content: bytes, label_bytes: int, classes: int) -> Ar
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """A pickle can run any function; these need four."""
+    """Unpickles nothing but arrays: a pickle can call any function, and CIFAR's need only these."""
 
     _ALLOWED = frozenset(
         {
@@ -179,20 +181,20 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def read_pickle(name: str, content: bytes, label_key: bytes, classes: int) -> Arrays:
-    """Reads a pickled dictionary of ``data`` uint8[n, 3072] and labels; nothing but arrays is unpickled.
+    """Decodes a pickled dictionary of ``data`` uint8[n, 3072] and labels; only arrays are unpickled.
 
     Args:
-      name: of the file, for errors.
-      content: of the file.
-      label_key: of the labels in the dictionary.
-      classes: number of labels that exist.
+      name: name of the file, used in error messages.
+      content: content of the file.
+      label_key: key of the labels in the dictionary.
+      classes: number of classes; labels are below it.
 
     Returns:
-      uint8[n, 32, 32, 3] and int32[n].
+      Images uint8[n, 32, 32, 3] and labels int32[n].
 
     Raises:
-      ValueError: naming file and offset (of a label: its record), if it is empty or truncated, holds something else, or has a label
-        that does not exist.
+      ValueError: if the file is empty or truncated, holds something else, or has a label out of range; the message names the file
+        and the offset, or for a label its record.
     """
     stream = io.BytesIO(content)
     try:
@@ -218,7 +220,7 @@ def _images(pixels: np.ndarray) -> np.ndarray:
 
 
 def digits() -> tuple[Arrays, Arrays]:
-    """The offline MNIST digits in CIFAR's shape: a border of two black pixels, three equal channels.
+    """Loads the offline MNIST digits in CIFAR's shape, with a border of two black pixels and three equal channels.
 
     Returns:
       4,000 training and 1,000 test examples: images uint8[n, 32, 32, 3] and labels int32[n].

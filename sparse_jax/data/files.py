@@ -1,4 +1,4 @@
-"""Files from the net: only with a checksum, and whole or not at all."""
+"""Downloads files and verifies their checksums; a file appears in the folder only when it is complete."""
 
 import hashlib
 import http.client
@@ -9,23 +9,23 @@ from collections.abc import Mapping, Sequence
 
 
 def check_md5(content: bytes, md5: str, name: str, remedy: str) -> None:
-    """Raises ValueError where a file's content is not the one expected."""
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if found != md5:
-        raise ValueError(f'{name} has the MD5 {found}, expected {md5}: {remedy}')
+    """Raises ValueError if the MD5 of a file's content is not the one expected."""
+    actual = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if actual != md5:
+        raise ValueError(f'{name} has the MD5 {actual}, expected {md5}: {remedy}')
 
 
 def download(folder: str | os.PathLike, files: Mapping[str, str], mirrors: Sequence[str], timeout: float = 30) -> None:
-    """Fetches the files that are missing in a folder, checks them, and only then gives them their names.
+    """Downloads the files that are missing in a folder, and renames each to its final name only after its checksum is verified.
 
     Args:
-      folder: where to; made if need be.
-      files: MD5 by file name.
+      folder: folder to download to; created if it does not exist.
+      files: mapping from file name to expected MD5.
       mirrors: addresses to try in this order, each ending in ``/``.
-      timeout: seconds to wait for a mirror.
+      timeout: seconds to wait for each mirror.
 
     Raises:
-      ValueError: if no mirror gives a file with its checksum, or the folder cannot be written.
+      ValueError: if no mirror provides a file with the expected checksum, or the folder cannot be written.
     """
     folder = pathlib.Path(folder)
     for name, md5 in files.items():

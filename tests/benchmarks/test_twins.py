@@ -1,6 +1,6 @@
-"""The rivals of benchmarks/steps/train_step.py do the same training: equal losses over three steps, PyTorch's recorded in golden/.
+"""The rivals of benchmarks/steps/train_step.py train alike: their losses over three steps are equal to PyTorch's in tests/golden.
 
-They were recorded by `python -m benchmarks.steps.train_step --golden=tests/golden/torch_losses.json --torch_python=PYTHON`.
+Those were recorded by `python -m benchmarks.steps.train_step --golden=tests/golden/torch_losses.json --torch_python=PYTHON`.
 """
 
 import json
@@ -14,7 +14,7 @@ from benchmarks.steps import train_step, twins
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / 'golden' / 'torch_losses.json').read_text())
 
 
-# VGG-D ends in images of 1x1 pixels, normalised over 16 examples: plain jax.lax in float32 and in float64 differ by 4% at its third loss.
+# VGG-D ends in images of 1x1 pixels, normalised over 16 examples: its third loss in plain jax.lax differs by 4% between float32 and float64.
 TOLERANCE = {'vgg_d': 0.05, 'wrn_16_8': 1e-4, 'lenet5': 1e-5, 'lm_tiny': 1e-5}
 
 

@@ -144,11 +144,11 @@ def test_order_is_a_function_of_the_seed_and_one_integer(offline):
 @pytest.mark.parametrize('prefetch', [0, 2])
 def test_the_stream_goes_on_at_every_position(offline, prefetch):
     batches = data.batches(offline, batch_size=700, seed=3, num_batches=12)
-    whole = [b['label'] for b in data.stream(batches, 0, prefetch)]
-    assert len(whole) == 12
+    labels = [b['label'] for b in data.stream(batches, 0, prefetch)]
+    assert len(labels) == 12
     for start in range(13):
         rest = [b['label'] for b in data.stream(batches, start, prefetch)]
-        assert len(rest) == 12 - start and all((a == b).all() for a, b in zip(rest, whole[start:], strict=True))
+        assert len(rest) == 12 - start and all((a == b).all() for a, b in zip(rest, labels[start:], strict=True))
 
 
 @pytest.mark.parametrize('name', ['mnist_offline', 'digits32', 'stdlib'])

@@ -81,7 +81,7 @@ def test_weights_lie_by_the_rules_of_each_layout():
     """Axes 'data' of 2 and 'model' of 4. Expected by hand: of the Transformer's stacked kernels the last two axes are inputs and outputs."""
     params = jax.eval_shape(_experiment(_transformer()).init, jax.random.key(0)).params
     mesh = sharding.make_mesh(2, 4)
-    of = lambda layout: {row.path: tuple(row.spec) for row in sharding.place(params, mesh, layout)}
+    of = lambda layout: {row.path: tuple(row.spec) for row in sharding.placements(params, mesh, layout)}
     columns, rows = 'layers/mlp/up/kernel', 'layers/mlp/down/kernel'
     assert set(of('data').values()) == {()}
     assert of('model')[columns] == (None, None, 'model') and of('model')[rows] == (None, 'model', None)
@@ -96,7 +96,7 @@ def test_what_does_not_divide_stays_whole_and_the_row_says_so():
         'conv': {'kernel': jax.ShapeDtypeStruct((3, 3, 6, 8), jnp.float32)},
         'norm': {'scale': jax.ShapeDtypeStruct((8,), jnp.float32)},
     }
-    conv, norm = sharding.place(params, sharding.make_mesh(4, 2), 'model+fsdp')
+    conv, norm = sharding.placements(params, sharding.make_mesh(4, 2), 'model+fsdp')
     assert conv.spec == P(None, None, None, 'model') and conv.note == '6 does not divide by data=4'
     assert (conv.bytes, conv.bytes_per_device) == (3 * 3 * 6 * 8 * 4, 3 * 3 * 6 * 4 * 4)
     assert norm.spec == P() and not norm.note
@@ -108,12 +108,12 @@ def test_own_rules_come_first_and_one_that_is_of_no_leaf_is_refused():
         'fc2': {'kernel': jax.ShapeDtypeStruct((8, 8), jnp.float32)},
     }
     mesh = sharding.make_mesh(4, 2)
-    rows = sharding.place(params, mesh, 'model', rules=sharding.parse_rules('fc1=data,none'))
+    rows = sharding.placements(params, mesh, 'model', rules=sharding.parse_rules('fc1=data,none'))
     assert [row.spec for row in rows] == [P('data', None), P(None, 'model')]
     with pytest.raises(ValueError, match="'fc3' is found in no leaf.*Leaves: fc1/kernel, fc2/kernel"):
-        sharding.place(params, mesh, 'model', rules=sharding.parse_rules('fc3=data'))
+        sharding.placements(params, mesh, 'model', rules=sharding.parse_rules('fc3=data'))
     with pytest.raises(ValueError, match="mesh.layout.*'fsdb'.*fsdp"):
-        sharding.place(params, mesh, 'fsdb')
+        sharding.placements(params, mesh, 'fsdb')
     for text, message in (
         ('fc1', 'must be pattern=axes'),
         ('fc1=rows', 'must be pattern=axes'),

@@ -1,8 +1,8 @@
-"""A growth criterion of one's own, on a plain dict of weights: grow where the momentum is large and the inputs are in use.
+"""A custom growth criterion on a plain dict of weights: grow where the momentum is large and the inputs are in use.
 
-    python examples/own_criterion.py
+    python examples/custom_criterion.py
 
-In the repository: ``.venv/bin/python`` after ``make train``, or any Python after ``pip install '.[train]'``.
+Run it in the repository, with ``.venv/bin/python`` after ``make train``, or with any Python after ``pip install '.[train]'``.
 
 A criterion is a function of one layer's weight, mask, gradient and momentum that returns scores of the layer's shape. Cost: ten
 seconds on a CPU.
