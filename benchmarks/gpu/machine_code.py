@@ -21,7 +21,6 @@ from benchmarks.gpu import check, model
 from benchmarks.gpu.model import Shape
 from sparse_jax import kernels
 from sparse_jax.aot import compile_only
-from sparse_jax.core import target
 from sparse_jax.kernels.gpu import config as config_lib
 from sparse_jax.kernels.reference import Geometry
 
@@ -71,7 +70,7 @@ def compiled(
     pattern = jax.tree.map(of, kernels.make_pattern(mask, block=block, implementation='gpu', at_least=capacity))
     run, arrays = model.function(kernel, shape, block, config)
     before, begin = set(glob.glob(f'{_DUMPS.name}/*.ptx')), time.perf_counter()
-    with target.lowering_for('gpu'):
+    with kernels.lowering_for('gpu'):
         jax.jit(run).trace(*(of(x, jnp.dtype(dtype)) for x in arrays), pattern).lower(lowering_platforms=('cuda',)).compile()
     spent = time.perf_counter() - begin
     (path,) = set(glob.glob(f'{_DUMPS.name}/*.ptx')) - before
@@ -157,7 +156,7 @@ def print_report() -> None:
         tiles = f'{config.tokens}, {config.depth}, {config.stages}, {config.group}'
         cells = [kernel, shape.name, f'{block[0]}x{block[1]}', tiles, row.registers, row.spills, f'{row.shared_memory:,}']
         cells += [f'{row.seconds:.1f} s', f'wgmma {row.tensor_core.split(".")[4]}']
-        with target.lowering_for('gpu', interpret=True):
+        with kernels.lowering_for('gpu', interpret=True):
             runs = transposed or kernel == 'forward'  # older interpreters know no transposed operands
             cells.append(f'{check.error(kernel, stand_in(shape, block), block):.1e}' if runs else '-')
         print('| ' + ' | '.join(map(str, cells)) + ' |', flush=True)

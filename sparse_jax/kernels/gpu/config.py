@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparse_jax.core import target
-from sparse_jax.kernels import store
+from sparse_jax.kernels import device, store
 
 ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]  # sums in registers
 SHARED_MEMORY = 232_448  # bytes that a program may have on Hopper
@@ -151,7 +150,7 @@ def choose(kernel: str, x: tuple[int, ...], w: tuple[int, ...], block: tuple[int
 
 def measured() -> dict[str, dict[str, int]]:
     """What :func:`store` kept for this device; nothing where programs are traced for another machine."""
-    return {} if target.is_elsewhere() else store.read(_FILE).get(jax.devices()[0].device_kind, {})
+    return {} if device.is_absent() else store.read(_FILE).get(jax.devices()[0].device_kind, {})
 
 
 def write(configs: dict[str, Config]) -> None:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax.core import target
+from sparse_jax.kernels import device
 from sparse_jax.kernels import pixels as pixels_lib
 from sparse_jax.kernels.gpu import config as config_lib
 from sparse_jax.kernels.gpu.config import Config
@@ -25,17 +25,17 @@ from sparse_jax.kernels.reference import Geometry
 
 def forward(x, w, pattern: Pattern, geometry: Geometry, config: Config | None = None) -> jax.Array:
     """As in reference.py."""
-    config = config or config_lib.choose('forward', x.shape, w.shape, pattern.block, x.dtype)
+    config = config or config_lib.choose('forward', x.shape, w.shape, pattern.granularity.sides, x.dtype)
     result = geometry.output_shape(x.shape, w.shape)
     pixels = pixels_lib.of_product(geometry, x.shape[1:3], result[1:3], w.shape[:2]).table()
     y = product(
-        _images(x, config.tokens, pattern.block[0]),
-        _weight(w, pattern.block, pixels.max() == x.shape[1] * x.shape[2]),
+        _images(x, config.tokens, pattern.granularity.sides[0]),
+        _weight(w, pattern.granularity.sides, pixels.max() == x.shape[1] * x.shape[2]),
         jnp.asarray(pattern.indices),
         jnp.asarray(pattern.pointers),
         jnp.asarray(pixels),
         jnp.zeros(len(pixels), jnp.int32),
-        block=pattern.block,
+        block=pattern.granularity.sides,
         transposed=False,
         config=config,
         interpret=_interpreter(),
@@ -47,19 +47,19 @@ def input_gradient(
     dy, w, pattern: Pattern, geometry: Geometry, x_shape: tuple[int, ...], config: Config | None = None
 ) -> jax.Array:
     """As in reference.py."""
-    config = config or config_lib.choose('input_gradient', x_shape, w.shape, pattern.block, dy.dtype)
+    config = config or config_lib.choose('input_gradient', x_shape, w.shape, pattern.granularity.sides, dy.dtype)
     pixels = pixels_lib.of_gradient(geometry, x_shape[1:3], dy.shape[1:3], w.shape[:2]).table()
     units, pointers = _by_phase(pattern, geometry, w.shape[:2])
     height, width = geometry.strides
     at = np.arange(x_shape[1])[:, None] % height * width + np.arange(x_shape[2]) % width
     dx = product(
-        _images(dy, config.tokens, pattern.block[1]),
-        _weight(w, pattern.block, pixels.max() == dy.shape[1] * dy.shape[2]),
+        _images(dy, config.tokens, pattern.granularity.sides[1]),
+        _weight(w, pattern.granularity.sides, pixels.max() == dy.shape[1] * dy.shape[2]),
         units,
         pointers,
         jnp.asarray(pixels),
         jnp.asarray(at.reshape(-1), jnp.int32),
-        block=pattern.block,
+        block=pattern.granularity.sides,
         transposed=True,
         config=config,
         interpret=_interpreter(),
@@ -71,12 +71,12 @@ def weight_gradient(
     x, dy, pattern: Pattern, geometry: Geometry, w_shape: tuple[int, ...], config: Config | None = None
 ) -> jax.Array:
     """As in reference.py."""
-    config = config or config_lib.choose('weight_gradient', x.shape, w_shape, pattern.block, x.dtype)
-    rows, columns = pattern.block
+    config = config or config_lib.choose('weight_gradient', x.shape, w_shape, pattern.granularity.sides, x.dtype)
+    rows, columns = pattern.granularity.sides
     taps = math.prod(w_shape[:-2])
     pixels = pixels_lib.of_product(geometry, x.shape[1:3], dy.shape[1:3], w_shape[:2]).table()
-    inputs, outputs = (-(-n // side) for n, side in zip(w_shape[-2:], pattern.block, strict=True))
-    splits = config_lib.splits(x.shape[0], len(pixels), taps * inputs * outputs, pattern.block)
+    inputs, outputs = (-(-n // side) for n, side in zip(w_shape[-2:], pattern.granularity.sides, strict=True))
+    splits = config_lib.splits(x.shape[0], len(pixels), taps * inputs * outputs, pattern.granularity.sides)
     operands = (
         _images(x, config.tokens, config_lib.window('weight_gradient', rows), pixels.max() == x.shape[1] * x.shape[2]),
         _images(dy, config.tokens, columns),
@@ -84,7 +84,7 @@ def weight_gradient(
         jnp.asarray(pattern.pointers),
         jnp.asarray(pixels),
     )
-    own: Any = dict(taps=taps, block=pattern.block, config=config, interpret=_interpreter())
+    own: Any = dict(taps=taps, block=pattern.granularity.sides, config=config, interpret=_interpreter())
     if splits == 1:
         dw = gradient(*operands, inputs=inputs, **own)
     else:
@@ -116,7 +116,7 @@ def block_scores(
 
 
 def _interpreter():
-    if not target.interpret():
+    if not device.interpret():
         return None
     from jax._src.pallas.mosaic_gpu.interpret import params  # not public yet: of the tests only
 
