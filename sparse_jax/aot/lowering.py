@@ -70,33 +70,37 @@ def lower(config: config_lib.Config, platform: str) -> Lowered:
         count = max(1, config.mesh.data) * max(1, config.mesh.model)
         reason = compile_only.unavailable(backend)
         if not reason:
-            own = compile_only.devices(backend, count)
+            stand_ins = compile_only.devices(backend, count)
         elif count <= jax.device_count():
-            own = jax.devices()[:count]
+            stand_ins = jax.devices()[:count]
         else:
             raise ValueError(
                 f'config.mesh asks for {count} devices, and this process has {jax.device_count()} to stand in for them: '
                 f'set JAX_NUM_CPU_DEVICES={count}.'
             )
-        devices = devices_lib.Devices(config, experiment, own)
+        devices = devices_lib.Devices(config, experiment, stand_ins)
         kernel_choice.cut_by_mesh(config, experiment, devices)
     with kernels_lib.lowering_for(backend, mesh=devices.mesh):
         patterns, layers = _patterns(config, experiment, devices)
-        arguments = _placed(devices, own[0]), _batch(config, experiment, devices, own[0]), _on(patterns, devices, own[0])
+        arguments = (
+            _placed(devices, stand_ins[0]),
+            _batch(config, experiment, devices, stand_ins[0]),
+            _on(patterns, devices, stand_ins[0]),
+        )
         placed = devices.replicated if devices.mesh is None else (devices.state_shardings, devices.replicated)
         step = devices.jit(experiment.train_step, placed, donate_argnums=0, static_argnames='dense_gradients')
         dense = experiment.dense_gradient_steps is None
         lowered = step.trace(*arguments, dense_gradients=dense).lower(lowering_platforms=(platform,))
         text = lowered.as_text()
-        memory = found = None
+        memory = transfers = None
         if not reason:
             compiled = lowered.compile()
-            found, memory = collectives.find(compiled.as_text() or ''), _memory(compiled)
+            transfers, memory = collectives.find(compiled.as_text() or ''), _memory(compiled)
     calls = [line for line in text.splitlines() if 'custom_call' in line]
     kernels = collections.Counter(match[1] for line in calls if (match := _KERNEL.search(line)))
     each = sum(math.prod(_shard(x)) * x.dtype.itemsize for x in jax.tree.leaves(arguments[0]))
     largest = max((math.prod(_shard(x)[-2:]) for x in jax.tree.leaves(arguments[0].params) if x.ndim > 1), default=0)
-    return Lowered(platform, layers, dict(kernels), each, largest, memory, found, reason, text)
+    return Lowered(platform, layers, dict(kernels), each, largest, memory, transfers, reason, text)
 
 
 def _memory(compiled) -> dict[str, int]:
