@@ -30,8 +30,8 @@ from benchmarks.gpu.check import CHECKED, arguments, check, operands
 from benchmarks.gpu.model import Shape
 from sparse_jax import kernels
 from sparse_jax.aot import compile_only
-from sparse_jax.core import target
-from sparse_jax.kernels import api, reference, rules
+from sparse_jax.core.granularity import Block
+from sparse_jax.kernels import reference, store
 from sparse_jax.kernels.gpu import config as config_lib
 from sparse_jax.kernels.reference import Geometry
 
@@ -83,7 +83,7 @@ def _dense(kernel: str, shape: Shape) -> Callable:
     """XLA's dense product of the same operands."""
     geometry = shape.geometry
     if kernel == 'forward':
-        return jax.jit(lambda x, w, _: api.reference.convolve_dense(x, w, geometry))
+        return jax.jit(lambda x, w, _: reference.convolve_dense(x, w, geometry))
     if kernel == 'input_gradient':
         return jax.jit(lambda dy, w, p: reference.input_gradient(dy, w, p, geometry, shape.x))
     return jax.jit(lambda x, dy, _: reference.dense_weight_gradient(x, dy, shape.w, geometry))
@@ -107,7 +107,7 @@ def sweep(
     if keep:
         for block, densities in winning_densities.items():  # up to which density all measured shapes win
             by_shape = np.array(densities).reshape(len(shapes), -1).max(1)
-            rules.write(block, float(by_shape.min()))
+            store.write_crossover(jax.devices()[0].device_kind, Block(*block), float(by_shape.min()))
 
 
 def _best_configs(shape: Shape, block: tuple[int, int], names: Sequence[str], rounds: int) -> dict[str, config_lib.Config]:
@@ -217,11 +217,11 @@ def main() -> None:
         names: Any = (
             _PRODUCTS if jax.__version_info__ >= (0, 11) else ('forward',)
         )  # older interpreters know no transposed operands
-        with target.lowering_for('gpu', interpret=True):
+        with kernels.lowering_for('gpu', interpret=True):
             check(_SMALL[:1], ((64, 64),), names)
             sweep(_SMALL, ((64, 64),), (0.5,), names, rounds=1, keep=False)
         return
-    if reason := kernels.unsupported('gpu', jnp.bfloat16, (64, 64)):
+    if reason := kernels.unsupported('gpu', jnp.bfloat16, 'block:64x64'):
         parser.error(f'no measurement here: {reason}. --predict and --compile need no GPU, --dry_run neither.')
     if flags.check:
         check(CHECKED, BLOCKS)

@@ -22,7 +22,6 @@ from benchmarks.gpu import check, model
 from benchmarks.gpu.model import Shape
 from sparse_jax import kernels
 from sparse_jax.aot import compile_only
-from sparse_jax.core import target
 from sparse_jax.kernels.gpu import config as config_lib
 from sparse_jax.kernels.reference import Geometry
 
@@ -72,7 +71,7 @@ def compiled(
     pattern = jax.tree.map(abstract, kernels.make_pattern(mask, block=block, implementation='gpu', at_least=capacity))
     run, arrays = model.function(kernel, shape, block, config)
     dumped_before, begin = set(glob.glob(f'{_DUMPS.name}/*.ptx')), time.perf_counter()
-    with target.lowering_for('gpu'):
+    with kernels.lowering_for('gpu'):
         jax.jit(run).trace(*(abstract(x, jnp.dtype(dtype)) for x in arrays), pattern).lower(lowering_platforms=('cuda',)).compile()
     seconds = time.perf_counter() - begin
     (path,) = set(glob.glob(f'{_DUMPS.name}/*.ptx')) - dumped_before
@@ -158,7 +157,7 @@ def print_report() -> None:
         tiles = ', '.join(map(str, dataclasses.astuple(config)))
         cells = [kernel, shape.name, f'{block[0]}x{block[1]}', tiles, row.registers, row.spills, f'{row.shared_memory:,}']
         cells += [f'{row.seconds:.1f} s', f'wgmma {row.tensor_core.split(".")[4]}']
-        with target.lowering_for('gpu', interpret=True):
+        with kernels.lowering_for('gpu', interpret=True):
             runs = transposed or kernel == 'forward'  # older interpreters know no transposed operands
             cells.append(f'{check.error(kernel, stand_in(shape, block), block):.1e}' if runs else '-')
         print('| ' + ' | '.join(map(str, cells)) + ' |', flush=True)

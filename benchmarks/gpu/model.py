@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_jax import kernels
-from sparse_jax.core import target
 from sparse_jax.kernels.gpu import config as config_lib
 from sparse_jax.kernels.gpu import operations
 from sparse_jax.kernels.reference import Geometry
@@ -136,7 +135,7 @@ def step(kernel: str, shape: Shape, block: tuple[int, int], config: config_lib.C
     """What one step of a kernel's loop copies and multiplies, counted in its traced program."""
     pattern = kernels.make_pattern(random_mask(shape, block, 0.1), block=block, implementation='gpu')
     run, arrays = function(kernel, shape, block, config)
-    with target.lowering_for('gpu'):
+    with kernels.lowering_for('gpu'):
         jaxpr = jax.make_jaxpr(run)(*arrays, pattern).jaxpr
     loops = [body for body in _bodies(jaxpr) if any(_is_product(equation) for equation in _equations(body))]
     inside = list(_equations(min(loops, key=lambda body: len(list(_equations(body))))))

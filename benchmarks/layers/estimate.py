@@ -26,7 +26,7 @@ from benchmarks.layers import compare
 from benchmarks.steps import twins
 from sparse_jax import models
 from sparse_jax.core import masks as masks_lib
-from sparse_jax.kernels import api, measure, store
+from sparse_jax.kernels import measure, store
 
 
 def traced(name: str, batch_size: int, density: float):
@@ -40,22 +40,17 @@ def traced(name: str, batch_size: int, density: float):
     patterns = sj.kernels.make_patterns(masks, implementations=dict.fromkeys(leaves, 'reference'))
     inputs: dict[str, jax.Array] = {}
     note = lambda x, w, pattern, geometry: inputs.__setitem__(pattern.name, jnp.mean(x != 0))
+    apply = lambda params, x, patterns: model.apply(params, state, x, train=True, rng=jax.random.key(1), patterns=patterns)
 
     @jax.jit
-    def densities(params, x):
+    def densities(params, x, patterns):
         inputs.clear()
-        api.observers.append(note)
-        try:
-            model.apply(params, state, x, train=True, rng=jax.random.key(1), patterns=patterns)
-        finally:
-            api.observers.remove(note)
+        apply(params, x, patterns)
         return dict(inputs)
 
-    seen = {path: float(value) for path, value in densities(params, batch['input']).items()}
-    with measure.recorded() as calls:
-        jax.eval_shape(
-            lambda p: model.apply(p, state, batch['input'], train=True, rng=jax.random.key(1), patterns=patterns), params
-        )
+    nonzero = densities(params, batch['input'], measure.observed(patterns, note))
+    seen = {path: float(value) for path, value in nonzero.items()}
+    calls = measure.products_of(apply, params, batch['input'], patterns)
     shares = {path: float(np.mean(mask)) for path, mask in masks_lib.leaf_paths(masks)}
     return [(call, shares[call.name], seen[call.name]) for call in calls]
 

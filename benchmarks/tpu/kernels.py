@@ -22,7 +22,6 @@ from benchmarks.gpu import check, model
 from benchmarks.gpu.model import KERNELS, Shape
 from sparse_jax import kernels
 from sparse_jax.aot import compile_only
-from sparse_jax.core import target
 from sparse_jax.kernels.reference import Geometry
 from sparse_jax.kernels.tpu import BLOCK, operations
 
@@ -64,7 +63,7 @@ def compiled(kernel: str, shape: Shape, dtype: Any) -> Compiled:
     pattern = kernels.make_pattern(model.random_mask(shape, BLOCKS, 0.3), block=BLOCKS)
     x, w, dy = (abstract(np.broadcast_to(0, s), dtype) for s in (shape.x, shape.w, shape.y))
     begin = time.perf_counter()
-    with target.lowering_for('tpu'):
+    with kernels.lowering_for('tpu'):
         arguments = check.arguments(kernel, x, w, dy, jax.tree.map(abstract, pattern))
         lowered = jax.jit(function(kernel, shape)).trace(*arguments).lower(lowering_platforms=('tpu',))
     executable = lowered.compile()
@@ -80,7 +79,7 @@ def compiled(kernel: str, shape: Shape, dtype: Any) -> Compiled:
 def error(kernel: str, shape: Shape, dtype: Any) -> float:
     """Largest difference of a kernel, interpreted, from the reference, as a part of the largest value."""
     x, w, dy, pattern = check.operands(shape, BLOCKS, 0.5, dtype)
-    with target.lowering_for('tpu', interpret=True):
+    with kernels.lowering_for('tpu', interpret=True):
         actual = np.asarray(function(kernel, shape)(*check.arguments(kernel, x, w, dy, pattern)), np.float64)
     desired = np.asarray(check.expected(kernel, shape, x, w, dy, pattern, BLOCKS), np.float64)
     return float(np.abs(actual - desired).max() / np.abs(desired).max())

@@ -13,12 +13,15 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
-import sparse_jax as sj
 from sparse_jax import config as config_lib
+from sparse_jax import kernels as kernels_lib
 from sparse_jax import sharding
 from sparse_jax.aot import collectives, compile_only
-from sparse_jax.core import errors, target
+from sparse_jax.core import errors
+from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core import masks as masks_lib
+from sparse_jax.core.granularity import Granularity
+from sparse_jax.kernels import backend as backend_lib
 from sparse_jax.kernels import pattern as pattern_lib
 from sparse_jax.kernels import sharded
 from sparse_jax.train import devices as devices_lib
@@ -34,7 +37,7 @@ class Lowered(NamedTuple):
     """What a training step became."""
 
     platform: str
-    layers: dict[str, tuple[str, str]]  # of each sparse leaf: what multiplies it, and the reason where that is not the platform's
+    layers: dict[str, backend_lib.Choice]  # of each sparse leaf: what multiplies it
     kernels: dict[str, int]  # calls in the program by name; one in a loop over layers counts once
     state_bytes: int  # of the training state, on one device
     largest_layer: int  # weights of the largest sparse leaf, in one layer, on one device
@@ -61,39 +64,43 @@ def lower(config: config_lib.Config, platform: str) -> Lowered:
     if platform not in PLATFORMS:
         raise errors.unknown('platform', platform, PLATFORMS)
     backend = PLATFORMS[platform]
-    with target.lowering_for(backend):
+    with kernels_lib.lowering_for(backend):
         run_lib.check_settings(config)
         experiment = run_lib.create_experiment(config, run_lib.load_data(config))
         count = max(1, config.mesh.data) * max(1, config.mesh.model)
         reason = compile_only.unavailable(backend)
         if not reason:
-            own = compile_only.devices(backend, count)
+            stand_ins = compile_only.devices(backend, count)
         elif count <= jax.device_count():
-            own = jax.devices()[:count]
+            stand_ins = jax.devices()[:count]
         else:
             raise ValueError(
                 f'config.mesh asks for {count} devices, and this process has {jax.device_count()} to stand in for them: '
                 f'set JAX_NUM_CPU_DEVICES={count}.'
             )
-        devices = devices_lib.Devices(config, experiment, own)
+        devices = devices_lib.Devices(config, experiment, stand_ins)
         kernel_choice.cut_by_mesh(config, experiment, devices)
-    with target.lowering_for(backend, mesh=devices.mesh):
-        patterns, layers = _patterns(config, experiment, devices, backend)
-        arguments = _placed(devices, own[0]), _batch(config, experiment, devices, own[0]), _on(patterns, devices, own[0])
+    with kernels_lib.lowering_for(backend, mesh=devices.mesh):
+        patterns, layers = _patterns(config, experiment, devices)
+        arguments = (
+            _placed(devices, stand_ins[0]),
+            _batch(config, experiment, devices, stand_ins[0]),
+            _on(patterns, devices, stand_ins[0]),
+        )
         placed = devices.replicated if devices.mesh is None else (devices.state_shardings, devices.replicated)
         step = devices.jit(experiment.train_step, placed, donate_argnums=0, static_argnames='dense_gradients')
         dense = experiment.dense_gradient_steps is None
         lowered = step.trace(*arguments, dense_gradients=dense).lower(lowering_platforms=(platform,))
         text = lowered.as_text()
-        memory = found = None
+        memory = transfers = None
         if not reason:
             compiled = lowered.compile()
-            found, memory = collectives.find(compiled.as_text() or ''), _memory(compiled)
+            transfers, memory = collectives.find(compiled.as_text() or ''), _memory(compiled)
     calls = [line for line in text.splitlines() if 'custom_call' in line]
     kernels = collections.Counter(match[1] for line in calls if (match := _KERNEL.search(line)))
     each = sum(math.prod(_shard(x)) * x.dtype.itemsize for x in jax.tree.leaves(arguments[0]))
     largest = max((math.prod(_shard(x)[-2:]) for x in jax.tree.leaves(arguments[0].params) if x.ndim > 1), default=0)
-    return Lowered(platform, layers, dict(kernels), each, largest, memory, found, reason, text)
+    return Lowered(platform, layers, dict(kernels), each, largest, memory, transfers, reason, text)
 
 
 def _memory(compiled) -> dict[str, int]:
@@ -128,49 +135,71 @@ def _batch(config, experiment: state_lib.Experiment, devices: devices_lib.Device
     }
 
 
-def _patterns(config, experiment: state_lib.Experiment, devices: devices_lib.Devices, backend: str) -> tuple[Any, dict]:
+def _choice(config: config_lib.Config, granularity: Granularity) -> backend_lib.Choice:
+    """What multiplies a layer that kernels can take, of a run that measures nothing."""
+    mode, dtype = config.sparsity.kernels, config.model.dtype
+    if mode == 'auto':
+        return backend_lib.of_platform(dtype, granularity)
+    if mode == 'dense':
+        return backend_lib.Choice('dense', 'sparsity.kernels=dense')
+    reason = backend_lib.unsupported(mode, dtype, granularity)
+    return backend_lib.Choice('dense', reason) if reason else backend_lib.Choice(mode, '')
+
+
+def _patterns(
+    config: config_lib.Config, experiment: state_lib.Experiment, devices: devices_lib.Devices
+) -> tuple[Any, dict[str, backend_lib.Choice]]:
     """Shapes of the patterns that the run begins with, and what multiplies each sparse leaf."""
     sparsity = config.sparsity
-    masks = sj.get_masks(devices.shapes.opt_state) if sparsity.method != 'dense' else {}
-    leaves = masks_lib.leaf_paths(masks)
-    block = kernel_choice.block_of(config)
-    wanted = backend if sparsity.kernels == 'auto' else sparsity.kernels
-    layers, made = {}, []
-    for path, mask in leaves:
-        pattern, layer = None, ('dense', '')
+    masks = masks_lib.get_masks(devices.shapes.opt_state) if sparsity.method != 'dense' else {}
+    granularity = granularity_lib.get(sparsity.granularity)
+    layers: dict[str, backend_lib.Choice] = {}
+    patterns = []
+    for path, mask in masks_lib.leaf_paths(masks):
+        pattern, choice = None, backend_lib.Choice('dense', '')
         rows = experiment.stacked is not None and mask.ndim > 0 and experiment.stacked(path, mask)
         if mask.ndim - rows in (2, 4):
-            reason = (
-                f'sparsity.kernels={wanted}' if wanted == 'dense' else sj.kernels.unsupported(wanted, config.model.dtype, block)
-            )
-            if not reason:
-                pattern = _pattern(path, mask, rows, block, wanted, sparsity.density, devices)
-                reason = '' if pattern else 'the mesh cuts its blocks, or divides other axes'
-            layer = (wanted, '') if pattern else ('dense', reason)
+            choice = _choice(config, granularity)
+            if choice.implementation != 'dense':
+                pattern = _pattern(path, mask, rows, granularity, choice.implementation, sparsity.density, devices)
+            if choice.implementation != 'dense' and pattern is None:
+                choice = backend_lib.Choice('dense', 'the mesh cuts its blocks, or divides other axes')
         if mask.ndim:
-            layers[path] = layer
-        made.append(pattern)
-    if not any(made):
+            layers[path] = choice
+        patterns.append(pattern)
+    if not any(patterns):
         return None, layers
-    return jax.tree.unflatten(jax.tree.structure(masks), made), layers
+    return jax.tree.unflatten(jax.tree.structure(masks), patterns), layers
 
 
-def _pattern(path, mask, rows: bool, block, implementation: str, density: float, devices: devices_lib.Devices):
+def _pattern(
+    path, mask, rows: bool, granularity: Granularity, implementation: str, density: float, devices: devices_lib.Devices
+) -> pattern_lib.Pattern | None:
+    """Shapes of a layer's pattern; None where the mesh divides it so that no kernel takes it."""
     shape = mask.shape[int(rows) :]
     split = None
     if devices.mesh is not None:
-        split = sharded.split_of(mask.sharding, mask.shape, block)
+        split = sharded.split_of(mask.sharding, mask.shape, granularity)
         if split is None:
             return None
-    local = split.shape(shape) if split else shape
-    units = tuple(-(-n // side) for n, side in zip(local[-2:], block, strict=True))
-    most = math.prod(local[:-2]) * math.prod(units)
+    units = granularity_lib.tap_units(granularity, split.shape(shape) if split else shape)
+    most = math.prod(units)
     room = pattern_lib.capacity(round(density * most), most)
     lead = (mask.shape[0],) if rows else ()
     parts, spec = ((split.parts,), P(*[None] * len(lead), 'model')) if split and split.axis is not None else ((), P())
     place = NamedSharding(split.mesh, spec) if split else None
-    arrays = [jax.ShapeDtypeStruct((*lead, *parts, n), np.int32, sharding=place) for n in (room, units[1] + 1, room, units[0] + 1)]
-    return pattern_lib.Pattern(*arrays, shape, block, implementation, implementation, name=path, split=split)  # type: ignore[arg-type]
+    of = lambda n: jax.ShapeDtypeStruct((*lead, *parts, n), np.int32, sharding=place)
+    return pattern_lib.Pattern(
+        indices=of(room),  # type: ignore[arg-type]
+        pointers=of(units[-1] + 1),  # type: ignore[arg-type]
+        transposed_indices=of(room),  # type: ignore[arg-type]
+        transposed_pointers=of(units[-2] + 1),  # type: ignore[arg-type]
+        shape=shape,
+        granularity=granularity,
+        implementation=implementation,
+        name=path,
+        split=split,
+    )
 
 
 def print_tables(lowered: Lowered) -> None:

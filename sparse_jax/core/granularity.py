@@ -20,6 +20,14 @@ from sparse_jax.core import errors
 class Unstructured:
     """Every weight is a unit of its own."""
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Inputs and outputs of a unit at one tap."""
+        return 1, 1
+
+    def __str__(self) -> str:
+        return 'single weights'
+
     def unit_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the array of units of a layer of that shape."""
         return tuple(shape)
@@ -69,6 +77,14 @@ class Block:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f'granularity: Block({self.rows}, {self.columns}) needs {name} to be an integer of at least 1.')
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Inputs and outputs of a unit at one tap."""
+        return self.rows, self.columns
+
+    def __str__(self) -> str:
+        return f'blocks of {self.rows}x{self.columns}'
 
     def unit_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the array of units of a layer of that shape; ValueError if the layer is smaller than a block."""
@@ -121,6 +137,16 @@ def unit_size(granularity: Granularity, shape: tuple[int, ...]) -> int:
     if isinstance(granularity, Unstructured):
         return 1
     return granularity.rows * granularity.columns * (math.prod(shape[:-2]) if granularity.whole_kernel else 1)
+
+
+def tap_units(granularity: Granularity, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the array of a layer's units where each tap has its own, as kernels list them: [taps..., inputs, outputs].
+
+    >>> tap_units(Block(4, 4, True), (3, 3, 10, 8)), tap_units(Unstructured(), (10, 8))
+    ((3, 3, 3, 2), (10, 8))
+    """
+    rows, columns = granularity.sides
+    return *shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // columns)
 
 
 def active(granularity: Granularity, mask: jax.Array) -> jax.Array:

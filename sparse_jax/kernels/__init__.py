@@ -13,11 +13,12 @@ Example:
   (2, 5, 5, 16)
 """
 
-from sparse_jax.core.target import lowering_for
-from sparse_jax.kernels.api import convolve, convolve_by_lanes, max_pool_by_lanes, sparse_conv, sparse_dot
+from sparse_jax.kernels.api import convolve, sparse_conv, sparse_dot
 from sparse_jax.kernels.backend import IMPLEMENTATIONS, unsupported
-from sparse_jax.kernels.cpu.lanes import from_lanes, lanes_unavailable, to_lanes
-from sparse_jax.kernels.pattern import Pattern, make_pattern, make_patterns, with_dense_gradients
+from sparse_jax.kernels.builder import make_pattern, make_patterns
+from sparse_jax.kernels.cpu.lanes import convolve_by_lanes, from_lanes, lanes_unavailable, max_pool_by_lanes, to_lanes
+from sparse_jax.kernels.device import lowering_for
+from sparse_jax.kernels.pattern import Pattern, with_dense_gradients
 from sparse_jax.kernels.scores import block_scores
 
 __all__ = [

@@ -1,23 +1,26 @@
 """Which implementation is fastest for a layer: found out by running it, and kept on disk by what decides it."""
 
-import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core import target
+from sparse_jax.core.granularity import Granularity
 from sparse_jax.kernels import api, backend, store
-from sparse_jax.kernels.cpu import compiler
-from sparse_jax.kernels.pattern import make_pattern, with_dense_gradients
+from sparse_jax.kernels.builder import make_pattern
+from sparse_jax.kernels.cpu import compiler, lanes
+from sparse_jax.kernels.pattern import Pattern, is_pattern, with_dense_gradients
 from sparse_jax.kernels.reference import Geometry
 
 _FILE = 'measured.json'
@@ -30,41 +33,50 @@ class Call(NamedTuple):
     x: tuple[int, ...]  # [batch, height, width, in], or by lanes [batch / 16, height, width, in, 16]
     w: tuple[int, ...]  # [height, width, in, out]
     geometry: Geometry
-    block: tuple[int, int]
+    granularity: Granularity
     dtype: str
     input_gradient: bool = True  # whether the gradient with respect to x is wanted: not of the network's own input
 
 
-@contextlib.contextmanager
-def recorded() -> Iterator[list[Call]]:
-    """Collects the sparse products that are traced meanwhile.
+def products_of(function: Callable[..., Any], *args: Any) -> list[Call]:
+    """The sparse products that a function makes, in the order in which they are traced; on a mesh those of one device.
+
+    Args:
+      function: is traced, and not run.
+      *args: its arguments, arrays or their shapes; the products with the patterns among them are found.
+
+    Returns:
+      A call for each product. Of a function that is traced once and called often (``lax.scan``) it is one.
 
     Example:
       >>> import numpy as np
       >>> pattern = make_pattern(np.eye(4, dtype=bool), name='fc')
-      >>> with recorded() as calls:
-      ...     y = jax.eval_shape(lambda x: api.sparse_dot(x, x, pattern), jnp.ones((4, 4)))
+      >>> calls = products_of(lambda x, pattern: api.sparse_dot(x, x, pattern), jnp.ones((4, 4)), pattern)
       >>> calls[0].name, calls[0].x
       ('fc', (4, 1, 1, 4))
     """
     calls: list[Call] = []
 
-    def note(x, w, pattern, geometry):
+    def note(x, w, pattern: Pattern, geometry: Geometry) -> None:
         x_shape, w_shape = (x.shape, w.shape) if pattern.split is None else pattern.split.local(x.shape, w.shape)
-        calls.append(Call(pattern.name, x_shape, w_shape, geometry, pattern.block, str(x.dtype)))
+        calls.append(Call(pattern.name, x_shape, w_shape, geometry, pattern.granularity, str(x.dtype)))
 
-    api.observers.append(note)
-    try:
-        yield calls
-    finally:
-        api.observers.remove(note)
+    jax.eval_shape(function, *observed(args, note))
+    return calls
+
+
+def observed(tree: Any, observer: Callable[..., None]) -> Any:
+    """The same tree, its patterns with an observer that is called with (x, w, pattern, geometry) when a product of them is traced.
+
+    It is a static part of them: no function that was traced without it, or with another, is taken from a cache.
+    """
+    mark = lambda leaf: dataclasses.replace(leaf, observer=observer) if is_pattern(leaf) else leaf
+    return jax.tree.map(mark, tree, is_leaf=is_pattern)
 
 
 def candidates(call: Call) -> tuple[str, ...]:
     """What can run a call here: always 'dense', the product with the masked weight: by lanes on the C++ kernels, else XLA's."""
-    own = target.platform()
-    known = own in backend.IMPLEMENTATIONS and not backend.unsupported(own, call.dtype, call.block)
-    return ('dense', own) if known else ('dense',)
+    return tuple(dict.fromkeys(('dense', backend.of_platform(call.dtype, call.granularity).implementation)))
 
 
 @functools.cache
@@ -75,12 +87,12 @@ def _step(name: str, geometry: Geometry, linear: bool, input_gradient: bool, den
     def product(x, w, pattern):
         if x.ndim == 5:
             pattern = with_dense_gradients(pattern) if dense_gradient else pattern
-            own = dict(strides=geometry.strides, padding=geometry.padding)
-            return api.convolve_by_lanes(x, None, w, None, None if name == 'dense' else pattern, **own)[0]
+            pattern = None if name == 'dense' else pattern
+            return lanes.convolve_by_lanes(x, None, w, None, pattern, strides=geometry.strides, padding=geometry.padding)[0]
         if name == 'dense':
             return x @ w if linear else api.convolve(x, w, **options)
-        own: dict[str, Any] = dict(dense_gradient=dense_gradient, implementation=name)
-        return api.sparse_dot(x, w, pattern, **own) if linear else api.sparse_conv(x, w, pattern, **options, **own)
+        how: dict[str, Any] = dict(dense_gradient=dense_gradient, implementation=name)
+        return api.sparse_dot(x, w, pattern, **how) if linear else api.sparse_conv(x, w, pattern, **options, **how)
 
     @jax.jit
     def step(x, w, pattern, dy):
@@ -111,16 +123,16 @@ def measure(
     random = np.random.default_rng(0)
     linear = call.x[1:3] == call.w[:2] == (1, 1)  # the rival of a matrix product is one
     x = jnp.asarray(random.standard_normal(call.x, np.float32), call.dtype)
-    rows, columns = call.block
-    units = (*call.w[:-2], -(-call.w[-2] // rows), -(-call.w[-1] // columns))
+    rows, columns = call.granularity.sides
+    units = granularity_lib.tap_units(call.granularity, call.w)
     mask = np.repeat(np.repeat(random.random(units) < density, rows, axis=-2), columns, axis=-1)[..., : call.w[-2], : call.w[-1]]
     w = jnp.asarray(np.where(mask, random.standard_normal(call.w, np.float32), 0), call.dtype)
     dy_shape = *call.geometry.output_shape(call.x[:4], call.w), *call.x[4:]
     dy = jnp.asarray(random.standard_normal(dy_shape, np.float32), call.dtype)
     if linear:
         x, w, dy, mask = x.reshape(-1, call.x[-1]), w[0, 0], dy.reshape(-1, call.w[-1]), mask[0, 0]
-    block = None if call.block == (1, 1) else call.block
-    pattern = jax.device_put(make_pattern(mask, block=block, implementation='reference'))  # each step names its own
+    pattern = make_pattern(mask, granularity=call.granularity, implementation='reference')  # each step names its own
+    pattern = jax.device_put(pattern)
 
     def run(name: str) -> float:
         step = _step(name, call.geometry, linear, call.input_gradient, dense_gradient and name != 'dense')
@@ -170,17 +182,16 @@ def _measured_once(call: Call, density: float, dense_gradient: bool) -> dict[str
         list(call.x),
         list(call.w),
         [list(map(_plain, part)) for part in call.geometry],
-        list(call.block),
+        list(call.granularity.sides),
         call.dtype,
         call.input_gradient,
     ]
     key = json.dumps([machine, *what, density, dense_gradient, list(names)])
-    known = _read()
-    if key not in known:
-        seconds = measure(call, density, dense_gradient=dense_gradient)
-        store.write(_FILE, _read() | {key: seconds})
+    if seconds := _read().get(key):
         return seconds
-    return known[key]
+    seconds = measure(call, density, dense_gradient=dense_gradient)
+    store.write(_FILE, _read() | {key: seconds})
+    return seconds
 
 
 def _plain(value):
@@ -190,12 +201,3 @@ def _plain(value):
 def _read() -> dict[str, dict[str, float]]:
     numbers = lambda row: isinstance(row, dict) and row and all(isinstance(s, float) and math.isfinite(s) for s in row.values())
     return {key: row for key, row in store.read(_FILE).items() if numbers(row)}
-
-
-def fastest(seconds: dict[str, float]) -> str:
-    """The implementation with the least time; the dense one unless another is faster by a twentieth.
-
-    >>> fastest({'dense': 1.0, 'cpu': 0.99}), fastest({'dense': 1.0, 'cpu': 0.5})
-    ('dense', 'cpu')
-    """
-    return min(seconds, key=lambda name: seconds[name] * (0.95 if name == 'dense' else 1))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sparse_jax.core import target
+from sparse_jax.core.granularity import Block, Granularity
 from sparse_jax.kernels.pattern import Pattern
 
 
@@ -65,9 +66,15 @@ def mask_of(pattern: Pattern) -> jax.Array:
     units = (
         jnp.zeros((math.prod(taps), inputs, outputs), bool).at[tap, source, output].set(True, mode='drop').reshape(pattern.units)
     )
-    rows, columns = pattern.block
+    rows, columns = pattern.granularity.sides
     whole = jnp.repeat(jnp.repeat(units, rows, axis=-2), columns, axis=-1)
     return whole[..., : pattern.shape[-2], : pattern.shape[-1]]
+
+
+def unsupported(dtype, granularity: Granularity) -> str:
+    """Nothing is: it runs everywhere."""
+    del dtype, granularity
+    return ''
 
 
 def forward(x: jax.Array, w: jax.Array, pattern: Pattern, geometry: Geometry) -> jax.Array:
@@ -93,3 +100,9 @@ def weight_gradient(x: jax.Array, dy: jax.Array, pattern: Pattern, geometry: Geo
     """The weight gradient at active positions, zeros elsewhere."""
     dw = dense_weight_gradient(x, dy, w_shape, geometry)
     return jnp.where(mask_of(pattern).reshape(w_shape), dw, jnp.zeros((), dw.dtype))
+
+
+def block_scores(x, dy, w_shape: tuple[int, ...], geometry: Geometry, block: tuple[int, int]) -> jax.Array:
+    """Sums of the absolute values of the dense weight gradient, float32[taps..., blocks of inputs, blocks of outputs]."""
+    wide = dense_weight_gradient(x.astype(jnp.float32), dy.astype(jnp.float32), w_shape, geometry)
+    return Block(*block).collapse(jnp.abs(wide), 0, lax.add)

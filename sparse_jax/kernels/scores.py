@@ -1,17 +1,13 @@
 """How large the dense weight gradient is in each block, for growth by blocks without a dense gradient in memory."""
 
-import operator
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from sparse_jax.core import errors, granularity
-from sparse_jax.kernels import api, backend, reference
+from sparse_jax.core import errors
+from sparse_jax.kernels import arguments, backend, builder
 from sparse_jax.kernels.reference import Geometry
-
-_WITH_KERNELS = ('reference', 'gpu', 'tpu')
 
 
 def block_scores(
@@ -56,42 +52,25 @@ def block_scores(
     Reference: Evci et al., Rigging the lottery, 2020.
     """
     w_shape, name = tuple(w_shape), implementation or 'reference'
-    if name not in _WITH_KERNELS:
-        raise errors.unknown('implementation', name, _WITH_KERNELS)
+    if name not in backend.SCORING:
+        raise errors.unknown('implementation', name, backend.SCORING)
     fits = len(w_shape) in (2, 4) and x.shape[-1:] == w_shape[-2:-1] and dy.shape[-1:] == w_shape[-1:]
     if not fits or x.dtype != dy.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f'block_scores: x {x.dtype}{list(x.shape)}, dy {dy.dtype}{list(dy.shape)} and w_shape={w_shape} do not fit: x must be [..., in], '
             'dy [..., out] of the same floating type, and w_shape (in, out) or (height, width, in, out).'
         )
-    block = _block(block)
-    if reason := backend.unsupported(name, x.dtype, block):
+    granularity = builder.as_block('block_scores', block)
+    if reason := backend.unsupported(name, x.dtype, granularity):
         raise NotImplementedError(f'block_scores: implementation={name!r} does not run here: {reason}. Take implementation=None.')
-    granularity.Block(*block).unit_shape(w_shape)  # ValueError for a block larger than the weight
+    granularity.unit_shape(w_shape)  # ValueError for a block larger than the weight
     if len(w_shape) == 2:
         geometry, full = Geometry(), (1, 1, *w_shape)
         x, dy = x.reshape(-1, 1, 1, x.shape[-1]), dy.reshape(-1, 1, 1, dy.shape[-1])
     else:
-        geometry, full = api.geometry_of('block_scores', x.shape, w_shape, strides, padding, dilation), w_shape
+        geometry, full = arguments.geometry_of('block_scores', x.shape, w_shape, strides, padding, dilation), w_shape
     if geometry.output_shape(x.shape, full) != dy.shape:
         raise ValueError(f'block_scores: dy has shape {dy.shape}, the product has {geometry.output_shape(x.shape, full)}.')
-    if name == 'reference' or 0 in (x.size, dy.size):
-        scores = _reference(x, dy, full, geometry, block)
-    else:
-        scores = backend.call('block_scores', name, x, dy, full, geometry, block)
+    scoring = backend.SCORING['reference' if 0 in (x.size, dy.size) else name]
+    scores = scoring.block_scores(x, dy, full, geometry, granularity.sides)
     return scores[0, 0] if len(w_shape) == 2 else scores
-
-
-def _block(block) -> tuple[int, int]:
-    try:
-        rows, columns = (operator.index(side) for side in block)
-    except (TypeError, ValueError):
-        rows = columns = 0
-    if min(rows, columns) < 1:
-        raise ValueError(f'block_scores: block={block} must be two integers of at least 1: inputs and outputs, such as (64, 64).')
-    return rows, columns
-
-
-def _reference(x, dy, w_shape: tuple[int, ...], geometry: Geometry, block: tuple[int, int]) -> jax.Array:
-    wide = reference.dense_weight_gradient(x.astype(jnp.float32), dy.astype(jnp.float32), w_shape, geometry)
-    return granularity.Block(*block).collapse(jnp.abs(wide), 0, lax.add)

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax import lax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from sparse_jax.core.granularity import Granularity
 
 OUTPUTS, INPUTS = -1, -2
 
@@ -50,56 +50,61 @@ class Split(NamedTuple):
         inputs = x[-1] // (self.parts if self.axis == INPUTS else 1)
         return (x[0] // self.mesh.shape['data'], *x[1:-1], inputs), self.shape(w)
 
-    def own(self, pattern: Any) -> Any:
+    def part(self, pattern: Any) -> Any:
         """A device's pattern, from its row of the arrays."""
-        one = pattern if self.axis is None else jax.tree.map(lambda x: x[0], pattern)
-        return dataclasses.replace(one, shape=self.shape(pattern.shape), split=None)
+        row = pattern if self.axis is None else jax.tree.map(lambda x: x[0], pattern)
+        return dataclasses.replace(row, shape=self.shape(pattern.shape), split=None)
 
     def run(self, function: Callable, specs: tuple, out: P, *operands) -> jax.Array:
         return jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)(*operands)
 
 
-def forward(function: Callable, x, w, pattern, geometry) -> jax.Array:
-    """A backend's forward product."""
-    split: Split = pattern.split
+class ByParts(NamedTuple):
+    """A backend for patterns that are divided over a mesh: on each device the given one multiplies the device's parts."""
 
-    def own(x, w, pattern):
-        y = function(x, w, split.own(pattern), geometry)
-        return lax.psum(y, 'model') if split.axis == INPUTS else y
+    backend: Any
 
-    return split.run(own, (split.images(INPUTS), split.weight(w.ndim), split.of_lists()), split.images(OUTPUTS), x, w, pattern)
+    def unsupported(self, dtype, granularity: Granularity) -> str:
+        return self.backend.unsupported(dtype, granularity)
 
+    def forward(self, x, w, pattern, geometry) -> jax.Array:
+        split: Split = pattern.split
 
-def input_gradient(function: Callable, dy, w, pattern, geometry, x_shape) -> jax.Array:
-    """A backend's input gradient."""
-    split: Split = pattern.split
-    shape, _ = split.local(x_shape, w.shape)
+        def part(x, w, pattern):
+            y = self.backend.forward(x, w, split.part(pattern), geometry)
+            return lax.psum(y, 'model') if split.axis == INPUTS else y
 
-    def own(dy, w, pattern):
-        dx = function(dy, w, split.own(pattern), geometry, shape)
-        return lax.psum(dx, 'model') if split.axis == OUTPUTS else dx
+        specs = split.images(INPUTS), split.weight(w.ndim), split.of_lists()
+        return split.run(part, specs, split.images(OUTPUTS), x, w, pattern)
 
-    return split.run(own, (split.images(OUTPUTS), split.weight(w.ndim), split.of_lists()), split.images(INPUTS), dy, w, pattern)
+    def input_gradient(self, dy, w, pattern, geometry, x_shape) -> jax.Array:
+        split: Split = pattern.split
+        shape, _ = split.local(x_shape, w.shape)
 
+        def part(dy, w, pattern):
+            dx = self.backend.input_gradient(dy, w, split.part(pattern), geometry, shape)
+            return lax.psum(dx, 'model') if split.axis == OUTPUTS else dx
 
-def weight_gradient(function: Callable, x, dy, pattern, geometry, w_shape) -> jax.Array:
-    """A backend's weight gradient."""
-    split: Split = pattern.split
+        specs = split.images(OUTPUTS), split.weight(w.ndim), split.of_lists()
+        return split.run(part, specs, split.images(INPUTS), dy, w, pattern)
 
-    def own(x, dy, pattern):
-        return lax.psum(function(x, dy, split.own(pattern), geometry, split.shape(w_shape)), 'data')
+    def weight_gradient(self, x, dy, pattern, geometry, w_shape) -> jax.Array:
+        split: Split = pattern.split
 
-    specs = split.images(INPUTS), split.images(OUTPUTS), split.of_lists()
-    return split.run(own, specs, split.weight(len(w_shape)), x, dy, pattern)
+        def part(x, dy, pattern):
+            return lax.psum(self.backend.weight_gradient(x, dy, split.part(pattern), geometry, split.shape(w_shape)), 'data')
+
+        specs = split.images(INPUTS), split.images(OUTPUTS), split.of_lists()
+        return split.run(part, specs, split.weight(len(w_shape)), x, dy, pattern)
 
 
 def mask(function: Callable, pattern) -> jax.Array:
-    """The mask that a pattern stands for."""
+    """The mask that a pattern stands for; `function` makes it of one device's pattern."""
     split: Split = pattern.split
-    return split.run(lambda p: function(split.own(p)), (split.of_lists(),), split.weight(len(pattern.shape)), pattern)
+    return split.run(lambda p: function(split.part(p)), (split.of_lists(),), split.weight(len(pattern.shape)), pattern)
 
 
-def split_of(sharding: NamedSharding, shape: tuple[int, ...], block: tuple[int, int] | None) -> Split | None:
+def split_of(sharding: NamedSharding, shape: tuple[int, ...], granularity: Granularity) -> Split | None:
     """How kernels take a weight that lies like this; None: not at all, as where parts would cut blocks. What 'data' divides is gathered
     before it is used."""
     ndim = len(shape)
@@ -108,43 +113,6 @@ def split_of(sharding: NamedSharding, shape: tuple[int, ...], block: tuple[int, 
     if any(isinstance(name, tuple) for name in names) or not set(over) <= {OUTPUTS, INPUTS}:
         return None
     split = Split(sharding.mesh, over[0] if over else None)  # type: ignore[arg-type]
-    cuts = block and split.axis is not None and split.parts > 1 and shape[split.axis] // split.parts % block[split.axis]
-    return None if cuts else split
-
-
-def make(mask: Any, split: Split, build: Callable[[np.ndarray], Any], rows: bool) -> Any:
-    """A pattern of arrays on the mesh, each process making the parts of its own devices.
-
-    Args:
-      mask: a weight's, concrete; on several processes a jax array.
-      split: how it lies.
-      build: makes one part's pattern on the host.
-      rows: whether the first axis holds layers.
-    """
-    place = NamedSharding(split.mesh, split.weight(np.ndim(mask)))
-    placed = jax.jit(lambda x: x, out_shardings=place)(mask)
-    own = {}
-    for shard in placed.addressable_shards:
-        start = 0 if split.axis is None else (shard.index[split.axis].start or 0)
-        if start not in own:
-            own[start] = build(np.asarray(shard.data))
-    # One program on all devices: of equal capacity, and by one rule.
-    most = np.array([max(p.capacity for p in own.values()), max(p.by_rule == 'reference' for p in own.values())])
-    if jax.process_count() > 1:
-        most = np.asarray(multihost_utils.process_allgather(most)).reshape(-1, 2).max(0)
-    by_rule = 'reference' if most[1] else next(iter(own.values())).by_rule
-    own = {start: dataclasses.replace(p.with_capacity(int(most[0])), by_rule=by_rule) for start, p in own.items()}
-    width = 1 if split.axis is None else np.shape(mask)[split.axis] // split.parts
-    lead = 1 if rows else 0
-    spec = P() if split.axis is None else P(*[None] * lead, 'model')
-
-    def spread(*parts: np.ndarray) -> jax.Array:
-        of = dict(zip(own, parts, strict=True))
-        if split.axis is None:
-            return jax.make_array_from_callback(parts[0].shape, NamedSharding(split.mesh, spec), lambda i: parts[0][i])
-        shape = (*parts[0].shape[:lead], split.parts, *parts[0].shape[lead:])
-        pick = lambda index: np.expand_dims(of[(index[lead].start or 0) * width], lead)
-        return jax.make_array_from_callback(shape, NamedSharding(split.mesh, spec), pick)
-
-    made = jax.tree.map(spread, *own.values())
-    return dataclasses.replace(made, shape=tuple(np.shape(mask)[lead:]), split=split)
+    if split.axis is None or split.parts == 1:
+        return split
+    return None if shape[split.axis] // split.parts % granularity.sides[split.axis] else split

@@ -7,7 +7,10 @@ import pathlib
 import tempfile
 from typing import Any
 
+from sparse_jax.core.granularity import Granularity
 from sparse_jax.kernels.cpu import compiler
+
+_CROSSOVERS = 'crossovers.json'  # kind of device -> sides of a block -> density
 
 
 def rounded(density: float) -> float:
@@ -40,3 +43,20 @@ def write(name: str, content: dict[str, Any]) -> None:
             os.replace(partial, path)
         finally:
             pathlib.Path(partial).unlink(missing_ok=True)
+
+
+def crossover(device: str, granularity: Granularity) -> float | None:
+    """Up to which density the kernels were measured to be the faster ones on this kind of device; None: it was not measured."""
+    return read(_CROSSOVERS).get(device, {}).get(_sides(granularity))
+
+
+def write_crossover(device: str, granularity: Granularity, density: float) -> None:
+    """Keeps what :func:`crossover` gives."""
+    content = read(_CROSSOVERS)
+    content.setdefault(device, {})[_sides(granularity)] = rounded(density)
+    write(_CROSSOVERS, content)
+
+
+def _sides(granularity: Granularity) -> str:
+    rows, columns = granularity.sides
+    return f'{rows}x{columns}'

@@ -20,12 +20,12 @@ from flax import nnx
 
 from sparse_jax import kernels
 from sparse_jax.core import errors
-from sparse_jax.models import by_lanes, transformer
+from sparse_jax.models import by_lanes, layers, transformer
 from sparse_jax.models.cifar import VGG, AlexNet, WideResNet
 from sparse_jax.models.lenet import LeNet5, LeNet300
 
 # name -> module and what distinguishes it
-_MODELS: dict[str, tuple[type[nnx.Module], dict[str, Any]]] = {
+_MODELS: dict[str, tuple[type[layers.Network], dict[str, Any]]] = {
     'lenet300': (LeNet300, {}),
     'lenet5': (LeNet5, {}),
     'alexnet_s': (AlexNet, dict(hidden=1024)),
@@ -76,7 +76,7 @@ def create(
     num_outputs: int,
     dtype: str = 'float32',
     layout: str = 'auto',
-    **own: Any,
+    **settings: Any,
 ) -> Model:
     """A model by name.
 
@@ -88,7 +88,7 @@ def create(
       layout: how the images of the CIFAR networks lie between convolutions: ``'channels'`` (last, in plain XLA), ``'lanes'`` (on the C++
         kernels, which normalise while they read: see by_lanes.py), or ``'auto'``: lanes where they run and are the faster ones, which
         is on one CPU, in float32, for batches that are multiples of 16, where there is a C++ compiler.
-      **own: what this model takes besides: see :func:`options`, and the module's docstring.
+      **settings: what this model takes besides: see :func:`options`, and the module's docstring.
 
     Returns:
       Its functions. ``patterns`` is a tree like the params with a sparsity pattern or None at each leaf; stacked leaves have patterns
@@ -97,24 +97,23 @@ def create(
     Raises:
       ValueError: if there is no such model or option, or it cannot take such examples.
     """
-    known = options(name)
-    for option in own:
-        if option not in known:
-            raise errors.unknown(f'the option of {name}', option, known)
+    possible = options(name)
+    for option in settings:
+        if option not in possible:
+            raise errors.unknown(f'the option of {name}', option, possible)
     if dtype not in DTYPES:
         raise errors.unknown('model.dtype', dtype, DTYPES)
     if layout not in LAYOUTS:
         raise errors.unknown('model.layout', layout, LAYOUTS)
-    if name != 'transformer' and len(input_shape) != 3:
-        raise ValueError(f'model.name={name!r} takes images, got examples of shape {tuple(input_shape)}: choose other data.')
     module, fixed = _MODELS[name]
+    if not module.takes_tokens and len(input_shape) != 3:
+        raise ValueError(f'model.name={name!r} takes images, got examples of shape {tuple(input_shape)}: choose other data.')
     compute = jnp.dtype(dtype)
-    takes_tokens, is_cifar = module is transformer.Transformer, module.__module__ == VGG.__module__
-    if layout == 'lanes' and not is_cifar:
+    if layout == 'lanes' and not module.takes_lanes:
         raise ValueError(f"model.layout='lanes' is for the CIFAR networks: {name} takes 'auto' or 'channels'.")
 
     def make(key):
-        return module(tuple(input_shape), num_outputs, **fixed, **own, rngs=nnx.Rngs(key))  # pyright: ignore[reportCallIssue]
+        return module(tuple(input_shape), num_outputs, **fixed, **settings, rngs=nnx.Rngs(key))  # pyright: ignore[reportCallIssue]
 
     graphdef = nnx.split(nnx.eval_shape(make, jax.random.key(0)))[0]
 
@@ -124,17 +123,17 @@ def create(
 
     def apply(params, state, x, *, train: bool, rng=None, patterns=None):
         model: Any = nnx.merge(graphdef, params, state)
-        if takes_tokens:
+        if module.takes_tokens:
             logits = model(x, train=train, rng=rng, patterns=patterns, dtype=compute)
         else:
             x = x.astype(compute)
             count = len(x)
-            if is_cifar and _by_lanes(layout, x, patterns, train):
+            if module.takes_lanes and _by_lanes(layout, x, patterns, train):
                 x = by_lanes.begin(jnp.pad(x, ((0, -count % by_lanes.BATCH), (0, 0), (0, 0), (0, 0))), train=train)
             logits = model(x, train=train, rng=rng, patterns=patterns)[:count]
         return logits.astype(jnp.float32), nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
 
-    return Model(init, apply, transformer.stacked if takes_tokens else None)
+    return Model(init, apply, transformer.stacked if module.takes_tokens else None)
 
 
 def _by_lanes(layout: str, x: Any, patterns: Any, train: bool) -> bool:

@@ -11,11 +11,13 @@ import jax
 from flax import nnx
 
 from sparse_jax.models import layers
-from sparse_jax.models.layers import BatchNorm, Conv, Linear, flatten, max_pool, pattern_at, relu
+from sparse_jax.models.layers import BatchNorm, Conv, Linear, Network, flatten, max_pool, pattern_at, relu
 
 
-class AlexNet(nnx.Module):
+class AlexNet(Network):
     """Five convolutions with stride 2 and no pooling, three linear layers, batch normalisation: s has 1,024 hidden units, b 2,048."""
+
+    takes_lanes = True
 
     def __init__(self, input_shape: tuple[int, int, int], num_outputs: int, *, hidden: int, rngs: nnx.Rngs):
         _check_cifar(input_shape, 'alexnet')
@@ -45,12 +47,14 @@ class AlexNet(nnx.Module):
 _VGG_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
-class VGG(nnx.Module):
+class VGG(Network):
     """VGG-16 with batch normalisation in place of dropout and linear layers of 512; variant c, d or like.
 
     C has 1x1 kernels in the last convolution of the last three stages, padded by a pixel as in the original, so that its image grows by
     two pixels there; D has 3x3 kernels throughout; like is D with one hidden linear layer less.
     """
+
+    takes_lanes = True
 
     def __init__(self, input_shape: tuple[int, int, int], num_outputs: int, *, variant: str, rngs: nnx.Rngs):
         _check_cifar(input_shape, f'vgg_{variant}')
@@ -114,8 +118,10 @@ class _WideBlock(nnx.Module):
 _SAME = {3: ((1, 1), (1, 1)), 1: ((0, 0), (0, 0))}  # PyTorch's padding: with stride 2 'SAME' would pad the other side
 
 
-class WideResNet(nnx.Module):
+class WideResNet(Network):
     """WRN-depth-width: a 3x3 convolution, three stages of (depth - 4) / 6 blocks, global average, a linear layer."""
+
+    takes_lanes = True
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,13 @@ def pattern_at(patterns: Any, *path: str) -> Any:
     for name in path:
         patterns = None if patterns is None else patterns.get(name)
     return patterns
+
+
+class Network(nnx.Module):
+    """A whole model, and what it can do."""
+
+    takes_tokens: ClassVar[bool] = False  # else images
+    takes_lanes: ClassVar[bool] = False  # whether its images may lie by lanes: see by_lanes.py
 
 
 class Linear(nnx.Module):

@@ -6,10 +6,10 @@ Reference: LeCun et al., Gradient-based learning applied to document recognition
 import jax
 from flax import nnx
 
-from sparse_jax.models.layers import Conv, Linear, max_pool, pattern_at
+from sparse_jax.models.layers import Conv, Linear, Network, max_pool, pattern_at
 
 
-class LeNet300(nnx.Module):
+class LeNet300(Network):
     """784-300-100-classes, ReLU: 266,610 parameters with 10 classes."""
 
     def __init__(self, input_shape: tuple[int, int, int], num_outputs: int, *, rngs: nnx.Rngs):
@@ -25,7 +25,7 @@ class LeNet300(nnx.Module):
         return self.fc3(x, pattern_at(patterns, 'fc3', 'kernel'), out_dtype='float32')
 
 
-class LeNet5(nnx.Module):
+class LeNet5(Network):
     """20@5x5, pool, 50@5x5, pool, 500, classes: 431,080 parameters with 28x28x1 images and 10 classes."""
 
     def __init__(self, input_shape: tuple[int, int, int], num_outputs: int, *, rngs: nnx.Rngs):

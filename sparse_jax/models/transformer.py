@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparse_jax.models import layers
-from sparse_jax.models.layers import Embed, Linear, RMSNorm, pattern_at
+from sparse_jax.models.layers import Embed, Linear, Network, RMSNorm, pattern_at
 
 
 def rotary(x: jax.Array, base: float = 10_000.0) -> jax.Array:
@@ -81,7 +81,7 @@ class _Layer(nnx.Module):
         return x + layers.dropout(y, self.dropout, keys[1], train=train)
 
 
-class Transformer(nnx.Module):
+class Transformer(Network):
     """Tokens int[batch, length] to logits float32[batch, length, tokens].
 
     Args:
@@ -96,6 +96,8 @@ class Transformer(nnx.Module):
       remat: whether a layer's activations are computed again in the backward pass: a third more work, and memory for one layer's
         instead of all layers'.
     """
+
+    takes_tokens = True
 
     def __init__(
         self,
@@ -133,8 +135,8 @@ class Transformer(nnx.Module):
         keys = None if rng is None else jax.random.split(rng, self.depth)
 
         def layer(x, row):
-            params, key, own = row
-            return nnx.merge(graphdef, params)(x, train=train, rng=key, patterns=own), None
+            params, key, patterns = row
+            return nnx.merge(graphdef, params)(x, train=train, rng=key, patterns=patterns), None
 
         rows = nnx.to_pure_dict(stacked), keys, pattern_at(patterns, 'layers')
         x, _ = jax.lax.scan(jax.checkpoint(layer) if self.remat else layer, self.embed(tokens, dtype), rows)

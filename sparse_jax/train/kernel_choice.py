@@ -15,11 +15,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-import sparse_jax as sj
 from sparse_jax import config as config_lib
+from sparse_jax import kernels
+from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core import masks as masks_lib
-from sparse_jax.core import target
-from sparse_jax.kernels import measure, sharded
+from sparse_jax.kernels import backend, measure, sharded
 from sparse_jax.runtime import hosts, workdir
 from sparse_jax.train import devices as devices_lib
 from sparse_jax.train import state as state_lib
@@ -30,39 +30,31 @@ _MUCH = 1.5  # a density that has changed by this factor since a layer's choice 
 _SPARSE = 0.9  # above this density no sparse kernel is tried
 
 
-def block_of(config: config_lib.Config) -> tuple[int, int]:
-    """The block of a config's units; (1, 1): single weights."""
-    granularity = sj.granularity.get(config.sparsity.granularity)
-    return (granularity.rows, granularity.columns) if isinstance(granularity, sj.granularity.Block) else (1, 1)
-
-
 def check(config: config_lib.Config) -> None:
     """ValueError where sparsity.kernels asks for a backend that does not run here; compiles it if need be."""
     named = config.sparsity.kernels
-    if named in sj.kernels.IMPLEMENTATIONS and config.sparsity.method != 'dense' and (reason := _unavailable(config, named)):
+    if named in backend.IMPLEMENTATIONS and config.sparsity.method != 'dense' and (reason := _unsupported(config, named)):
         raise ValueError(f"config.sparsity.kernels={named!r} does not run here: {reason}. Take 'auto', 'reference' or 'dense'.")
 
 
-def _unavailable(config: config_lib.Config, name: str) -> str:
+def _unsupported(config: config_lib.Config, implementation: str) -> str:
     """Why a backend cannot run this; empty where it can."""
-    if name not in sj.kernels.IMPLEMENTATIONS:
-        return f'there are none for {name}'
-    return sj.kernels.unsupported(name, config.model.dtype, block_of(config))
+    return backend.unsupported(implementation, config.model.dtype, config.sparsity.granularity)
 
 
 def cut_by_mesh(config: config_lib.Config, experiment: state_lib.Experiment, devices: devices_lib.Devices) -> list[str]:
     """Sparse layers that the mesh divides so that no kernel takes them, as where it cuts blocks; ValueError where kernels are named."""
     if devices.mesh is None or config.sparsity.method == 'dense':
         return []
-    block, cut = block_of(config), []
-    for path, mask in masks_lib.leaf_paths(sj.get_masks(devices.shapes.opt_state)):
+    granularity, cut = granularity_lib.get(config.sparsity.granularity), []
+    for path, mask in masks_lib.leaf_paths(masks_lib.get_masks(devices.shapes.opt_state)):
         axes = mask.ndim - (experiment.stacked is not None and mask.ndim > 0 and experiment.stacked(path, mask))
-        if axes in (2, 4) and sharded.split_of(mask.sharding, mask.shape, block) is None:
+        if axes in (2, 4) and sharded.split_of(mask.sharding, mask.shape, granularity) is None:
             cut.append(path)
     if cut and config.sparsity.kernels not in ('auto', 'dense', 'reference'):
         raise ValueError(
             f'config.sparsity.kernels={config.sparsity.kernels!r}: over config.mesh.model={devices.mesh.shape["model"]} the parts of '
-            f'{", ".join(cut)} are no whole blocks of {block[0]}x{block[1]}, or divide other axes than inputs and outputs. Take a smaller config.mesh.model '
+            f'{", ".join(cut)} are no whole {granularity}, or divide other axes than inputs and outputs. Take a smaller config.mesh.model '
             "or block, other config.mesh.rules, or 'auto', by which these layers are dense."
         )
     return cut
@@ -81,21 +73,15 @@ class LayerKernels:
     ):
         """Args: start: steps done already, 0 for a new run. devices: of the run; None: one."""
         self._mode = 'dense' if config.sparsity.method == 'dense' else config.sparsity.kernels
-        self._mesh = self._places = None
+        self._mesh = self._shardings = None
         if devices is not None and devices.mesh is not None:
-            self._mesh, self._places = devices.mesh, devices.state_shardings.params
-        block = block_of(config)
-        self._block = None if block == (1, 1) else block
-        reason = _unavailable(config, target.platform()) if self._mode == 'auto' else ''
-        self._own = 'reference' if reason else target.platform()
-        if reason and hosts.is_first():
-            _LOG.info('kernels: all products are dense, under masks: the kernels of this platform do not run here: %s.', reason)
-        elif (
-            self._mode == 'auto' and devices is not None and (cut := cut_by_mesh(config, experiment, devices)) and hosts.is_first()
-        ):
-            _LOG.info(
-                'kernels: the mesh cuts blocks of %s, or divides other axes: these layers are dense, under masks.', ', '.join(cut)
-            )
+            self._mesh, self._shardings = devices.mesh, devices.state_shardings.params
+        self._granularity = granularity_lib.get(config.sparsity.granularity)
+        self._platform = backend.Choice('dense', '')
+        if self._mode == 'auto':
+            self._platform = backend.of_platform(config.model.dtype, self._granularity)
+            if hosts.is_first():
+                _log_dense_layers(config, experiment, devices, self._platform)
         self._experiment = experiment
         self._examples = config.data.batch_size // config.train.accumulate
         self._path = folder / FILE
@@ -112,7 +98,7 @@ class LayerKernels:
         for step in before:
             self._chosen |= self._history[str(step)]
         for name in sorted({row['implementation'] for row in self._chosen.values()} - {'dense'}):
-            if reason := _unavailable(config, name):
+            if reason := _unsupported(config, name):
                 _LOG.warning("kernels: %s says '%s', which does not run here (%s): the reference does.", self._path, name, reason)
 
     def patterns(self, step: int, state: state_lib.TrainState) -> Any:
@@ -124,11 +110,11 @@ class LayerKernels:
         """
         if self._mode == 'dense':
             return None
-        masks = sj.get_masks(state.opt_state)
+        masks = masks_lib.get_masks(state.opt_state)
         if self._mesh is None:
             masks = jax.device_get(masks)
-        counted = {path: (mask.sum(dtype='int32'), mask.size) for path, mask in masks_lib.leaf_paths(masks) if np.ndim(mask)}
-        densities = {path: int(count) / size for path, (count, size) in counted.items()}
+        counts = {path: (mask.sum(dtype='int32'), mask.size) for path, mask in masks_lib.leaf_paths(masks) if np.ndim(mask)}
+        densities = {path: int(count) / size for path, (count, size) in counts.items()}
         if self._mode == 'auto':
             self._choose(step, state, masks, densities)
             chosen = {path: row['implementation'] for path, row in self._chosen.items()}
@@ -136,16 +122,25 @@ class LayerKernels:
             chosen = dict.fromkeys(densities, self._mode)
         if all(name == 'dense' for name in chosen.values()):
             return None
-        options: dict[str, Any] = dict(block=self._block, stacked=self._experiment.stacked, implementations=chosen)
-        self._patterns = sj.kernels.make_patterns(masks, **options, previous=self._patterns, shardings=self._places)
+        self._patterns = self._make_patterns(masks, chosen, self._patterns)
         return self._patterns if self._mesh is not None else jax.device_put(self._patterns)
+
+    def _make_patterns(self, masks, implementations: dict[str, str], previous: Any = None) -> Any:
+        return kernels.make_patterns(
+            masks,
+            granularity=self._granularity,
+            stacked=self._experiment.stacked,
+            implementations=implementations,
+            previous=previous,
+            shardings=self._shardings,
+        )
 
     def _choose(self, step: int, state, masks, densities: dict[str, float]) -> None:
         stored = self._history.get(str(step), {})
         rows: dict[str, Any] = {}
         for path, density in densities.items():
-            known = self._chosen.get(path)
-            if known and 1 / _MUCH < density / known['density'] < _MUCH:
+            last = self._chosen.get(path)
+            if last and 1 / _MUCH < density / last['density'] < _MUCH:
                 continue
             if self._calls is None and path not in stored:
                 self._calls = self._traced(state, masks)
@@ -165,27 +160,38 @@ class LayerKernels:
             window, every = self._experiment.dense_gradient_steps, self._experiment.update_every
             share = 1.0 if window is None else min(1.0, window / every)
             row['seconds'] = measure.measured(self._calls[path], density, dense_share=share)
-            row['implementation'] = measure.fastest(row['seconds'])
-            times = ', '.join(f'{name} {1e3 * seconds:.2f} ms' for name, seconds in row['seconds'].items())
-            _LOG.info('kernels: %s at %.2f%% takes %s (%s)', path, 100 * density, row['implementation'], times)
+            choice = backend.fastest(row['seconds'])
+            row['implementation'] = choice.implementation
+            _LOG.info('kernels: %s at %.2f%% takes %s (%s)', path, 100 * density, *choice)
         return row
 
     def _traced(self, state, masks) -> dict[str, measure.Call]:
         """The products that a device makes in a step with each sparse leaf, by tracing one."""
         experiment = self._experiment
-        leaves = {path for path, mask in masks_lib.leaf_paths(masks) if np.ndim(mask)}
-        options: dict[str, Any] = dict(
-            block=self._block, stacked=experiment.stacked, implementations=dict.fromkeys(leaves, self._own)
-        )
-        patterns = sj.kernels.make_patterns(masks, **options, shardings=self._places)
+        leaves = [path for path, mask in masks_lib.leaf_paths(masks) if np.ndim(mask)]
+        implementation = 'reference' if self._platform.implementation == 'dense' else self._platform.implementation
+        patterns = self._make_patterns(masks, dict.fromkeys(leaves, implementation))
         x = jax.ShapeDtypeStruct((self._examples, *experiment.example.shape[1:]), experiment.example.dtype)
-        with measure.recorded() as calls:
-            # in training: an evaluation fills its batch up, and may lie by lanes where training does not
-            jax.eval_shape(lambda p, s, x: experiment.apply(p, s, x, patterns, train=True), state.params, state.model_state, x)
-        # the first layer's input is the network's, whose gradient nobody wants
-        size = math.prod(x.shape) // (1 if self._mesh is None else self._mesh.shape['data'])
-        first = [call._replace(input_gradient=False) if math.prod(call.x) == size else call for call in calls[:1]]
-        return {call.name: call for call in (*first, *calls[1:])}
+        # in training: an evaluation fills its batch up, and may lie by lanes where training does not
+        apply = lambda params, model_state, x, patterns: experiment.apply(params, model_state, x, patterns, train=True)
+        calls = measure.products_of(apply, state.params, state.model_state, x, patterns)
+        images = math.prod(x.shape) // (1 if self._mesh is None else self._mesh.shape['data'])
+        if calls and math.prod(calls[0].x) == images:  # the network's own input, whose gradient nobody wants
+            calls[0] = calls[0]._replace(input_gradient=False)
+        return {call.name: call for call in calls}
+
+
+def _log_dense_layers(
+    config: config_lib.Config, experiment: state_lib.Experiment, devices: devices_lib.Devices | None, platform: backend.Choice
+) -> None:
+    """Says which layers cannot take the platform's kernels, and why."""
+    if platform.reason:
+        _LOG.info(
+            'kernels: all products are dense, under masks: the kernels of this platform do not run here: %s.', platform.reason
+        )
+    elif devices is not None and (cut := cut_by_mesh(config, experiment, devices)):
+        message = 'kernels: the mesh cuts blocks of %s, or divides other axes: these layers are dense, under masks.'
+        _LOG.info(message, ', '.join(cut))
 
 
 def print_table(config: config_lib.Config, folder: pathlib.Path) -> None:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.gpu import check, kernels, model
-from sparse_jax.core import target
+from sparse_jax.core.granularity import Block
+from sparse_jax.kernels import lowering_for
 from sparse_jax.kernels.gpu import config as config_lib
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -40,7 +41,7 @@ def test_a_config_that_is_refused_is_told_and_left_out_but_not_the_one_of_the_ru
     shape, block = model.Shape((64, 1, 1, 128), (1, 1, 128, 64)), (64, 64)
     arrays = check.arguments('forward', *check.operands(shape, block, 0.5))
     refused, rule = config_lib.Config(block_m=36), config_lib.rule('forward', block, 64)
-    with target.lowering_for('gpu', interpret=True):
+    with kernels.lowering_for('gpu', interpret=True):
         assert kernels._fastest('forward', shape, block, arrays, [rule, refused], 1) == rule
         assert 'left out: forward' in (message := capsys.readouterr().err) and 'block_m=36' in message
         with pytest.raises(AssertionError):
@@ -61,7 +62,7 @@ def test_a_sweep_keeps_the_best_tiles_and_up_to_which_density_blocks_win(tmp_pat
     """In the interpreter, which is slower than XLA's dense product: blocks never win."""
     monkeypatch.setenv('SPARSE_JAX_CACHE', str(tmp_path))
     shape = model.Shape((64, 1, 1, 128), (1, 1, 128, 64))
-    with target.lowering_for('gpu', interpret=True):
+    with lowering_for('gpu', interpret=True):
         kernels.sweep((shape,), ((64, 64),), (0.5,), ('forward',), rounds=1)
     name = config_lib.key('forward', shape.x, shape.w, (64, 64), jnp.bfloat16)
     rule = config_lib.rule('forward', (64, 64), 64)
@@ -112,7 +113,7 @@ def test_every_shape_and_block_of_check_makes_a_pattern():
     for shape in check.CHECKED:
         for block in kernels.BLOCKS:
             x, w, dy, pattern = check.operands(shape, block, 0.7)
-            assert (x.shape, w.shape, dy.shape, pattern.block) == (shape.x, shape.w, shape.y, block)
+            assert (x.shape, w.shape, dy.shape, pattern.granularity) == (shape.x, shape.w, shape.y, Block(*block))
 
 
 def test_the_aims_of_64_blocks_at_90_percent_are_predicted():

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from sparse_jax import kernels
-from sparse_jax.kernels import backend, measure, rules
+from sparse_jax.core.granularity import Block, Unstructured
+from sparse_jax.kernels import backend, measure, store
 from sparse_jax.kernels.reference import Geometry
 
 pytestmark = pytest.mark.core
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.core
 def _operands(block=(64, 64), dtype=jnp.bfloat16, size=128, **options):
     mask = np.kron(np.eye(size // block[0], dtype=bool), np.ones(block, bool))
     w = jnp.asarray(mask, dtype)
-    return jnp.ones((64, size), dtype), w, kernels.make_pattern(mask, block=None if block == (1, 1) else block, **options)
+    return jnp.ones((64, size), dtype), w, kernels.make_pattern(mask, block=block, **options)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def test_a_pattern_of_another_block_size_and_one_too_small_are_refused():
         kernels.make_pattern(np.asarray(w, bool), block=(128, 128))
     with pytest.raises(ValueError, match=r'w has shape \(128, 128\), its pattern is of shape \(64, 64\)'):
         kernels.sparse_dot(x, w, kernels.make_pattern(np.ones((64, 64), bool), block=(64, 64)))
-    short = pattern.__class__(pattern.indices[:1], *jax.tree.leaves(pattern)[1:], pattern.shape, pattern.block)
+    short = pattern.__class__(pattern.indices[:1], *jax.tree.leaves(pattern)[1:], pattern.shape, pattern.granularity)
     with pytest.raises(ValueError, match='lists 2 units and has room for 1.*make_pattern'):
         kernels.sparse_dot(x, w, short)
 
@@ -71,8 +72,14 @@ def test_unknown_names_are_told():
 
 
 def _fresh():
-    backend._say_once.cache_clear()
-    rules._say_once.cache_clear()
+    backend._warn_once.cache_clear()
+
+
+def _by_rule(density, granularity, units=4096):
+    """The backend of a pattern of that density, for which nobody names one."""
+    rows, columns = granularity.sides
+    mask = np.repeat(np.repeat(np.arange(units)[None] < round(density * units), rows, 0), columns, 1)
+    return backend._by_rule(kernels.make_pattern(mask, granularity=granularity)).implementation
 
 
 def test_a_pattern_that_names_what_does_not_run_takes_the_reference_and_says_so_once(caplog):
@@ -91,32 +98,34 @@ def test_none_takes_a_gpus_kernels_up_to_the_density_that_was_measured(tmp_path,
     """The table is a file of this user's, by kind of device; this machine's device stands in for a GPU's name."""
     _fresh()
     monkeypatch.setenv('SPARSE_JAX_CACHE', str(tmp_path))
-    monkeypatch.setattr(rules._target, 'platform', lambda: 'gpu')
-    monkeypatch.setattr(rules._target, 'capability', lambda: '9.0')
+    monkeypatch.setattr(backend.target, 'platform', lambda: 'gpu')
+    monkeypatch.setattr(backend.device, 'capability', lambda: '9.0')
     with caplog.at_level(logging.WARNING, 'sparse_jax'):
-        assert rules.by_rule(0.1, (64, 64)) == 'reference'
-        assert rules.by_rule(0.1, (64, 64)) == 'reference'
+        assert _by_rule(0.1, Block(64, 64), 10) == 'reference'
+        assert _by_rule(0.1, Block(64, 64), 10) == 'reference'
     assert len(caplog.records) == 1 and 'blocks of 64x64 were not measured on cpu' in caplog.text
-    rules.write((64, 64), 1 - 0.9)
+    store.write_crossover('cpu', Block(64, 64), 1 - 0.9)
     densities = 0.05, 0.1, 410 / 4096, 0.11  # a tenth, as floats and whole blocks have it
-    assert [rules.by_rule(density, (64, 64)) for density in densities] == ['gpu', 'gpu', 'gpu', 'reference']
-    assert rules.by_rule(0.01, (1, 1)) == 'reference'  # single weights: masked dense products, always
+    bounds = [backend.density_bound(density, Block(64, 64)) for density in densities]
+    assert bounds == [0.05, 0.1, 0.1, 0.2]
+    assert [_by_rule(density, Block(64, 64), 100) for density in densities] == ['gpu', 'gpu', 'gpu', 'reference']
+    assert _by_rule(0.01, Unstructured()) == 'reference'  # single weights: masked dense products, always
 
 
 def test_none_says_why_where_a_gpus_kernels_cannot_run_and_what_would_measure(tmp_path, monkeypatch, caplog):
     _fresh()
     monkeypatch.setenv('SPARSE_JAX_CACHE', str(tmp_path))
-    monkeypatch.setattr(rules._target, 'platform', lambda: 'gpu')
-    monkeypatch.setattr(rules._target, 'capability', lambda: '8.0')
+    monkeypatch.setattr(backend.target, 'platform', lambda: 'gpu')
+    monkeypatch.setattr(backend.device, 'capability', lambda: '8.0')
     x, w, pattern = _operands()
     with caplog.at_level(logging.WARNING, 'sparse_jax'):
         np.testing.assert_array_equal(kernels.sparse_dot(x, w, pattern), x @ w)
         assert "the reference multiplies instead of 'gpu': it needs a Hopper GPU" in caplog.text and 'benchmarks' not in caplog.text
         caplog.clear()
-        monkeypatch.setattr(rules._target, 'platform', lambda: 'tpu')
-        assert rules.by_rule(0.1, (128, 128)) == 'reference'  # nothing measures TPUs
+        monkeypatch.setattr(backend.target, 'platform', lambda: 'tpu')
+        assert _by_rule(0.1, Block(128, 128), 10) == 'reference'  # nothing measures TPUs
         assert 'not measured on cpu' in caplog.text and 'benchmarks' not in caplog.text
-        assert rules.by_rule(0.1, (64, 64)) == 'tpu'  # and who takes that is told why not
+        assert _by_rule(0.1, Block(64, 64), 10) == 'tpu'  # and who takes that is told why not
 
 
 @pytest.mark.parametrize('platform', ('gpu', 'tpu'))
@@ -149,13 +158,13 @@ def test_convolutions_with_an_empty_result_are_zeros(platform):
 
 
 def test_the_launchers_candidates_are_those_of_the_platform():
-    call = measure.Call('fc', (64, 1, 1, 128), (1, 1, 128, 128), Geometry(), (64, 64), 'bfloat16')
+    call = measure.Call('fc', (64, 1, 1, 128), (1, 1, 128, 128), Geometry(), Block(64, 64), 'bfloat16')
     with kernels.lowering_for('gpu'):
         assert measure.candidates(call) == ('dense', 'gpu')
-        assert measure.candidates(call._replace(block=(8, 8))) == ('dense',)
+        assert measure.candidates(call._replace(granularity=Block(8, 8))) == ('dense',)
         assert measure.candidates(call._replace(dtype='float32')) == ('dense',)
     with kernels.lowering_for('tpu'):
-        assert measure.candidates(call._replace(block=(128, 128))) == ('dense', 'tpu')
+        assert measure.candidates(call._replace(granularity=Block(128, 128))) == ('dense', 'tpu')
     assert measure.candidates(call) == ('dense',)
 
 
@@ -173,3 +182,43 @@ def test_block_scores_of_the_reference_and_its_refusals():
     for block in ((0, 4), 4, (2, 2.5), (2, 2, 2)):
         with pytest.raises(ValueError, match='must be two integers of at least 1'):
             kernels.block_scores(x, dy, (5, 7), block=block)
+
+
+@pytest.mark.parametrize('platform', ('cpu', 'gpu'))
+def test_a_density_bound_stays_until_the_rule_would_answer_otherwise(platform, monkeypatch):
+    """It is static: another one compiles the step anew."""
+    monkeypatch.setattr(backend.target, 'platform', lambda: platform)
+    bounds, before = [], 0.0
+    for density in (0.19, 0.21, 0.9, 0.4, 0.19, 0.1, 0.11, 0.09, 0.1, 0.03):
+        before = backend.density_bound(density, Block(64, 64), before=before)
+        assert before >= density
+        bounds.append(before)
+    expected = {'cpu': [0.2, 1, 1, 1, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2], 'gpu': [0.2, 0.5, 1, 1, 0.2, 0.2, 0.2, 0.2, 0.2, 0.05]}
+    assert bounds == expected[platform]
+
+
+def test_a_choice_says_why():
+    x, _, pattern = _operands(dtype=jnp.float32)
+    choose = functools.partial(backend.choose, dtype=x.dtype, pattern=pattern)
+    assert choose('reference', empty=False) == ('reference', 'it is named')
+    assert choose(None, empty=True) == ('reference', 'there is nothing to multiply')
+    assert choose(None, empty=False) == ('reference', 'more than 20% of the weights exist')
+    assert backend.of_platform('bfloat16', Unstructured()) == (
+        'dense',
+        'it computes in float32, got x of bfloat16 and w of bfloat16',
+    )
+    assert backend.fastest({'dense': 1.0, 'cpu': 0.5}).reason == 'dense 1000.00 ms, cpu 500.00 ms'
+
+
+def test_granularity_is_given_in_one_way():
+    mask = np.ones((4, 4), bool)
+    for given in (dict(granularity='block:2x2'), dict(granularity=Block(2, 2)), dict(block=(2, 2)), dict(block=[2, 2])):
+        assert kernels.make_pattern(mask, **given).granularity == Block(2, 2)
+        assert kernels.make_patterns({'w': mask}, **given)['w'].granularity == Block(2, 2)
+    assert kernels.make_pattern(mask, block=(1, 1)).granularity == kernels.make_pattern(mask).granularity == Unstructured()
+    assert kernels.make_pattern(mask, granularity='block:2x2:kernel').units == (2, 2)
+    for function, masks in ((kernels.make_pattern, mask), (kernels.make_patterns, {'w': mask})):
+        with pytest.raises(ValueError, match=f"{function.__name__}: got both granularity='unstructured' and block="):
+            function(masks, granularity='unstructured', block=(2, 2))
+        with pytest.raises(ValueError, match='must be two integers of at least 1'):
+            function(masks, block=(2, 0))

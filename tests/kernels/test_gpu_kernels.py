@@ -173,7 +173,7 @@ def test_the_parts_of_a_layer_divided_over_a_mesh(axis):
     halves = lambda a, axis: jnp.split(a, 2, axis)
     ys, dws = [], []
     for part, (x_part, w_part) in enumerate(zip(halves(x, 1) if axis == 0 else (x, x), halves(w, axis), strict=True)):
-        pattern = divided.split.own(jax.tree.map(lambda a, part=part: jnp.asarray(np.asarray(a)[part : part + 1]), divided))
+        pattern = divided.split.part(jax.tree.map(lambda a, part=part: jnp.asarray(np.asarray(a)[part : part + 1]), divided))
         with kernels.lowering_for('gpu', interpret=True):
             y, vjp = jax.vjp(lambda w, x=x_part, pattern=pattern: kernels.sparse_dot(x, w, pattern), w_part)
             ys.append(np.float64(y))

@@ -167,8 +167,8 @@ def test_a_layer_by_lanes_is_measured_as_it_lies():
     )
     patterns = kernels.make_patterns(masks, implementations={})
     x = jax.ShapeDtypeStruct((32, 32, 32, 3), jnp.float32)
-    with measure.recorded() as calls:
-        jax.eval_shape(lambda p, s, x: model.apply(p, s, x, train=False, rng=None, patterns=patterns), params, state, x)
+    apply = lambda p, s, x, patterns: model.apply(p, s, x, train=False, rng=None, patterns=patterns)
+    calls = measure.products_of(apply, params, state, x, patterns)
     by_name = {call.name: call for call in calls}
     call = by_name['block2_1/conv1/kernel']
     assert call.x == (2, 32, 32, 32, 16) and call.w == (3, 3, 32, 64)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import sparse_jax as sj
 from sparse_jax import kernels
-from sparse_jax.kernels import measure, reference
+from sparse_jax.kernels import backend, measure, reference
 from sparse_jax.kernels.cpu import operations as cpu
 from tests.kernels import kernel_cases
 
@@ -189,7 +189,7 @@ def test_wrong_operands():
         jax.jit(lambda m: kernels.make_pattern(m))(mask)
     with pytest.raises(ValueError, match='of fc2 does not consist of whole blocks of 2x2: the block around'):
         kernels.make_pattern(mask, block=(2, 2), name='fc2')
-    with pytest.raises(ValueError, match=r'block=\(8, 8\) does not fit'):
+    with pytest.raises(ValueError, match='blocks of 8x8 do not fit'):
         kernels.make_pattern(mask, block=(8, 8))
 
 
@@ -224,9 +224,7 @@ def test_many_products_at_once_neither_wait_for_each_other_nor_crash_on_nan():
 def test_measured_times_are_kept_by_shape_and_a_damaged_file_is_measured_again(tmp_path, monkeypatch):
     monkeypatch.setenv('SPARSE_JAX_CACHE', str(tmp_path))
     pattern = kernels.make_pattern(np.ones((3, 3, 4, 4), bool), name='conv')
-    with measure.recorded() as calls:
-        jax.eval_shape(lambda x, w: kernels.sparse_conv(x, w, pattern), jnp.ones((2, 6, 6, 4)), jnp.ones((3, 3, 4, 4)))
-    (call,) = calls
+    (call,) = measure.products_of(kernels.sparse_conv, jnp.ones((2, 6, 6, 4)), jnp.ones((3, 3, 4, 4)), pattern)
     assert call.name == 'conv' and call.x == (2, 6, 6, 4) and call.geometry.padding == ((1, 1), (1, 1))
     first = measure.measured(call, 0.0504)
     assert set(first) == {'dense', 'cpu'} and min(first.values()) > 0
@@ -243,9 +241,26 @@ def test_measured_times_are_kept_by_shape_and_a_damaged_file_is_measured_again(t
 
 
 def test_the_choice_takes_a_sparse_kernel_only_where_it_wins():
-    assert measure.fastest({'dense': 1.0, 'cpu': 0.99}) == 'dense'
-    assert measure.fastest({'dense': 1.0, 'cpu': 0.9}) == 'cpu'
-    assert measure.fastest({'dense': 1.0}) == 'dense'
+    assert backend.fastest({'dense': 1.0, 'cpu': 0.99}).implementation == 'dense'
+    assert backend.fastest({'dense': 1.0, 'cpu': 0.9}).implementation == 'cpu'
+    assert backend.fastest({'dense': 1.0}).implementation == 'dense'
+
+
+@pytest.mark.parametrize('wrap', [lambda f: f, jax.jit, jax.checkpoint, lambda f: jax.grad(lambda *a: f(*a).sum())])
+def test_products_are_found_inside_transformations_and_where_they_were_traced_before(wrap):
+    masks = np.ones((3, 4, 4), bool)
+    patterns = kernels.make_patterns({'w': masks, 'out': masks[0]}, stacked=lambda path, leaf: path == 'w')
+
+    def network(x, patterns):
+        x = jax.lax.scan(lambda x, pattern: (kernels.sparse_dot(x, jnp.eye(4), pattern), None), x, patterns['w'])[0]
+        return kernels.sparse_dot(x, jnp.eye(4), patterns['out'])
+
+    function, x = wrap(network), jnp.ones((2, 4))
+    function(x, patterns)
+    assert [(call.name, call.x) for call in measure.products_of(function, x, patterns)] == [
+        ('w', (2, 1, 1, 4)),
+        ('out', (2, 1, 1, 4)),
+    ]
 
 
 @needs_compiler
@@ -265,7 +280,7 @@ def test_by_rule_a_sparse_pattern_takes_the_kernel_and_a_dense_one_does_not():
 def test_the_rule_goes_by_the_density_now_not_by_the_capacity_that_is_kept():
     full = kernels.make_patterns({'w': np.ones((100, 100), bool)})
     sparse = kernels.make_patterns({'w': np.arange(10_000).reshape(100, 100) < 500}, previous=full)['w']
-    assert sparse.capacity == 10_000 and sparse.by_rule == 'cpu' and full['w'].by_rule == 'reference'
+    assert sparse.capacity == 10_000 and (sparse.density_bound, full['w'].density_bound) == (0.2, 1)
 
 
 @settings(max_examples=60)

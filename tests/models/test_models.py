@@ -270,12 +270,11 @@ def test_each_layer_takes_its_pattern_and_none_is_dense(name, path):
     patterns = {'kernel': pattern}
     for part in reversed(path):
         patterns = {part: patterns}
-    run = lambda patterns: jax.eval_shape(
-        lambda p, s, x: model.apply(p, s, x, train=False, rng=None, patterns=patterns), params, state, x
-    )[0]
-    with measure.recorded() as calls:
-        assert run(None).shape == run(patterns).shape
-    assert [call.name for call in calls] == ['w']
+    apply = lambda p, s, x, patterns: model.apply(p, s, x, train=False, rng=None, patterns=patterns)[0]
+    run = lambda patterns: jax.eval_shape(apply, params, state, x, patterns)
+    assert run(None).shape == run(patterns).shape
+    assert measure.products_of(apply, params, state, x, None) == []
+    assert [call.name for call in measure.products_of(apply, params, state, x, patterns)] == ['w']
 
 
 @pytest.mark.core

@@ -14,7 +14,7 @@ import sparse_jax as sj
 from configs import mnist_lenet5, mnist_lenet300
 from sparse_jax import config as config_lib
 from sparse_jax import models, train
-from sparse_jax.kernels import measure
+from sparse_jax.kernels import backend, measure
 from sparse_jax.kernels.cpu import operations as cpu
 from sparse_jax.models import cifar
 from sparse_jax.train import devices as devices_lib
@@ -156,7 +156,7 @@ def test_choices_are_written_and_shown(finished, capsys):
     for rows in history.values():
         for row in rows.values():
             if row['seconds']:
-                assert row['implementation'] == measure.fastest(row['seconds'])
+                assert row['implementation'] == backend.fastest(row['seconds']).implementation
     assert history['0']['fc1/kernel']['density'] == pytest.approx(0.05, abs=1e-3)
     kernel_choice.print_table(_config(), finished[0])
     table = capsys.readouterr().out

@@ -30,8 +30,8 @@ class CompilerError(RuntimeError):
 
 def cache_folder() -> pathlib.Path:
     """Where libraries and measured choices are kept: $SPARSE_JAX_CACHE, or sparse_jax in the user's cache folder."""
-    if own := os.environ.get('SPARSE_JAX_CACHE'):
-        return pathlib.Path(own)
+    if folder := os.environ.get('SPARSE_JAX_CACHE'):
+        return pathlib.Path(folder)
     base = os.environ.get('XDG_CACHE_HOME')
     try:
         return (pathlib.Path(base) if base else pathlib.Path.home() / '.cache') / 'sparse_jax'
@@ -42,18 +42,18 @@ def cache_folder() -> pathlib.Path:
 @functools.cache
 def processor() -> str:
     """What this processor is and can do, as one line."""
-    wanted = {'model name', 'flags', 'Features', 'CPU part'}
+    fields = {'model name', 'flags', 'Features', 'CPU part'}
     try:
         lines = pathlib.Path('/proc/cpuinfo').read_text().split('\n\n')[0].splitlines()
     except OSError:
         lines = []
-    return ' '.join([platform.machine(), *(line for line in lines if line.split(':')[0].strip() in wanted)])
+    return ' '.join([platform.machine(), *(line for line in lines if line.split(':')[0].strip() in fields)])
 
 
 def _compiler() -> list[str]:
     """The C++ compiler's command: $CXX, else the first of the usual ones on the PATH."""
-    if own := os.environ.get('CXX'):
-        return shlex.split(own)
+    if command := os.environ.get('CXX'):
+        return shlex.split(command)
     for name in ('c++', 'g++', 'clang++'):
         if path := shutil.which(name):
             return [path]

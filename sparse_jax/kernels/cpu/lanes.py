@@ -11,6 +11,7 @@ So the activations are written once and read once where plain XLA goes over them
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_jax.core import target
+from sparse_jax.core.granularity import Unstructured
+from sparse_jax.kernels import arguments
 from sparse_jax.kernels.cpu import operations as cpu
 from sparse_jax.kernels.pattern import Pattern
 from sparse_jax.kernels.reference import Geometry
@@ -32,7 +35,7 @@ def lanes_unavailable(batch: int, dtype) -> str:
         return f'it runs on CPU, not on {target.platform()}'
     if batch % BATCH:
         return f'the batch of {batch} is no multiple of {BATCH}'
-    return cpu.unsupported(dtype, dtype) or cpu.unavailable()
+    return cpu.unsupported(dtype, Unstructured())
 
 
 def to_lanes(x: jax.Array) -> jax.Array:
@@ -49,8 +52,95 @@ def from_lanes(x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x, -1, 1).reshape(-1, *x.shape[1:-1])
 
 
+def convolve_by_lanes(
+    x: jax.Array,
+    activation: jax.Array | None,
+    w: jax.Array,
+    residual: jax.Array | None,
+    pattern: Pattern | None,
+    *,
+    strides: tuple[int, int] = (1, 1),
+    padding: str | Sequence[tuple[int, int]] = 'SAME',
+    statistics: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    r"""2D convolution of :math:`\max((x - \mu) s + b, 0)`, plus a residual, between images by lanes, on the C++ kernels.
+
+    Args:
+      x: float32[batch / 16, height, width, in, 16]: see :func:`to_lanes`, and :func:`lanes_unavailable` for where it runs.
+      activation: float32[3, in]: :math:`\mu`, s and b of each channel; None: x as it is.
+      w: float32[height, width, in, out], zero off the pattern.
+      residual: float32 of the result's shape, added to it; None: nothing.
+      pattern: of w, by which its gradient is dense or not; None: w is dense.
+      strides: as in :func:`sparse_conv`.
+      padding: as in :func:`sparse_conv`; it surrounds what the activation made of x with zeros.
+      statistics: whether the second result is wanted.
+
+    Returns:
+      [batch / 16, height', width', out, 16]; and mean and (biased) variance of its channels, float32[2, out], or of no size.
+
+    Raises:
+      ValueError: for other shapes or types, as :func:`sparse_conv`, and where :func:`lanes_unavailable` says that nothing by lanes runs.
+
+    Reference: Ioffe and Szegedy, Batch normalization, 2015; Chan et al., Updating formulae for computing sample variances, 1979.
+    """
+    _check_lanes('convolve_by_lanes', x, activation)
+    if w.ndim != 4 or w.dtype != jnp.float32 or w.shape[2] != x.shape[3]:
+        raise ValueError(
+            f'convolve_by_lanes: w must be float32[height, width, {x.shape[3]}, out], got {w.dtype}{list(w.shape)} for x of {list(x.shape)}.'
+        )
+    shape = x.shape[0] * BATCH, *x.shape[1:4]
+    if pattern is not None:
+        arguments.check_product('convolve_by_lanes', jax.ShapeDtypeStruct(shape, x.dtype), w, pattern, 4)
+        arguments.check_zeros(w, pattern)
+    geometry = arguments.geometry_of('convolve_by_lanes', shape, w.shape, strides, padding, (1, 1))
+    if pattern is not None and pattern.observer is not None:
+        pattern.observer(x, w, pattern, geometry)
+    expected = (x.shape[0], *geometry.output_shape(shape, w.shape)[1:], BATCH)
+    if residual is not None and (residual.shape != expected or residual.dtype != jnp.float32):
+        raise ValueError(
+            f'convolve_by_lanes: residual must be float32{list(expected)}, as the result, got {residual.dtype}{list(residual.shape)}.'
+        )
+    statics = Statics(geometry, statistics, pattern is None or pattern.dense_gradient)
+    return _convolve(x, activation, w, residual, pattern, statics)
+
+
+def max_pool_by_lanes(x: jax.Array, activation: jax.Array | None, window: tuple[int, int]) -> jax.Array:
+    r"""Maxima over windows that do not overlap of :math:`\max((x - \mu) s + b, 0)`, between images by lanes, on the C++ kernels.
+
+    Args:
+      x: float32[batch / 16, height, width, channels, 16]; what fills no window is left out.
+      activation: as in :func:`convolve_by_lanes`.
+      window: rows and columns, of at most 16 pixels.
+
+    Returns:
+      [batch / 16, height / rows, width / columns, channels, 16].
+
+    Raises:
+      ValueError: for other shapes or types, a larger window, and where :func:`lanes_unavailable` says that nothing by lanes runs.
+    """
+    _check_lanes('max_pool_by_lanes', x, activation)
+    if len(window) != 2 or min(window) < 1 or math.prod(window) > MOST_POOLED:
+        raise ValueError(f'max_pool_by_lanes: window={window!r} must be rows and columns of at most {MOST_POOLED} pixels together.')
+    return _max_pool(x, activation, tuple(window))
+
+
+def _check_lanes(name: str, x: jax.Array, activation: jax.Array | None) -> None:
+    """The C++ kernels read as much as these shapes say."""
+    if x.ndim != 5 or x.shape[-1] != BATCH or x.dtype != jnp.float32:
+        raise ValueError(
+            f'{name}: x must be float32[batch / {BATCH}, height, width, channels, {BATCH}] as to_lanes makes it, '
+            f'got {x.dtype}{list(x.shape)}.'
+        )
+    if reason := lanes_unavailable(BATCH, x.dtype):
+        raise ValueError(f'{name}: there are no kernels by lanes here: {reason}. Take images by channels, and sparse_conv.')
+    if activation is not None and (activation.shape != (3, x.shape[3]) or activation.dtype != jnp.float32):
+        raise ValueError(
+            f'{name}: activation must be float32[3, {x.shape[3]}]: mean, scale and bias, got {activation.dtype}{list(activation.shape)}.'
+        )
+
+
 class Statics(NamedTuple):
-    """What :func:`convolve` is compiled for."""
+    """What :func:`convolve_by_lanes` is compiled for."""
 
     geometry: Geometry
     statistics: bool
@@ -58,7 +148,7 @@ class Statics(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def convolve(x, activation, w, residual, pattern: Pattern | None, statics: Statics) -> tuple[jax.Array, jax.Array]:
+def _convolve(x, activation, w, residual, pattern: Pattern | None, statics: Statics) -> tuple[jax.Array, jax.Array]:
     """[groups, height, width, in, 16] to [groups, height', width', out, 16], and mean and variance of its channels [2, out].
 
     Args:
@@ -76,7 +166,7 @@ def convolve(x, activation, w, residual, pattern: Pattern | None, statics: Stati
     return y, moments
 
 
-def d_activation(activation: jax.Array | None, sums: jax.Array) -> jax.Array | None:
+def _d_activation(activation: jax.Array | None, sums: jax.Array) -> jax.Array | None:
     """Its gradient [3, channels] from the sums of g and of g (x - mean), g being the gradient of what ReLU lets through."""
     return None if activation is None else jnp.stack([-activation[1] * sums[0], sums[1], sums[0]])
 
@@ -86,7 +176,7 @@ def _or_nothing(x: Any) -> jax.Array:
 
 
 def _forward(x, activation, w, residual, pattern, statics):
-    results: Any = convolve(x, activation, w, residual, pattern, statics)
+    results: Any = _convolve(x, activation, w, residual, pattern, statics)
     y, moments = results
     kept = (y, moments) if statics.statistics else None
     return (y, moments), (x, activation, w, residual is not None, pattern, kept)
@@ -106,19 +196,19 @@ def _backward(statics, residuals, gradients):
     dx, sums = cpu.call('input_gradient', (x.shape, sums_shape), dy, *taken, w, cpu.LISTS, pattern=pattern, **options)
     listed = None if statics.dense_gradient else pattern
     dw = cpu.call('weight_gradient', (w.shape,), x, taken[1], dy, cpu.LISTS, pattern=listed, **options)[0]
-    return dx, d_activation(activation, sums), dw, (dy if has_residual else None), None
+    return dx, _d_activation(activation, sums), dw, (dy if has_residual else None), None
 
 
-convolve.defvjp(_forward, _backward)
+_convolve.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def max_pool(x: jax.Array, activation: jax.Array | None, window: tuple[int, int]) -> jax.Array:
+def _max_pool(x: jax.Array, activation: jax.Array | None, window: tuple[int, int]) -> jax.Array:
     """Maxima over windows that do not overlap, of at most 16 pixels: [groups, height, width, channels, 16] to the same of fewer pixels.
 
     Args:
       x: images by lanes; what fills no window is left out.
-      activation: as in :func:`convolve`, of x before the maximum.
+      activation: as in :func:`convolve_by_lanes`, of x before the maximum.
       window: rows and columns.
     """
     groups, height, width, *rest = x.shape
@@ -133,7 +223,7 @@ def _pool_backward(window, residuals, dy):
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (x.shape, sums_shape)]
     call = jax.ffi.ffi_call('sparse_jax_pool_gradient', shapes, vmap_method='sequential')
     dx, sums = call(x, _or_nothing(activation), dy, window=np.array(window, np.int64))
-    return dx, d_activation(activation, sums)
+    return dx, _d_activation(activation, sums)
 
 
-max_pool.defvjp(lambda x, activation, window: (max_pool(x, activation, window), (x, activation)), _pool_backward)
+_max_pool.defvjp(lambda x, activation, window: (_max_pool(x, activation, window), (x, activation)), _pool_backward)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparse_jax.core import target
+from sparse_jax.core.granularity import Granularity, Unstructured
 from sparse_jax.kernels.cpu import compiler
 from sparse_jax.kernels.pattern import Pattern
 from sparse_jax.kernels.reference import Geometry
@@ -18,25 +20,37 @@ _HANDLERS = ('forward', 'input_gradient', 'weight_gradient', 'pool', 'pool_gradi
 LISTS = object()  # where a pattern's lists stand among the operands
 
 
+def _load() -> None:
+    """Registers the compiled kernels with XLA; the first process of a machine compiles them. CompilerError where it cannot."""
+    library = compiler.library()
+    for name in _HANDLERS:
+        handler = getattr(library, f'sparse_jax_{name}')
+        jax.ffi.register_ffi_target(f'sparse_jax_{name}', jax.ffi.pycapsule(handler), platform='cpu')
+
+
 @functools.cache
 def unavailable() -> str:
-    """Why the kernels cannot be had on this machine, told once to the log; empty where they can. Compiles them if need be."""
+    """Tries to load the kernels, and says why that failed, to the log too; empty where they are loaded.
+
+    It is known only by trying: the first process of a machine compiles for some seconds.
+    """
     try:
-        library = compiler.library()
-        for name in _HANDLERS:
-            handler = getattr(library, f'sparse_jax_{name}')
-            jax.ffi.register_ffi_target(f'sparse_jax_{name}', jax.ffi.pycapsule(handler), platform='cpu')
+        _load()
     except compiler.CompilerError as error:
         _logger.warning('sparse_jax: no CPU kernels, the reference runs instead: %s.', error)
         return str(error)
     return ''
 
 
-def unsupported(x_dtype, w_dtype) -> str:
-    """Why these operands cannot be taken; empty where they can."""
-    if jnp.dtype(x_dtype) != jnp.float32 or jnp.dtype(w_dtype) != jnp.float32:
-        return f'it computes in float32, got x of {x_dtype} and w of {w_dtype}'
-    return ''
+def unsupported(dtype, granularity: Granularity) -> str:
+    """Why they cannot take a layer, and what would work; empty where they can."""
+    del granularity
+    platform = target.platform()
+    if platform != 'cpu':
+        return f'it runs on CPU, not on {platform}'
+    if jnp.dtype(dtype) != jnp.float32:
+        return f'it computes in float32, got x of {dtype} and w of {dtype}'
+    return unavailable()
 
 
 def call(name: str, shapes: Sequence[tuple[int, ...]], *operands, pattern: Pattern | None, geometry: Geometry):
@@ -47,8 +61,8 @@ def call(name: str, shapes: Sequence[tuple[int, ...]], *operands, pattern: Patte
     empty = jnp.zeros(0, jnp.int32)
     # by input, also for the product by output: the order in which the weight lies in memory
     lists = (empty, empty) if pattern is None else (pattern.transposed_indices, pattern.transposed_pointers)
-    block = (1, 1) if pattern is None else pattern.block
-    numbers = (*geometry.strides, *(low for low, _ in geometry.padding), *geometry.dilation, *block)
+    sides = (Unstructured() if pattern is None else pattern.granularity).sides
+    numbers = (*geometry.strides, *(low for low, _ in geometry.padding), *geometry.dilation, *sides)
     arguments = [lists if operand is LISTS else [operand] for operand in operands]
     return function(*itertools.chain(*arguments), geometry=np.array(numbers, np.int64))
 

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparse_jax.core import target
-from sparse_jax.kernels import store
+from sparse_jax.kernels import device, store
 
 _LOG = logging.getLogger('sparse_jax')
 
@@ -168,7 +167,7 @@ def measured() -> dict[str, Config]:
 
     An entry with other fields, as an earlier version of this library wrote, counts as not measured.
     """
-    if target.is_elsewhere():
+    if device.is_absent():
         return {}
     stored = _stored()
     if None in stored.values():

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax.core import target
+from sparse_jax.kernels import device
 from sparse_jax.kernels import pixels as pixels_lib
 from sparse_jax.kernels.gpu import config as config_lib
 from sparse_jax.kernels.gpu import gradient as gradient_lib
@@ -24,18 +24,18 @@ from sparse_jax.kernels.reference import Geometry
 
 def forward(x, w, pattern: Pattern, geometry: Geometry, config: Config | None = None) -> jax.Array:
     """As in reference.py."""
-    config = config or config_lib.choose('forward', x.shape, w.shape, pattern.block, x.dtype)
+    config = config or config_lib.choose('forward', x.shape, w.shape, pattern.granularity.sides, x.dtype)
     y_shape = geometry.output_shape(x.shape, w.shape)
     pixels = pixels_lib.forward_pixels(geometry, x.shape[1:3], y_shape[1:3], w.shape[:2]).table()
     operands = product_lib.Operands(
-        x=_padded_images(x, config.block_m, pattern.block[0]),
-        w=_padded_weight(w, pattern.block, pixels.max() == x.shape[1] * x.shape[2]),
+        x=_padded_images(x, config.block_m, pattern.granularity.sides[0]),
+        w=_padded_weight(w, pattern.granularity.sides, pixels.max() == x.shape[1] * x.shape[2]),
         units=jnp.asarray(pattern.indices),
         pointers=jnp.asarray(pattern.pointers),
         pixels=jnp.asarray(pixels),
         phases=jnp.zeros(len(pixels), jnp.int32),
     )
-    y = product_lib.product(operands, block=pattern.block, transpose_rhs=False, config=config, interpret=_interpreter())
+    y = product_lib.product(operands, block=pattern.granularity.sides, transpose_rhs=False, config=config, interpret=_interpreter())
     return y[: x.shape[0], :, : w.shape[-1]].reshape(y_shape)
 
 
@@ -43,20 +43,20 @@ def input_gradient(
     dy, w, pattern: Pattern, geometry: Geometry, x_shape: tuple[int, ...], config: Config | None = None
 ) -> jax.Array:
     """As in reference.py."""
-    config = config or config_lib.choose('input_gradient', x_shape, w.shape, pattern.block, dy.dtype)
+    config = config or config_lib.choose('input_gradient', x_shape, w.shape, pattern.granularity.sides, dy.dtype)
     pixels = pixels_lib.input_gradient_pixels(geometry, x_shape[1:3], dy.shape[1:3], w.shape[:2]).table()
     units, pointers = _sorted_by_phase(pattern, geometry, w.shape[:2])
     row_stride, column_stride = geometry.strides
     phases = np.arange(x_shape[1])[:, None] % row_stride * column_stride + np.arange(x_shape[2]) % column_stride
     operands = product_lib.Operands(
-        x=_padded_images(dy, config.block_m, pattern.block[1]),
-        w=_padded_weight(w, pattern.block, pixels.max() == dy.shape[1] * dy.shape[2]),
+        x=_padded_images(dy, config.block_m, pattern.granularity.sides[1]),
+        w=_padded_weight(w, pattern.granularity.sides, pixels.max() == dy.shape[1] * dy.shape[2]),
         units=units,
         pointers=pointers,
         pixels=jnp.asarray(pixels),
         phases=jnp.asarray(phases.reshape(-1), jnp.int32),
     )
-    dx = product_lib.product(operands, block=pattern.block, transpose_rhs=True, config=config, interpret=_interpreter())
+    dx = product_lib.product(operands, block=pattern.granularity.sides, transpose_rhs=True, config=config, interpret=_interpreter())
     return dx[: x_shape[0], :, : x_shape[-1]].reshape(x_shape)
 
 
@@ -64,8 +64,8 @@ def weight_gradient(
     x, dy, pattern: Pattern, geometry: Geometry, w_shape: tuple[int, ...], config: Config | None = None
 ) -> jax.Array:
     """As in reference.py."""
-    config = config or config_lib.choose('weight_gradient', x.shape, w_shape, pattern.block, x.dtype)
-    block = pattern.block
+    config = config or config_lib.choose('weight_gradient', x.shape, w_shape, pattern.granularity.sides, x.dtype)
+    block = pattern.granularity.sides
     num_taps = math.prod(w_shape[:-2])
     pixels = pixels_lib.forward_pixels(geometry, x.shape[1:3], dy.shape[1:3], w_shape[:2]).table()
     k_blocks, n_blocks = (-(-n // side) for n, side in zip(w_shape[-2:], block, strict=True))
@@ -110,7 +110,7 @@ def block_scores(
 
 
 def _interpreter():
-    if not target.interpret():
+    if not device.interpret():
         return None
     from jax._src.pallas.mosaic_gpu.interpret import params  # not public yet: of the tests only
 

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from sparse_jax.core import target
+from sparse_jax.kernels import device
 from sparse_jax.kernels import pixels as pixels_lib
 from sparse_jax.kernels.pattern import Pattern
 from sparse_jax.kernels.pixels import PixelMap
@@ -117,7 +117,7 @@ def _list_indices(pointers, capacity: int) -> jax.Array:
 
 
 def _call(kernel, **options):
-    return pl.pallas_call(kernel, interpret=target.interpret(), **options)
+    return pl.pallas_call(kernel, interpret=device.interpret(), **options)
 
 
 def _product(x, w, units, pointers, pixel_map: PixelMap, *, transpose_rhs: bool) -> jax.Array:

@@ -1,0 +1,85 @@
+"""Checks of what a sparse product is given: one line for each thing that does not fit."""
+
+import os
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+
+from sparse_jax.core import errors
+from sparse_jax.kernels import reference, sharded
+from sparse_jax.kernels.pattern import Pattern
+from sparse_jax.kernels.reference import Geometry
+
+
+def check_product(name: str, x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array, pattern: Pattern, axes: int) -> None:
+    """ValueError unless x, w of so many axes and its pattern fit together."""
+    where = f' (layer {pattern.name})' if isinstance(pattern, Pattern) and pattern.name else ''
+    if not isinstance(pattern, Pattern):
+        raise ValueError(f'{name}: pattern must come from make_pattern, got {type(pattern).__name__}.')
+    if w.ndim != axes or tuple(w.shape) != tuple(pattern.shape):
+        raise ValueError(f'{name}: w has shape {tuple(w.shape)}, its pattern is of shape {tuple(pattern.shape)}{where}.')
+    split = pattern.split
+    if pattern.indices.ndim != 1 + (split is not None and split.axis is not None):
+        raise ValueError(f'{name}: the pattern holds several layers, one a row{where}: take one row, as lax.scan does.')
+    listed = pattern.pointers
+    concrete = not isinstance(listed, Tracer) and getattr(listed, 'is_fully_addressable', True)
+    if concrete and (units := int(np.asarray(listed).max())) > pattern.capacity:
+        raise ValueError(
+            f'{name}: the pattern lists {units} units and has room for {pattern.capacity}{where}: make it anew with make_pattern, whose '
+            'at_least= keeps a capacity that suffices.'
+        )
+    if x.shape[-1] != w.shape[-2]:
+        raise ValueError(
+            f'{name}: x of shape {tuple(x.shape)} has {x.shape[-1]} features, w of shape {tuple(w.shape)} takes {w.shape[-2]}{where}.'
+        )
+    if x.dtype != w.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f'{name}: x and w must be of one floating-point type, got {x.dtype} and {w.dtype}{where}: cast one of them.'
+        )
+    if split is not None and x.shape[0] % split.mesh.shape['data']:
+        raise ValueError(
+            f"{name}: x has {x.shape[0]} rows, which the mesh's data={split.mesh.shape['data']} does not divide{where}."
+        )
+
+
+def check_zeros(w: jax.Array, pattern: Pattern) -> None:
+    """With SPARSE_JAX_DEBUG=1, at run time: the kernels do not read what is off the pattern, so it must be zero."""
+    if os.environ.get('SPARSE_JAX_DEBUG') != '1':
+        return
+
+    def check(count):
+        if count:
+            where = f' of {pattern.name}' if pattern.name else ''
+            raise ValueError(
+                f'the weight{where} of shape {pattern.shape} has {int(count)} nonzeros off its pattern: make the pattern of the same '
+                'masks that the weight was multiplied with, again after each mask update.'
+            )
+
+    mask = reference.mask_of(pattern) if pattern.split is None else sharded.mask(reference.mask_of, pattern)
+    jax.debug.callback(check, jnp.sum((w != 0) & ~mask))
+
+
+def geometry_of(name: str, x: tuple[int, ...], w: tuple[int, ...], strides, padding, dilation) -> Geometry:
+    """Checked; ValueError for strides, padding or dilation that make no convolution."""
+    pairs = {'strides': strides, 'dilation': dilation}
+    for key, value in pairs.items():
+        if not isinstance(value, Sequence) or len(value) != 2 or not all(_is_integer(v) and v >= 1 for v in value):
+            raise ValueError(f'{name}: {key}={value!r} must be two integers of at least 1, for rows and columns.')
+    strides, dilation = tuple(map(int, strides)), tuple(map(int, dilation))
+    if isinstance(padding, str):
+        if padding.upper() not in ('SAME', 'VALID'):
+            raise errors.unknown('padding', padding, ['SAME', 'VALID'])
+        reach = [(taps - 1) * d + 1 for taps, d in zip(w[:2], dilation, strict=True)]
+        padding = lax.padtype_to_pads(x[1:3], reach, strides, padding.upper())
+    pads = tuple(tuple(pair) if isinstance(pair, Sequence) else () for pair in padding) if isinstance(padding, Sequence) else ()
+    if len(pads) != 2 or not all(len(pair) == 2 and all(_is_integer(v) and v >= 0 for v in pair) for pair in pads):
+        raise ValueError(f'{name}: padding={padding!r} must be pixels before and after in rows and columns, at least 0.')
+    return Geometry(strides, tuple((int(low), int(high)) for low, high in pads), dilation)  # type: ignore[arg-type]
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
