@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 import sparse_jax as sj
 from sparse_jax import config as config_lib
@@ -23,6 +22,7 @@ from sparse_jax.kernels import measure, sharded
 from sparse_jax.runtime import hosts, workdir
 from sparse_jax.train import devices as devices_lib
 from sparse_jax.train import state as state_lib
+from sparse_jax.train.console import named_table
 
 FILE = 'kernels.json'
 _LOG = logging.getLogger('sparse_jax')
@@ -88,10 +88,10 @@ class LayerKernels:
         self._block = None if block == (1, 1) else block
         reason = _unavailable(config, target.platform()) if self._mode == 'auto' else ''
         self._own = 'reference' if reason else target.platform()
-        if reason and hosts.is_first():
+        if reason and hosts.is_host0():
             _LOG.info('kernels: all products are dense, under masks: the kernels of this platform do not run here: %s.', reason)
         elif (
-            self._mode == 'auto' and devices is not None and (cut := cut_by_mesh(config, experiment, devices)) and hosts.is_first()
+            self._mode == 'auto' and devices is not None and (cut := cut_by_mesh(config, experiment, devices)) and hosts.is_host0()
         ):
             _LOG.info(
                 'kernels: the mesh cuts blocks of %s, or divides other axes: these layers are dense, under masks.', ', '.join(cut)
@@ -149,13 +149,13 @@ class LayerKernels:
                 continue
             if self._calls is None and path not in stored:
                 self._calls = self._traced(state, masks)
-            rows[path] = stored.get(path) or hosts.from_first(self._measured, path, density)
+            rows[path] = stored.get(path) or hosts.broadcast_from_host0(self._measured, path, density)
         if not rows:
             return
         self._chosen |= rows
         if stored != rows:
             self._history[str(step)] = rows
-            if hosts.is_first():
+            if hosts.is_host0():
                 workdir.write_json(self._path, self._history)
 
     def _measured(self, path: str, density: float) -> dict[str, Any]:
@@ -188,20 +188,19 @@ class LayerKernels:
         return {call.name: call for call in (*first, *calls[1:])}
 
 
-def print_table(config: config_lib.Config, folder: pathlib.Path) -> None:
+def print_table(folder: pathlib.Path) -> None:
     """Prints the choices of a workdir's run, each layer's last one with both times; nothing where none was made."""
     path = folder / FILE
-    if config.sparsity.kernels != 'auto' or not path.exists():
+    if not path.exists():
         return
-    history, rows = json.loads(path.read_text()), {}
+    history, chosen, rows = json.loads(path.read_text()), {}, []
     for step in sorted(history, key=int):
-        rows |= history[step]
-    table = Table(title='kernels, chosen by measurement: a layer in an average step')
-    for column in ('layer', 'density', 'dense', 'sparse', 'takes'):
-        table.add_column(column, justify='left' if column in ('layer', 'takes') else 'right')
-    for name, row in rows.items():
+        chosen |= history[step]
+    for name, row in chosen.items():
         dense = row['seconds'].get('dense')
         sparse = next((seconds for key, seconds in row['seconds'].items() if key != 'dense'), None)
         times = ['' if seconds is None else f'{1e3 * seconds:.2f} ms' for seconds in (dense, sparse)]
-        table.add_row(name, f'{row["density"]:.2%}', *times, row['implementation'])
-    Console().print(table)
+        rows.append((name, f'{row["density"]:.2%}', *times, row['implementation']))
+    title, columns = 'kernels, chosen by measurement: a layer in an average step', ('layer', 'density', 'dense', 'sparse', 'takes')
+    console = Console()
+    console.print(named_table(title, columns, rows, width=console.width, left=('takes',)))

@@ -8,6 +8,7 @@ import pytest
 import sparse_jax as sj
 from sparse_jax import config as config_lib
 from sparse_jax import train
+from sparse_jax.report import run_report
 from sparse_jax.core import masks as masks_lib
 
 
@@ -110,4 +111,5 @@ def test_a_language_model_trains_from_the_launchers_loop(tmp_path):
     assert len(result['layers']) == 14 and result['nonzeros'] == round(0.2 * sum(size for _, size in result['layers'].values()))
     assert 0.2 < result['operations_inference_against_dense'] < 0.5, 'attention and the embedding are dense'
     assert train.evaluate(config, tmp_path / 'run')['eval_loss'] == pytest.approx(result['eval_loss'], rel=1e-6)
+    run_report.show(tmp_path / 'run')
     assert (tmp_path / 'run' / 'report.png').exists()
