@@ -36,11 +36,11 @@ def named_table(
       >>> rows = [('encoder/layer_7/attention/query/kernel', '5%')]
       >>> Console(width=40).print(named_table('layers', ('layer', 'density'), rows, width=40))  # doctest: +NORMALIZE_WHITESPACE
                       layers
-      ┏━━━━━━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━━┓
-      ┃ layer                     ┃ density ┃
-      ┡━━━━━━━━━━━━━━━━━━━━━━━━━━━╇━━━━━━━━━┩
-      │ encoder/layer_7/…/kernel  │      5% │
-      └───────────────────────────┴─────────┘
+      ┏━━━━━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━━┓
+      ┃ layer                    ┃ density ┃
+      ┡━━━━━━━━━━━━━━━━━━━━━━━━━━╇━━━━━━━━━┩
+      │ encoder/layer_7/…/kernel │      5% │
+      └──────────────────────────┴─────────┘
     """
     every_row = [columns, *rows, *([total] if total else [])]
     others = sum(max(map(len, cells)) for cells in list(zip(*every_row, strict=True))[1:])

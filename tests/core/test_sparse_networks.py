@@ -8,8 +8,8 @@ import pytest
 import sparse_jax as sj
 from sparse_jax import config as config_lib
 from sparse_jax import train
-from sparse_jax.report import run_report
 from sparse_jax.core import masks as masks_lib
+from sparse_jax.report import run_report
 
 
 def _config(model, **values):
