@@ -120,23 +120,24 @@ def main(argv) -> int:
     folder = pathlib.Path(_WORKDIR.value or '')
     try:
         if _DISTRIBUTED.value:
-            known = hosts.arguments(
+            cluster = hosts.arguments(
                 os.environ, coordinator=_COORDINATOR.value, num_processes=_PROCESSES.value, process_id=_PROCESS.value
             )
-            hosts.initialize(known, initialization_timeout=_INITIALIZATION.value, heartbeat_timeout=_HEARTBEAT.value)
-            if not hosts.is_first():
+            hosts.initialize(cluster, initialization_timeout=_INITIALIZATION.value, heartbeat_timeout=_HEARTBEAT.value)
+            if not hosts.is_host0():
                 logging.getLogger('sparse_jax').setLevel(logging.WARNING)
         if _LOWER_ONLY.value:
             from sparse_jax.aot import lowering
 
             lowering.run(_CONFIG.value, _LOWER_ONLY.value)
         elif _MODE.value == 'report':
-            from sparse_jax.report import aggregate
+            from sparse_jax.report.write import write_report
 
-            aggregate.report(folder, [pathlib.Path(path) for path in _RUNS.value])
+            write_report(folder, [pathlib.Path(path) for path in _RUNS.value])
         elif _MODE.value == 'sweep':
             import jax
 
+            from sparse_jax.report.write import write_report
             from sparse_jax.train import sweep
 
             jax.config.update('jax_platforms', 'cpu')  # of this process, which checks only: the accelerator is the runs'
@@ -144,13 +145,20 @@ def main(argv) -> int:
             overrides = config_flags.get_override_values(flags.FLAGS['config'])
             shared = [f'--config={file}', *(f'--config.{name}={value}' for name, value in overrides.items())]
             command = [str(pathlib.Path(__file__).resolve()), *shared]
-            sweep.run(_CONFIG.value, folder, grids=_SWEEP.value, command=command, jobs=_JOBS.value or 1)
+            outcome = sweep.run(_CONFIG.value, folder, grids=_SWEEP.value, command=command, jobs=_JOBS.value or 1)
+            write_report(folder)
+            sweep.raise_failed(outcome)
+        elif _MODE.value == 'evaluate':
+            train.evaluate(_CONFIG.value, folder)
         else:
-            {'train': train.train, 'evaluate': train.evaluate}[_MODE.value](_CONFIG.value, folder)
+            from sparse_jax.report import run_report
+
+            train.train(_CONFIG.value, folder)
+            hosts.run_on_host0(run_report.show, folder)
     except ValueError as error:
         _wrong_input(error)
         # At once: where a damaged checkpoint was read, orbax's abandoned reads would otherwise add pages to that line.
-        hosts.leave(2)
+        hosts.exit_now(2)
     except hosts.Preempted as error:
         print(error, file=sys.stderr)
         return 75
@@ -159,7 +167,7 @@ def main(argv) -> int:
             traceback.print_exc()
         print(f'error: {error}', file=sys.stderr)
         if _DISTRIBUTED.value:
-            hosts.leave(70)  # not waiting for a peer that may be dead
+            hosts.exit_now(70)  # not waiting for a peer that may be dead
         return 70
     return 0
 

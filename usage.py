@@ -168,7 +168,7 @@ def _setting(setting: 'config_lib.Setting', value: object, choices: Iterable[str
 def _choices() -> dict[str, Iterable[str]]:
     from sparse_jax import data, models, sharding
     from sparse_jax.core import criteria
-    from sparse_jax.train import optimizer, state
+    from sparse_jax.train import experiment, optimizer
 
     return {
         'model.name': models.names(),
@@ -177,11 +177,11 @@ def _choices() -> dict[str, Iterable[str]]:
         'data.name': data.NAMES,
         'optimizer.name': optimizer.OPTIMIZERS,
         'optimizer.schedule': optimizer.SCHEDULES,
-        'sparsity.method': state.METHODS,
+        'sparsity.method': experiment.METHODS,
         'sparsity.prune': criteria.PRUNE,
         'sparsity.grow': (*criteria.GROW, 'none'),
         'sparsity.redistribute': (*criteria.REDISTRIBUTE, 'none'),
-        'sparsity.kernels': state.KERNELS,
+        'sparsity.kernels': experiment.KERNELS,
         'mesh.layout': sharding.LAYOUTS,
     }
 

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sparse_jax.core import errors
-from sparse_jax.core import masks as masks_lib
+from sparse_jax.core import layers as layers_lib
 
 AXES = ('data', 'model')
 Rule = tuple[str, P]
@@ -140,7 +140,7 @@ def placements(params: Any, mesh: Mesh, layout: str, *, rules: Sequence[Rule] = 
     """
     if layout not in LAYOUTS:
         raise errors.unknown('mesh.layout', layout, LAYOUTS)
-    leaves, unused, rows = masks_lib.leaf_paths(params), dict(rules), []
+    leaves, unused, rows = layers_lib.leaf_paths(params), dict(rules), []
     for path, leaf in leaves:
         pattern, spec = next(rule for rule in (*rules, *LAYOUTS[layout]) if re.search(rule[0], path))
         unused.pop(pattern, None)
@@ -192,7 +192,7 @@ def shardings(tree: Any, params: Any, placed: Sequence[Placement], mesh: Mesh) -
       >>> tuple(by_leaf['mu']['kernel'].spec), tuple(by_leaf['count'].spec)
       (('data', None), ())
     """
-    by_path = {path: (tuple(leaf.shape), row.spec) for (path, leaf), row in zip(masks_lib.leaf_paths(params), placed, strict=True)}
+    by_path = {path: (tuple(leaf.shape), row.spec) for (path, leaf), row in zip(layers_lib.leaf_paths(params), placed, strict=True)}
 
     def sharding(path: str, leaf) -> NamedSharding:
         parts = path.split('/')
@@ -202,7 +202,7 @@ def shardings(tree: Any, params: Any, placed: Sequence[Placement], mesh: Mesh) -
                 return NamedSharding(mesh, spec)
         return NamedSharding(mesh, P())
 
-    return jax.tree.unflatten(jax.tree.structure(tree), [sharding(path, leaf) for path, leaf in masks_lib.leaf_paths(tree)])
+    return jax.tree.unflatten(jax.tree.structure(tree), [sharding(path, leaf) for path, leaf in layers_lib.leaf_paths(tree)])
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -25,7 +25,7 @@ import numpy as np
 
 import launch
 from sparse_jax import config as config_lib
-from sparse_jax.core import masks as masks_lib
+from sparse_jax.core import layers as layers_lib
 from sparse_jax.train import run as run_lib
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -74,7 +74,7 @@ def _prepare_torch(network: str, folder: pathlib.Path) -> None:
     data = run_lib.load_data(config)
     experiment = run_lib.create_experiment(config, data)
     params = jax.device_get(jax.jit(experiment.init)(jax.random.key(config.seed)).params)
-    np.savez(folder / 'params.npz', **dict(masks_lib.leaf_paths(params)))
+    np.savez(folder / 'params.npz', **dict(layers_lib.leaf_paths(params)))
     arrays = {
         'x': data.prepare(data.train.inputs),
         'y': data.train.labels,

@@ -25,7 +25,7 @@ import sparse_jax as sj
 from benchmarks.layers import compare
 from benchmarks.steps import twins
 from sparse_jax import models
-from sparse_jax.core import masks as masks_lib
+from sparse_jax.core import layers as layers_lib
 from sparse_jax.kernels import measure, store
 
 
@@ -36,7 +36,7 @@ def traced(name: str, batch_size: int, density: float):
     params, state = jax.jit(model.init)(jax.random.key(0))
     masks = sj.get_masks(sj.sparse_momentum(0.1, density, 100, 1000).init(params))
     params = sj.apply_masks(params, masks)
-    leaves = [path for path, mask in masks_lib.leaf_paths(masks) if np.ndim(mask)]
+    leaves = [path for path, mask in layers_lib.leaf_paths(masks) if np.ndim(mask)]
     patterns = sj.kernels.make_patterns(masks, implementations=dict.fromkeys(leaves, 'reference'))
     inputs: dict[str, jax.Array] = {}
     note = lambda x, w, pattern, geometry: inputs.__setitem__(pattern.name, jnp.mean(x != 0))
@@ -51,7 +51,7 @@ def traced(name: str, batch_size: int, density: float):
     nonzero = densities(params, batch['input'], measure.observed(patterns, note))
     seen = {path: float(value) for path, value in nonzero.items()}
     calls = measure.products_of(apply, params, batch['input'], patterns)
-    shares = {path: float(np.mean(mask)) for path, mask in masks_lib.leaf_paths(masks)}
+    shares = {path: float(np.mean(mask)) for path, mask in layers_lib.leaf_paths(masks)}
     return [(call, shares[call.name], seen[call.name]) for call in calls]
 
 

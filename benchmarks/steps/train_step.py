@@ -38,7 +38,7 @@ from benchmarks.steps import twins
 from sparse_jax import config as config_lib
 from sparse_jax import data as data_lib
 from sparse_jax import train
-from sparse_jax.core import masks as masks_lib
+from sparse_jax.core import layers as layers_lib
 from sparse_jax.train import kernel_choice
 
 UPDATE_EVERY = 390
@@ -151,7 +151,7 @@ class Torch:
     """
 
     def __init__(self, python: str, name: str, batch, params, folder: pathlib.Path, *, as_it_comes: bool = False):
-        np.savez(folder / 'params.npz', **dict(masks_lib.leaf_paths(params)))
+        np.savez(folder / 'params.npz', **dict(layers_lib.leaf_paths(params)))
         np.savez(folder / 'batch.npz', **batch)
         script = pathlib.Path(__file__).parent / 'torch_twin.py'
         command = [python, str(script), name, str(folder / 'params.npz'), str(folder / 'batch.npz')]

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from sparse_jax import models
-from sparse_jax.core import masks as masks_lib
+from sparse_jax.core import layers as layers_lib
 
 MODELS = ('vgg_d', 'wrn_16_8', 'lenet5', 'lm_tiny')
 LM: dict[str, Any] = dict(depth=4, features=192, heads=4)  # configs/lm_tiny.py
@@ -41,7 +41,7 @@ def parameters(name: str, seed: int = 0):
     rng = np.random.default_rng((seed, 2))
     shapes, _ = jax.eval_shape(create(name).init, jax.random.key(0))
     leaves = []
-    for path, leaf in masks_lib.leaf_paths(shapes):
+    for path, leaf in layers_lib.leaf_paths(shapes):
         if path.endswith('scale'):
             leaves.append(np.ones(leaf.shape, np.float32))
         elif path.endswith('bias'):

@@ -1,4 +1,4 @@
-"""What devices tell each other in a compiled program: each collective operation and its bytes, read from the program's text."""
+"""The communication in a compiled program: each collective operation and its bytes, read from the program's text."""
 
 import math
 import re
@@ -39,17 +39,17 @@ def find(text: str) -> list[Collective]:
       ... }''')
       [Collective(kind='all-reduce', bytes=16, shape='f32[4]{0}', loop='')]
     """
-    own: dict[str, list[tuple[str, str]]] = {}
+    operations: dict[str, list[tuple[str, str]]] = {}  # by the computation that they are in
     calls: dict[str, set[str]] = {}
     bodies, name = set(), ''
     for line in text.splitlines():
         if header := _HEADER.match(line):
             name = header[1]
-            own[name], calls[name] = [], set()
+            operations[name], calls[name] = [], set()
         elif instruction := _INSTRUCTION.match(line):
             kind = instruction[2].removesuffix('-start')
             if kind in KINDS:
-                own[name].append((kind, instruction[1]))
+                operations[name].append((kind, instruction[1]))
             called = {c.strip(' %') for group in _CALLED.findall(line) for c in group.strip('{}').split(',')}
             calls[name] |= called
             if instruction[2] == 'while':
@@ -63,7 +63,9 @@ def find(text: str) -> list[Collective]:
                 reached.add(one)
                 left += [c for c in calls.get(one, ()) if c not in bodies]
         loops |= dict.fromkeys(reached, body)
-    return [Collective(kind, size_of(shape), shape, loops.get(name, '')) for name in own for kind, shape in own[name]]
+    return [
+        Collective(kind, size_of(shape), shape, loops.get(name, '')) for name, rows in operations.items() for kind, shape in rows
+    ]
 
 
 def size_of(shape: str) -> int:
@@ -72,5 +74,5 @@ def size_of(shape: str) -> int:
     >>> size_of('(u32[3,2]{1,0}, pred[])')
     25
     """
-    found = re.findall(r'([a-z]+\d*)\[([\d,]*)\]', shape)
-    return sum(_BYTES[kind] * math.prod(int(n) for n in sizes.split(',') if n) for kind, sizes in found)
+    arrays = re.findall(r'([a-z]+\d*)\[([\d,]*)\]', shape)
+    return sum(_BYTES[kind] * math.prod(int(n) for n in sizes.split(',') if n) for kind, sizes in arrays)

@@ -71,8 +71,8 @@ def unavailable(platform: str) -> str:
 
 def _find_tools() -> None:
     """Puts the programs of NVIDIA's wheel on the PATH, where it has none."""
-    places = (pathlib.Path(folder) / 'nvidia' for folder in sys.path)
-    folders = [str(folder) for place in places for folder in place.glob('*/bin') if (folder / 'ptxas').exists()]
+    packages = (pathlib.Path(folder) / 'nvidia' for folder in sys.path)
+    folders = [str(folder) for package in packages for folder in package.glob('*/bin') if (folder / 'ptxas').exists()]
     if folders and not (shutil.which('ptxas') and shutil.which('nvlink')):
         os.environ['PATH'] = os.pathsep.join([os.environ.get('PATH', ''), *folders])
 
@@ -108,12 +108,12 @@ def devices(platform: str, count: int = 1, *, gpu: str = 'h100') -> list[Any]:
 def _alone() -> None:
     """libtpu looks for the machine's own TPUs, writes pages when there are none, waits for a server that would know, and keeps other
     processes from loading it; unless it is told."""
-    own = {
+    variables = {
         'TPU_SKIP_MDS_QUERY': '1',
         'TPU_ACCELERATOR_TYPE': 'v5litepod-1',
         'TPU_WORKER_HOSTNAMES': 'localhost',
         'TPU_WORKER_ID': '0',
         'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
     }
-    for name, value in own.items():
+    for name, value in variables.items():
         os.environ.setdefault(name, value)

@@ -19,6 +19,7 @@ from sparse_jax import sharding
 from sparse_jax.aot import collectives, compile_only
 from sparse_jax.core import errors
 from sparse_jax.core import granularity as granularity_lib
+from sparse_jax.core import layers as layers_lib
 from sparse_jax.core import masks as masks_lib
 from sparse_jax.core.granularity import Granularity
 from sparse_jax.kernels import backend as backend_lib
@@ -155,7 +156,7 @@ def _patterns(
     granularity = granularity_lib.get(sparsity.granularity)
     layers: dict[str, backend_lib.Choice] = {}
     patterns = []
-    for path, mask in masks_lib.leaf_paths(masks):
+    for path, mask in layers_lib.leaf_paths(masks):
         pattern, choice = None, backend_lib.Choice('dense', '')
         rows = experiment.stacked is not None and mask.ndim > 0 and experiment.stacked(path, mask)
         if mask.ndim - rows in (2, 4):

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from sparse_jax.core import errors
 from sparse_jax.core import granularity as granularity_lib
-from sparse_jax.core import masks as masks_lib
+from sparse_jax.core import layers as layers_lib
 from sparse_jax.core.granularity import Block, Granularity, Unstructured
 from sparse_jax.kernels import backend, sharded
 from sparse_jax.kernels.pattern import Pattern, capacity
@@ -189,8 +189,8 @@ def make_patterns(
     unit = as_granularity('make_patterns', granularity, block)
     is_leaf = lambda x: x is None or isinstance(x, Pattern)
     before = {p.name: p for p in jax.tree.leaves(previous, is_leaf=is_leaf) if p is not None}
-    named, leaves = implementations or {}, masks_lib.leaf_paths(masks)
-    placed = {} if shardings is None else dict(masks_lib.leaf_paths(shardings))
+    named, leaves = implementations or {}, layers_lib.leaf_paths(masks)
+    placed = {} if shardings is None else dict(layers_lib.leaf_paths(shardings))
     for path in named:
         if path not in dict(leaves):
             raise errors.unknown('make_patterns: the leaf of implementations', path, dict(leaves))

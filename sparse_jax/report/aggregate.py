@@ -1,7 +1,6 @@
 """Many runs as one table: grouped over seeds, with means and intervals, beside published numbers."""
 
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ from scipy import stats
 
 from sparse_jax.core import methods
 from sparse_jax.report import published
-from sparse_jax.report.collect import Problem, Run, collect, settings_of
+from sparse_jax.report.collect import Run, settings_of
 
 
 class Group(NamedTuple):
@@ -63,13 +62,13 @@ def interval(values: np.ndarray) -> Interval:
     return Interval(mean, error, mean - half, mean + half)
 
 
-_KNOWN = ['dense', *methods.NAMES]
+_METHODS = ['dense', *methods.NAMES]
 
 
 def _order(group: Group) -> tuple:
     """Dense first, then the methods as README lists them, from the densest on."""
-    place = _KNOWN.index(group.method) if group.method in _KNOWN else len(_KNOWN)
-    return place, group.method, group.settings, -group.density
+    rank = _METHODS.index(group.method) if group.method in _METHODS else len(_METHODS)
+    return rank, group.method, group.settings, -group.density
 
 
 def tables(runs: Sequence[Run]) -> list[Table]:
@@ -79,7 +78,7 @@ def tables(runs: Sequence[Run]) -> list[Table]:
         metric = 'eval_loss' if 'eval_loss' in run.result else 'test_accuracy'
         groups = by_table.setdefault((run.result['model'], run.result['data'], metric), {})
         groups.setdefault(json.dumps(settings_of(run), sort_keys=True), []).append(run)
-    made = []
+    by_name = []
     for (model, data, metric), groups in sorted(by_table.items()):
         identities = [json.loads(key) for key in groups]
         shown = {'model.name', 'data.name', 'method', 'sparsity.method', 'sparsity.density'}
@@ -94,8 +93,8 @@ def tables(runs: Sequence[Run]) -> list[Table]:
             settings = ', '.join(f'{name.rpartition(".")[2]}={identity[name]}' for name in varying if name in identity)
             density = 1.0 if identity['method'] == 'dense' else float(identity['sparsity.density'])
             rows.append(Group(identity['method'], density, settings, sorted(same, key=lambda run: run.config['seed'])))
-        made.append(Table(model, data, metric, sorted(rows, key=_order)))
-    return made
+        by_name.append(Table(model, data, metric, sorted(rows, key=_order)))
+    return by_name
 
 
 def columns(table: Table) -> list[str]:
@@ -119,22 +118,22 @@ def cells(table: Table, group: Group) -> list[str]:
         numbers = published.find(table.model, table.data, group.method, group.density)
         beside = [', '.join(f'{n.accuracy:.2f}' + (f' ({n.of})' if n.of else '') for n in numbers)]
     elif not is_accuracy:
-        known = all('validation_bits_per_byte' in run.result for run in group.runs)
-        beside = [f'{group.values("validation_bits_per_byte").mean():.4f}' if known else '']
+        is_complete = all('validation_bits_per_byte' in run.result for run in group.runs)
+        beside = [f'{group.values("validation_bits_per_byte").mean():.4f}' if is_complete else '']
     cost = lambda part: (
         f'{100 * group.values(f"operations_{part}_against_dense").mean():.1f}%'
         if all(f'operations_{part}_against_dense' in run.result for run in group.runs)
         else ''
     )
-    known = not np.isnan(mean.error)
+    has_error = not np.isnan(mean.error)
     return [
         group.label,
         f'{group.density:.3g}' if group.density < 0.001 else f'{100 * group.density:.3g}%',
         f'{nonzeros[0]:,}' if len(nonzeros) == 1 else f'{nonzeros[0]:,} to {nonzeros[-1]:,}',
         str(len(group.runs)),
         f'{mean.mean:.{digits}f}',
-        f'{mean.error:.{digits}f}' if known else '',
-        f'{mean.low:.{digits}f} to {mean.high:.{digits}f}' if known else '',
+        f'{mean.error:.{digits}f}' if has_error else '',
+        f'{mean.low:.{digits}f} to {mean.high:.{digits}f}' if has_error else '',
         *beside,
         cost('training'),
         cost('inference'),
@@ -142,68 +141,11 @@ def cells(table: Table, group: Group) -> list[str]:
     ]
 
 
-def sources(made: Sequence[Table]) -> list[str]:
+def sources(tables: Sequence[Table]) -> list[str]:
     """Where the published numbers of the tables come from."""
-    found = {}
-    for table in made:
+    names = {}
+    for table in tables:
         for group in table.groups:
             if table.metric == 'test_accuracy':
-                found |= dict.fromkeys(n.source for n in published.find(table.model, table.data, group.method, group.density))
-    return list(found)
-
-
-def markdown(made: Sequence[Table], problems: Sequence[Problem], folder: pathlib.Path) -> str:
-    """All tables as Markdown, and what is not in them."""
-    lines = []
-    for table in made:
-        heads = columns(table)
-        lines += [f'**{table.model} on {table.data}**', '', '| ' + ' | '.join(heads) + ' |']
-        lines += ['|---|' + '---:|' * (len(heads) - 1)]
-        lines += ['| ' + ' | '.join(cells(table, group)) + ' |' for group in table.groups] + ['']
-    if where := sources(made):
-        lines += [f'Published, by whole trainings with the settings of: {"; ".join(where)}.', '']
-    if problems:
-        lines += ['Not in the tables:', '']
-        lines += [f'- `{relative(problem.folder, folder)}`: {problem.reason}' for problem in problems] + ['']
-    return '\n'.join(lines)
-
-
-def relative(path: pathlib.Path, folder: pathlib.Path) -> str:
-    """A path as seen from a folder, if it is in it."""
-    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
-
-
-def report(folder: pathlib.Path, places: Sequence[pathlib.Path] = ()) -> dict[str, pathlib.Path]:
-    """Writes ``report.html``, one page with everything in it, and ``report.md``, and prints the tables.
-
-    Args:
-      folder: to write to: a run's workdir, a sweep's, or any folder that holds some; with `places` any folder, made if need be.
-      places: folders with the runs, in place of `folder`.
-
-    Returns:
-      The two files.
-
-    Raises:
-      ValueError: if there is no run, or the folder cannot be written.
-    """
-    from sparse_jax.report import page  # matplotlib is needed for the page alone
-
-    for name, place in [('--runs', place) for place in places] or [('--workdir', folder)]:
-        if not place.is_dir():
-            raise ValueError(f'{name}={place} is not a folder: give the folder of a run, of a sweep, or of several.')
-    runs, problems = collect(places or [folder])
-    made = tables(runs)
-    texts = {'html': page.page(made, problems, folder), 'md': markdown(made, problems, folder)}
-    written = {}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for kind, text in texts.items():
-            written[kind] = folder / f'report.{kind}'
-            partial = folder / f'report.{kind}.tmp'
-            partial.write_text(text)
-            partial.replace(written[kind])
-    except OSError as error:
-        raise ValueError(f'--workdir={folder} cannot be written ({error}): give another folder.') from error
-    print(texts['md'])
-    print(f'{written["html"]} and {written["md"]} are written.')
-    return written
+                names |= dict.fromkeys(n.source for n in published.find(table.model, table.data, group.method, group.density))
+    return list(names)

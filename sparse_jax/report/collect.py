@@ -27,11 +27,16 @@ class Problem(NamedTuple):
     reason: str
 
 
-def collect(places: Sequence[pathlib.Path]) -> tuple[list[Run], list[Problem]]:
+def relative(path: pathlib.Path, folder: pathlib.Path) -> str:
+    """A path as seen from a folder, if it is in it."""
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
+
+
+def collect(sources: Sequence[pathlib.Path]) -> tuple[list[Run], list[Problem]]:
     """Reads every workdir in some folders, at any depth.
 
     Args:
-      places: where to look.
+      sources: where to look.
 
     Returns:
       Finished runs, and the others with the reason why they are not among them; a run that repeats another one's settings and seed
@@ -41,7 +46,7 @@ def collect(places: Sequence[pathlib.Path]) -> tuple[list[Run], list[Problem]]:
       ValueError: if there is no workdir at all.
     """
     runs, problems, seen = [], [], {}
-    for path in _workdirs(places):
+    for path in _workdirs(sources):
         run = _read(path)
         if isinstance(run, Run):
             key = json.dumps([settings_of(run), run.config['seed']], sort_keys=True)
@@ -51,23 +56,23 @@ def collect(places: Sequence[pathlib.Path]) -> tuple[list[Run], list[Problem]]:
                 seen[key] = path
         (runs if isinstance(run, Run) else problems).append(run)
     if not runs and not problems:
-        where = ', '.join(map(str, places))
+        where = ', '.join(map(str, sources))
         raise ValueError(f'{where} holds no run: give the folder of a run, of a sweep, or of several.')
     return runs, problems
 
 
-def _workdirs(places: Sequence[pathlib.Path]) -> Iterator[pathlib.Path]:
-    found = set()
-    for place in places:
-        for path, folders, files in os.walk(place):
+def _workdirs(sources: Sequence[pathlib.Path]) -> Iterator[pathlib.Path]:
+    seen = set()
+    for source in sources:
+        for path, folders, files in os.walk(source):
             here = [pathlib.Path(path)] if 'config.json' in files else []
             if here:
                 folders.clear()
             elif 'sweep.json' in files:  # those of its runs that have not begun
                 here = [pathlib.Path(path) / name for name in _planned(pathlib.Path(path)) if name not in folders]
             for folder in here:
-                if folder.resolve() not in found:
-                    found.add(folder.resolve())
+                if folder.resolve() not in seen:
+                    seen.add(folder.resolve())
                     yield folder
             folders[:] = sorted(name for name in folders if name not in ('checkpoints', 'tensorboard', 'logs'))
 
@@ -86,7 +91,7 @@ def _load(path: pathlib.Path) -> dict[str, Any]:
     return content
 
 
-def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
+def rows_of(path: pathlib.Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics.jsonl, as far as they can be read."""
     rows = []
     try:
@@ -125,7 +130,7 @@ def _read(folder: pathlib.Path) -> Run | Problem:
         config = config_lib.identity(config_lib.Config()) | _load(folder / 'config.json')  # settings that did not exist yet
     except (OSError, ValueError) as error:
         return Problem(folder, f'config.json cannot be read ({error})')
-    rows = _rows(folder / 'metrics.jsonl')
+    rows = rows_of(folder / 'metrics.jsonl')
     if not (folder / 'result.json').exists():
         last = rows[-1]['step'] if rows else 0
         return Problem(folder, f'not finished: its last metrics are of step {last}')
@@ -141,11 +146,15 @@ def _read(folder: pathlib.Path) -> Run | Problem:
     missing += [key for key in ('seed', 'sparsity.density') if not _is_number(config.get(key))]
     if missing:
         return Problem(folder, f'broken, or made by another version: it has no usable {", ".join(missing)}')
+    return Run(folder, config, result, rows, machine_of(folder))
+
+
+def machine_of(folder: pathlib.Path) -> dict[str, Any]:
+    """The content of run.json; empty where it cannot be read."""
     try:
-        machine = _load(folder / 'run.json')
+        return _load(folder / 'run.json')
     except (OSError, ValueError):
-        machine = {}
-    return Run(folder, config, result, rows, machine)
+        return {}
 
 
 def settings_of(run: Run) -> dict[str, Any]:
@@ -157,5 +166,5 @@ def settings_of(run: Run) -> dict[str, Any]:
         'train.eval_every',
         *(k for k in run.config if is_dense and k.startswith('sparsity.')),
     )
-    own = {k: v for k, v in run.config.items() if k not in left_out}
-    return own | {'method': run.result['method'], 'text': run.result.get('data_fingerprint', '')}
+    settings = {k: v for k, v in run.config.items() if k not in left_out}
+    return settings | {'method': run.result['method'], 'text': run.result.get('data_fingerprint', '')}

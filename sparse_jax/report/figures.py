@@ -84,7 +84,7 @@ def _series(axes, table: aggregate.Table, horizontal: Callable[[aggregate.Group]
     scale = _scale(table)[0]
     curves = _curves(table)
     for i, (label, groups) in enumerate(curves.items()):
-        aside = 1.015 ** (i - (len(curves) - 1) / 2)  # so that bars at one place do not hide each other
+        aside = 1.015 ** (i - (len(curves) - 1) / 2)  # so that bars at one density do not hide each other
         stats = [aggregate.interval(scale * group.values(table.metric)) for group in groups]
         half = np.nan_to_num([s.high - s.mean for s in stats])
         x, y = [aside * horizontal(group) for group in groups], [s.mean for s in stats]

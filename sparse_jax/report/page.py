@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Sequence
 
 from sparse_jax.report import aggregate, figures
+from sparse_jax.report.collect import Problem, relative
 
 # Of the figures' series, on light and on dark paper.
 _LIGHT = ['#1f6fb4', '#c8501e', '#2b8a3e', '#8d4bb8', '#b5830f', '#0b8a94', '#b8336a', '#5c636b']
@@ -45,7 +46,7 @@ code { font-size: .875em; overflow-wrap: anywhere }
 """
 
 
-def page(tables: Sequence[aggregate.Table], problems: Sequence[aggregate.Problem], folder: pathlib.Path) -> str:
+def page(tables: Sequence[aggregate.Table], problems: Sequence[Problem], folder: pathlib.Path) -> str:
     """The whole page.
 
     Args:
@@ -74,7 +75,7 @@ def page(tables: Sequence[aggregate.Table], problems: Sequence[aggregate.Problem
         )
     if problems:
         items = ''.join(
-            f'<li><code>{html.escape(aggregate.relative(p.folder, folder))}</code>: {html.escape(p.reason)}</li>' for p in problems
+            f'<li><code>{html.escape(relative(p.folder, folder))}</code>: {html.escape(p.reason)}</li>' for p in problems
         )
         body.append(f'<h2 id="problems">Not in the tables</h2><ul class="problems">{items}</ul>')
     title = f'Sparse training: {html.escape(folder.resolve().name)}'

@@ -1,26 +1,54 @@
-"""What a finished run shows: a table, and a picture of how it learned and where its weights went."""
+"""The report on one finished run: tables, and report.png, a picture of how it learned and where its weights went."""
 
+import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from sparse_jax.report import collect
+from sparse_jax.train import kernel_choice
+from sparse_jax.train.console import named_table
+from sparse_jax.train.result import INPUT_COUNTS, REPORT, headline
+
+
+def show(folder: pathlib.Path) -> None:
+    """Prints a finished run's tables, and draws ``report.png`` where there is none yet.
+
+    Args:
+      folder: the run's workdir.
+
+    Raises:
+      ValueError: if it has no result.
+    """
+    path = folder / 'result.json'
+    if not path.exists():
+        raise ValueError(f'--workdir={folder} has no result: train first, with --mode=train.')
+    result = json.loads(path.read_text())
+    if not (folder / REPORT).exists():
+        _draw_run(folder, result)
+    if collect.machine_of(folder).get('kernels', 'auto') == 'auto':
+        kernel_choice.print_table(folder)
+    print_table(result)
+
+
+def _draw_run(folder: pathlib.Path, result: dict[str, Any]) -> None:
+    sparse_size = sum(size for _, size in result['layers'].values())
+    title = f'{result["model"]}, {result["method"]}: {headline(result)} with {result["nonzeros"]:,} of {sparse_size:,} weights'
+    counts = folder / INPUT_COUNTS
+    draw(
+        folder / REPORT,
+        collect.rows_of(folder / 'metrics.jsonl'),
+        title=title,
+        input_counts=np.load(counts) if counts.exists() else None,
+    )
+
 
 def _bytes(count: float) -> str:
     return f'{count / 1024:.0f} KiB' if count < 1024**2 else f'{count / 1024**2:.1f} MiB'
-
-
-def headline(result: dict[str, Any]) -> str:
-    """A run's result in a few words.
-
-    >>> headline({'test_accuracy': 0.934}), headline({'eval_loss': 1.5, 'validation_bits_per_byte': 2.164})
-    ('93.40% test accuracy', 'validation loss 1.500 nats a token, 2.164 bits a byte')
-    """
-    if 'eval_loss' in result:
-        return f'validation loss {result["eval_loss"]:.3f} nats a token, {result["validation_bits_per_byte"]:.3f} bits a byte'
-    return f'{result["test_accuracy"]:.2%} test accuracy'
 
 
 def print_table(result: dict[str, Any]) -> None:
@@ -30,14 +58,14 @@ def print_table(result: dict[str, Any]) -> None:
       result: content of ``result.json``.
     """
     console = Console()
-    table = Table(title=f'{result["model"]}, {result["method"]}')
-    for column in ('layer', 'weights', 'nonzeros', 'density'):
-        table.add_column(column, justify='left' if column == 'layer' else 'right')
-    for name, (nonzeros, size) in result['layers'].items():
-        table.add_row(name, f'{size:,}', f'{nonzeros:,}', f'{nonzeros / size:.2%}')
-    table.add_section()
     total = sum(size for _, size in result['layers'].values())
-    table.add_row('all of these', f'{total:,}', f'{result["nonzeros"]:,}', f'{result["density"]:.2%}')
+    table = named_table(
+        f'{result["model"]}, {result["method"]}',
+        ('layer', 'weights', 'nonzeros', 'density'),
+        [(name, f'{size:,}', f'{nonzeros:,}', f'{nonzeros / size:.2%}') for name, (nonzeros, size) in result['layers'].items()],
+        width=console.width,
+        total=('all of these', f'{total:,}', f'{result["nonzeros"]:,}', f'{result["density"]:.2%}'),
+    )
     console.print(table)
 
     dense = 4 * result['parameters']
@@ -84,64 +112,24 @@ def draw(path: pathlib.Path, rows: list[dict[str, Any]], *, title: str, input_co
       title: heading.
       input_counts: number of weights each input pixel kept, [height, width]; None: the weights that moved are drawn instead.
     """
-    import matplotlib.cm
-    import matplotlib.colors
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
     figure = Figure(figsize=(11, 7.5), layout='constrained')
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13)
     (loss_axes, accuracy_axes), (density_axes, last_axes) = figure.subplots(2, 2)
-
-    few = dict(marker='o', markersize=3) if sum('flips' in row for row in rows) < 25 else {}  # there may be one only
-    loss_axes.plot(*_series(rows, 'loss'), label='training', color='tab:blue')
-    accuracy_axes.plot(*_series(rows, 'accuracy'), label='training', color='tab:blue')
-    for part, color in (('validation', 'tab:green'), ('test', 'tab:orange')):
-        if any(f'{part}_loss' in row for row in rows):
-            loss_axes.plot(*_series(rows, f'{part}_loss'), label=part, color=color, **few)
-            accuracy_axes.plot(*_series(rows, f'{part}_accuracy'), label=part, color=color, **few)
-    loss_axes.set(title='loss (cross entropy, nats)', xlabel='step', yscale='log')
-    accuracy_axes.set(title='accuracy', xlabel='step')
-    accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    if shown := sorted(value for row in rows for key, value in row.items() if key.endswith('accuracy')):
-        accuracy_axes.set_ylim(max(0.0, shown[len(shown) // 10] - 0.03), min(shown[-1] + 0.05, 1.005))
-    loss_axes.legend()
-    accuracy_axes.legend()
-
-    steps, densities = _series(rows, 'density')
-    if densities:
-        last = max(row['step'] for row in rows)
-        names = list(densities[0])
-        many = len(names) > _NAMED
-        for i, layer in enumerate(names):
-            values = [d[layer] for d in densities]
-            look = dict(color=matplotlib.colormaps['viridis'](i / (len(names) - 1))) if many else dict(label=layer)
-            density_axes.plot([*steps, last], [*values, values[-1]], drawstyle='steps-post', linewidth=1 if many else 1.5, **look)
-        density_axes.set_yscale('log')
-        if many:
-            colours = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, len(names) - 1), 'viridis')
-            bar = figure.colorbar(colours, ax=density_axes, ticks=[0, len(names) - 1])
-            bar.ax.set_yticklabels([_short(names[0]), _short(names[-1])], fontsize=8)
-        else:
-            density_axes.legend(loc='best')
-    else:
-        density_axes.text(0.5, 0.5, 'dense: every weight exists', ha='center', transform=density_axes.transAxes)
-    density_axes.set(title='density of each layer', xlabel='step')
-    for axes, write in ((density_axes, lambda v, _: f'{100 * v:.3g}%'), (loss_axes, lambda v, _: f'{v:g}')):
-        if axes.get_yscale() != 'log':
-            continue
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(write))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-
+    markers = dict(marker='o', markersize=3) if sum('flips' in row for row in rows) < 25 else {}  # there may be one point only
+    _draw_learning(loss_axes, accuracy_axes, rows, markers)
+    _draw_densities(figure, density_axes, rows)
+    _log_ticks(density_axes, lambda v, _: f'{100 * v:.3g}%')
+    _log_ticks(loss_axes, lambda v, _: f'{v:g}')
     if input_counts is not None:
         image = last_axes.imshow(input_counts, cmap='viridis')
         last_axes.set(title='weights that each input pixel kept', xticks=[], yticks=[])
         figure.colorbar(image, ax=last_axes)
     else:
-        last_axes.plot(*_series(rows, 'flips'), color='tab:purple', **few)
+        last_axes.plot(*_series(rows, 'flips'), color='tab:purple', **markers)
         last_axes.set(title='mask positions that an update flipped', xlabel='step')
         last_axes.set_ylim(bottom=0)
     for axes in (loss_axes, accuracy_axes, density_axes):
@@ -149,3 +137,59 @@ def draw(path: pathlib.Path, rows: list[dict[str, Any]], *, title: str, input_co
     partial = path.with_suffix('.tmp.png')
     figure.savefig(partial, dpi=110)
     partial.replace(path)
+
+
+def _draw_learning(loss_axes, accuracy_axes, rows: list[dict[str, Any]], markers: dict[str, Any]) -> None:
+    """Loss and accuracy over time, in training and on the other parts of the data."""
+    from matplotlib.ticker import PercentFormatter
+
+    loss_axes.plot(*_series(rows, 'loss'), label='training', color='tab:blue')
+    accuracy_axes.plot(*_series(rows, 'accuracy'), label='training', color='tab:blue')
+    for part, color in (('validation', 'tab:green'), ('test', 'tab:orange')):
+        if any(f'{part}_loss' in row for row in rows):
+            loss_axes.plot(*_series(rows, f'{part}_loss'), label=part, color=color, **markers)
+            accuracy_axes.plot(*_series(rows, f'{part}_accuracy'), label=part, color=color, **markers)
+    loss_axes.set(title='loss (cross entropy, nats)', xlabel='step', yscale='log')
+    accuracy_axes.set(title='accuracy', xlabel='step')
+    accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    if accuracies := sorted(value for row in rows for key, value in row.items() if key.endswith('accuracy')):
+        accuracy_axes.set_ylim(max(0.0, accuracies[len(accuracies) // 10] - 0.03), min(accuracies[-1] + 0.05, 1.005))
+    loss_axes.legend()
+    accuracy_axes.legend()
+
+
+def _draw_densities(figure, axes, rows: list[dict[str, Any]]) -> None:
+    """Density of each layer over time; many layers get a colour scale in place of names."""
+    import matplotlib.cm
+    import matplotlib.colors
+
+    axes.set(title='density of each layer', xlabel='step')
+    steps, densities = _series(rows, 'density')
+    if not densities:
+        axes.text(0.5, 0.5, 'dense: every weight exists', ha='center', transform=axes.transAxes)
+        return
+    last = max(row['step'] for row in rows)
+    names = list(densities[0])
+    many = len(names) > _NAMED
+    for i, layer in enumerate(names):
+        values = [d[layer] for d in densities]
+        look = dict(color=matplotlib.colormaps['viridis'](i / (len(names) - 1))) if many else dict(label=layer)
+        axes.plot([*steps, last], [*values, values[-1]], drawstyle='steps-post', linewidth=1 if many else 1.5, **look)
+    axes.set_yscale('log')
+    if many:
+        colours = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, len(names) - 1), 'viridis')
+        bar = figure.colorbar(colours, ax=axes, ticks=[0, len(names) - 1])
+        bar.ax.set_yticklabels([_short(names[0]), _short(names[-1])], fontsize=8)
+    else:
+        axes.legend(loc='best')
+
+
+def _log_ticks(axes, write: Callable[[float, int], str]) -> None:
+    """Ticks at 1, 2 and 5 of each decade of a logarithmic scale."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if axes.get_yscale() != 'log':
+        return
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(write))
+    axes.yaxis.set_minor_formatter(NullFormatter())

@@ -20,7 +20,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sparse_jax.core import masks as masks_lib
+from sparse_jax.core import layers as layers_lib
 
 FORMAT = 2
 _READ = (1, 2)
@@ -107,19 +107,19 @@ def _target_of_packed(target: Any) -> Any:
     def packed(t):
         if not _is_mask(t):
             return t
-        shape, place = (*t.shape[:-1], -(-t.shape[-1] // 8)), t.sharding
-        if isinstance(place, NamedSharding):
-            axes = (*place.spec, *[None] * (len(shape) - len(place.spec)))
-            last = axes[-1] if axes[-1] is None or shape[-1] % place.mesh.shape[axes[-1]] == 0 else None
-            place = NamedSharding(place.mesh, P(*axes[:-1], last))
-        return jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=place)
+        shape, sharding = (*t.shape[:-1], -(-t.shape[-1] // 8)), t.sharding
+        if isinstance(sharding, NamedSharding):
+            axes = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
+            last = axes[-1] if axes[-1] is None or shape[-1] % sharding.mesh.shape[axes[-1]] == 0 else None
+            sharding = NamedSharding(sharding.mesh, P(*axes[:-1], last))
+        return jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=sharding)
 
     return jax.tree.map(packed, target)
 
 
 def _arrays(tree: Any) -> dict[str, str]:
     """Type and shape of each array, by its path."""
-    return {path: f'{leaf.dtype}{list(leaf.shape)}' for path, leaf in masks_lib.leaf_paths(tree)}
+    return {path: f'{leaf.dtype}{list(leaf.shape)}' for path, leaf in layers_lib.leaf_paths(tree)}
 
 
 def _meta(step: int, state: Any, seconds: float) -> dict[str, Any]:
@@ -193,9 +193,11 @@ class Checkpoints:
             raise ValueError(
                 f'{where} has format {version}, this version reads {" and ".join(map(str, _READ))}: use the version that wrote it, or {remedy}'
             )
-        wanted = _arrays(target)
-        if different := [k for k in sorted(wanted.keys() | arrays.keys()) if wanted.get(k) != arrays.get(k)]:
-            listed = '; '.join(f'{k}: {arrays.get(k, "nothing")} there, {wanted.get(k, "nothing")} wanted' for k in different[:3])
+        expected_arrays = _arrays(target)
+        if different := [k for k in sorted(expected_arrays.keys() | arrays.keys()) if expected_arrays.get(k) != arrays.get(k)]:
+            listed = '; '.join(
+                f'{k}: {arrays.get(k, "nothing")} there, {expected_arrays.get(k, "nothing")} wanted' for k in different[:3]
+            )
             raise ValueError(
                 f'{where} holds other arrays than this experiment ({len(different)} differ: {listed}): give another --workdir.'
             )

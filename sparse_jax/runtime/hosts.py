@@ -1,4 +1,4 @@
-"""Many hosts: how they find each other, agree on what is wrong, and stop together. One host is the case of one."""
+"""Many hosts: how they find each other, agree on what is wrong, and stop together. All of it works on one host too."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 _LOG = logging.getLogger('sparse_jax')
-_TEXT = 2**14  # bytes that hosts tell each other at a time
+_TEXT_BYTES = 2**14  # of one message between hosts
 T = TypeVar('T')
 
 
@@ -31,15 +31,15 @@ class Unreachable(RuntimeError):
 def arguments(
     environ: Mapping[str, str], *, coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> dict[str, Any]:
-    """What ``jax.distributed.initialize`` is to be told: by flags, else by xpk's variables, else nothing, and JAX looks by itself.
+    """Keyword arguments for ``jax.distributed.initialize``: from flags, else from xpk's variables, else none, so that JAX detects the cluster.
 
-    JAX knows SLURM, Open MPI, Kubernetes, GKE and Cloud TPU. xpk's variables it misreads: the address has no port.
+    JAX detects SLURM, Open MPI, Kubernetes, GKE and Cloud TPU. It misreads xpk's variables, whose address has no port.
 
     Args:
-      environ: the environment.
+      environ: the environment variables.
       coordinator: host:port of process 0.
-      num_processes: how many processes there are.
-      process_id: of this one.
+      num_processes: the number of processes.
+      process_id: the index of this process.
 
     Returns:
       Keyword arguments.
@@ -74,12 +74,12 @@ def arguments(
                 f"xpk's variables are incomplete ({error}): NNODES and NODE_RANK, or JAX_PROCESS_COUNT and JOB_COMPLETION_INDEX."
             ) from error
         return _checked(address, count, index, "xpk's variables")
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     per_node = environ.get('SLURM_STEP_TASKS_PER_NODE', environ.get('SLURM_TASKS_PER_NODE', ''))
     visible = [gpu for gpu in environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if gpu.strip()]
     if 'SLURM_PROCID' in environ and per_node.partition('(')[0] == '1' and len(visible) > 1:
-        found['local_device_ids'] = list(range(len(visible)))  # JAX would take one GPU a task
-    return found
+        options['local_device_ids'] = list(range(len(visible)))  # JAX would take one GPU a task
+    return options
 
 
 def _checked(address, count, index, source: str) -> dict[str, Any]:
@@ -91,32 +91,32 @@ def _checked(address, count, index, source: str) -> dict[str, Any]:
     return {'coordinator_address': address, 'num_processes': count, 'process_id': index}
 
 
-def initialize(known: dict[str, Any], *, initialization_timeout: int = 120, heartbeat_timeout: int = 30) -> None:
-    """Joins the other hosts; from then on this process ends soon after one of them does.
+def initialize(cluster: dict[str, Any], *, initialization_timeout: int = 120, heartbeat_timeout: int = 30) -> None:
+    """Joins the other hosts. From then on this process ends soon after one of them does.
 
     Args:
-      known: from :func:`arguments`.
-      initialization_timeout: seconds for all hosts to come.
-      heartbeat_timeout: seconds after which a host that is not heard of counts as dead, and all others end.
+      cluster: keyword arguments from :func:`arguments`.
+      initialization_timeout: seconds within which all hosts must join.
+      heartbeat_timeout: seconds of silence after which a host counts as dead, and all others end.
 
     Raises:
-      ValueError: where nothing tells which hosts there are.
-      Unreachable: where the first one cannot be reached. Where they do not come in time, the process ends with a line and exit code 70.
+      ValueError: if no cluster is detected and none is given.
+      Unreachable: if process 0 cannot be reached. If hosts do not join in time, the process prints one line and exits with code 70.
     """
     options: dict[str, Any] = dict(
         initialization_timeout=initialization_timeout + 60,
         heartbeat_timeout_seconds=heartbeat_timeout,
         shutdown_timeout_seconds=heartbeat_timeout,
     )
-    if 'coordinator_address' in known:
+    if 'coordinator_address' in cluster:
         options['cluster_detection_method'] = 'deactivate'
-    where = known.get('coordinator_address', 'the coordinator')
-    # jaxlib ends the process with a page of C++ when time is over: we are quicker, with a line.
+    where = cluster.get('coordinator_address', 'the coordinator')
+    # When time is up, jaxlib aborts the process with a page of C++: this timer is earlier, and prints one line.
     in_time = threading.Timer(initialization_timeout, _not_in_time, (where, initialization_timeout))
     in_time.daemon = True
     in_time.start()
     try:
-        jax.distributed.initialize(**known, **options)
+        jax.distributed.initialize(**cluster, **options)
     except ValueError as error:
         raise ValueError(
             f'--distributed: no cluster was found ({str(error).splitlines()[0]}): start it under SLURM, Open MPI, Kubernetes or on TPU, '
@@ -137,37 +137,45 @@ def _not_in_time(where: str, seconds: int) -> None:
         'with the same --coordinator and --num_processes.',
         file=sys.stderr,
     )
-    leave(70)
+    exit_now(70)
 
 
 def _end(kind, error, trace) -> None:
     traceback.print_exception(kind, error, trace)
-    leave(70)
+    exit_now(70)
 
 
-def leave(code: int) -> None:
+def exit_now(code: int) -> None:
     """Ends this process without the barriers in which it would wait for peers."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def is_first() -> bool:
-    """Whether this is the process that writes files and speaks."""
+def is_host0() -> bool:
+    """Whether this is process 0, the one that writes files and prints."""
     return jax.process_index() == 0
 
 
-def _told(text: str) -> list[str]:
-    """What each host says."""
-    encoded = text.encode()[:_TEXT]
-    row = np.zeros(_TEXT, np.uint8)
+def allgather_text(text: str) -> list[str]:
+    """Each host's text, on all hosts, in the order of their process indices."""
+    encoded = text.encode()[:_TEXT_BYTES]
+    row = np.zeros(_TEXT_BYTES, np.uint8)
     row[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(row)).reshape(-1, _TEXT)
+    rows = np.asarray(multihost_utils.process_allgather(row)).reshape(-1, _TEXT_BYTES)
     return [bytes(row).rstrip(b'\0').decode(errors='ignore') for row in rows]
 
 
-def together(function: Callable[..., T], *args) -> T:
-    """Calls a function on every host; where it raises ValueError on one, it raises on all, so that none is waited for."""
+def run_on_all_hosts(function: Callable[..., T], *args) -> T:
+    """Calls a function on every host. A ValueError on one host is raised on all, so that no host waits for one that has stopped.
+
+    Args:
+      function: is called on every host; it must not communicate with other hosts.
+      *args: its arguments.
+
+    Returns:
+      What the function returned on this host.
+    """
     if jax.process_count() == 1:
         return function(*args)
     message, result = '', None
@@ -175,44 +183,43 @@ def together(function: Callable[..., T], *args) -> T:
         result = function(*args)
     except ValueError as error:
         message = str(error) or 'ValueError'
-    for host, told in enumerate(_told(message)):
-        if told:
-            raise ValueError(told if told == message else f'{told} (on host {host})')
+    for host, reported in enumerate(allgather_text(message)):
+        if reported:
+            raise ValueError(reported if reported == message else f'{reported} (on host {host})')
     return result  # type: ignore[return-value]
 
 
-def first(function: Callable[..., T], *args) -> T | None:
-    """Calls a function on the first host only; its ValueError is raised on all."""
-    return together(lambda: function(*args) if is_first() else None)
+def run_on_host0(function: Callable[..., T], *args) -> T | None:
+    """Calls a function on host 0 only, and waits for it on all hosts. Its ValueError is raised on all."""
+    return run_on_all_hosts(lambda: function(*args) if is_host0() else None)
 
 
-def from_first(function: Callable[..., T], *args) -> T:
-    """What a function gives on the first host, told to all; JSON."""
+def broadcast_from_host0(function: Callable[..., T], *args) -> T:
+    """Calls a function on host 0 only, and returns its result, sent as JSON, on all hosts."""
     if jax.process_count() == 1:
         return function(*args)
-    return json.loads(_told(json.dumps(function(*args)) if is_first() else '')[0])
+    return json.loads(allgather_text(json.dumps(function(*args)) if is_host0() else '')[0])
 
 
-def check_same(named: Mapping[str, Any]) -> None:
-    """Raises ValueError, on all hosts, where these are not the same everywhere."""
+def assert_equal_on_all_hosts(values: Mapping[str, Any]) -> None:
+    """Raises ValueError, on all hosts, naming those values that are not the same on every host."""
     if jax.process_count() == 1:
         return
-    # each by its digest: all of them fit into one message
-    digests = {name: zlib.crc32(json.dumps(value, default=str).encode()) for name, value in named.items()}
-    texts = _told(json.dumps(digests))
-    for host, text in enumerate(texts):
-        other = json.loads(text)
-        if different := sorted(name for name in digests.keys() | other.keys() if json.loads(texts[0]).get(name) != other.get(name)):
+    # Digests, so that all of them fit into one message.
+    digests = {name: zlib.crc32(json.dumps(value, default=str).encode()) for name, value in values.items()}
+    first, *others = map(json.loads, allgather_text(json.dumps(digests)))
+    for host, other in enumerate(others, start=1):
+        if different := sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name)):
             raise ValueError(
                 f'host {host} was started otherwise than host 0: {", ".join(different)} differ. Start all with the same command.'
             )
 
 
 class Preemption:
-    """Whether the run was told to stop: SIGTERM to any host; asked after each step, by all, and answered alike."""
+    """Whether the run was told to stop, by SIGTERM to any host. All hosts ask after each step, and get the same answer."""
 
     def __enter__(self):
-        self._told, self._before = False, None
+        self._signalled, self._before = False, None
         self._alone = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
         if self._alone:
             self._before = signal.signal(signal.SIGTERM, self._note)
@@ -220,11 +227,11 @@ class Preemption:
 
     def _note(self, number, frame) -> None:
         del number, frame
-        self._told = True
+        self._signalled = True
 
     def reached(self, step: int) -> bool:
-        """Args: step: the same on all hosts."""
-        return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else self._told
+        """Whether to stop after this step, which must be the same on all hosts."""
+        return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else self._signalled
 
     def __exit__(self, *_) -> None:
         if self._alone:

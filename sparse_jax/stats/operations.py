@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparse_jax.core import layers as layers_lib
 from sparse_jax.core import masks as masks_lib
 
 # A mask update has two selections, each of which reads a weight's key about 32 times; computing the keys takes a few operations more.
@@ -138,7 +139,7 @@ def operations(
     closed = jax.make_jaxpr(apply_fn)(*inputs)
     values, counter = [], _Counter()
     for (name, _), mask, param in zip(
-        masks_lib.leaf_paths(inputs[0]), jax.tree.leaves(masks), jax.tree.leaves(inputs[0]), strict=True
+        layers_lib.leaf_paths(inputs[0]), jax.tree.leaves(masks), jax.tree.leaves(inputs[0]), strict=True
     ):
         tracked = mask.ndim > 0
         if tracked:

@@ -231,10 +231,45 @@ def table(opt_state: Any) -> str:
                 of('dead_outputs'),
                 of('dead_inputs'),
             )
-            lines.append(f'{name[-32:]:32}' + ' '.join(f'{v:>{width}}' for v, (_, width) in zip(row, heads, strict=True)) + blocks)
+            lines.append(
+                f'{shorten(name, 32):32}' + ' '.join(f'{v:>{width}}' for v, (_, width) in zip(row, heads, strict=True)) + blocks
+            )
             total += size
     flips = f'flip rate {numbers["flip_rate"]:.4f}'
     if 'exploration_rate' in numbers:
         flips += f', exploration rate {numbers["exploration_rate"]:.4f}'
     lines.append(f'{"all":32}{total:>10} {numbers["nonzeros"]:>9} {numbers["density"]:>8.2%}  {flips}')
     return '\n'.join(lines)
+
+
+def shorten(name: str, width: int) -> str:
+    """A layer's name in at most so many letters, cut in the middle so that names can still be told apart.
+
+    Parts of the path are left out, those with a number in them last; the first and the last part stay where they fit.
+
+    Args:
+      name: path of a leaf, with slashes.
+      width: letters to fit in, at least 3.
+
+    Returns:
+      The name, or what is left of it around an ellipsis.
+
+    Example:
+      >>> shorten('layers/transformer/attention/query/kernel', 32)
+      'layers/…/attention/query/kernel'
+      >>> shorten('params/encoder/layer_12/attention/query/kernel', 30)
+      'params/…/layer_12/…/kernel'
+      >>> shorten('a_single_very_long_name', 12)
+      'a_s…ong_name'
+    """
+    if len(name) <= width:
+        return name
+    parts = name.split('/')
+    shown: list[str] = list(parts)
+    for i in sorted(range(1, len(parts) - 1), key=lambda i: any(map(str.isdigit, parts[i]))):
+        shown[i] = '…'
+        text = '/'.join(part for j, part in enumerate(shown) if part != '…' or shown[j - 1] != '…')
+        if len(text) <= width:
+            return text
+    head = (width - 1) // 3
+    return name[:head] + '…' + name[head + 1 - width :]

@@ -1,6 +1,8 @@
-"""Training: state, step, loop, checkpoints, metrics, sweeps, reports."""
+"""Training: state, step, loop, evaluation, optimizers, metrics, sweeps."""
 
-from sparse_jax.train.loop import NonFiniteError, evaluate, train
-from sparse_jax.train.state import Experiment, TrainState, create
+from sparse_jax.train.evaluate import evaluate
+from sparse_jax.train.experiment import create
+from sparse_jax.train.loop import NonFiniteError, train
+from sparse_jax.train.state import Experiment, TrainState
 
 __all__ = ['Experiment', 'NonFiniteError', 'TrainState', 'create', 'evaluate', 'train']

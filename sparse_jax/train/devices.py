@@ -10,12 +10,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
-from rich.table import Table
 
 from sparse_jax import config as config_lib
 from sparse_jax import sharding
 from sparse_jax.core import errors
 from sparse_jax.train import state as state_lib
+from sparse_jax.train.console import named_table
 
 
 def check(config: config_lib.Config) -> None:
@@ -31,30 +31,31 @@ class Devices:
     def __init__(self, config: config_lib.Config, experiment: state_lib.Experiment, devices: Sequence[Any] | None = None):
         """Raises ValueError for a mesh that does not fit the devices, or a batch that does not divide over it.
 
-        Args: devices: None: this job's, all of them.
+        Args:
+          config: the settings; their mesh may be wrong in any way.
+          experiment: whose state is placed.
+          devices: to make the mesh of; None: all of this job's.
         """
-        check(config)
-        m, one = config.mesh, jax.process_count() == 1
-        own = jax.devices() if devices is None else list(devices)
-        rules = sharding.parse_rules(m.rules)
+        settings, one_process = config.mesh, jax.process_count() == 1
+        available = jax.devices() if devices is None else list(devices)
+        rules = sharding.parse_rules(settings.rules)
         self.mesh = None
-        if len(own) > 1 and not (one and m.data == m.model == 1):  # 1 x 1: one device, whatever there are
-            self.mesh = sharding.make_mesh(m.data, m.model, devices=devices)
-        elif m.data * m.model not in (1, -1):
-            sharding.make_mesh(m.data, m.model, devices=own[:1])  # raises
+        # 1 x 1: one device, whatever there are
+        if len(available) > 1 and not (one_process and settings.data == settings.model == 1):
+            self.mesh = sharding.make_mesh(settings.data, settings.model, devices=devices)
+        elif settings.data * settings.model not in (1, -1):
+            sharding.make_mesh(settings.data, settings.model, devices=available[:1])  # raises
         self._shapes = jax.eval_shape(experiment.init, jax.random.key(0))
-        some = self.mesh or sharding.make_mesh(devices=own[:1])
-        self._placed = sharding.placements(self._shapes.params, some, m.layout, rules=rules)
-        parts = some.shape['data'] * config.train.accumulate
-        if config.data.batch_size % parts:
-            of = f'mesh.data={some.shape["data"]}' + (
-                f' times train.accumulate={config.train.accumulate}' if config.train.accumulate > 1 else ''
-            )
-            raise ValueError(f'config.data.batch_size={config.data.batch_size} must be a multiple of {of}.')
+        mesh = self.mesh or sharding.make_mesh(devices=available[:1])
+        self._placed = sharding.placements(self._shapes.params, mesh, settings.layout, rules=rules)
+        accumulate = config.train.accumulate
+        if config.data.batch_size % (mesh.shape['data'] * accumulate):
+            divisor = f'mesh.data={mesh.shape["data"]}' + (f' times train.accumulate={accumulate}' if accumulate > 1 else '')
+            raise ValueError(f'config.data.batch_size={config.data.batch_size} must be a multiple of {divisor}.')
 
     @functools.cached_property
     def state_shardings(self) -> Any:
-        """Of a training state; None on one device."""
+        """Shardings of a training state; None on one device."""
         return self.mesh and sharding.shardings(self._shapes, self._shapes.params, self._placed, self.mesh)
 
     @property
@@ -93,37 +94,42 @@ class Devices:
         """A batch of this size on the devices, from this process's rows of it."""
         if self.mesh is None:
             return arrays
-        start, place = self.rows(size)[0], sharding.batch_sharding(self.mesh)
+        start, batch_sharding = self.rows(size)[0], sharding.batch_sharding(self.mesh)
 
         def spread(x: np.ndarray) -> jax.Array:
             def part(index):
                 low, high, _ = index[0].indices(size)
                 return x[low - start : high - start]
 
-            return jax.make_array_from_callback((size, *x.shape[1:]), place, part)
+            return jax.make_array_from_callback((size, *x.shape[1:]), batch_sharding, part)
 
         return {name: spread(x) for name, x in arrays.items()}
 
     def print_table(self) -> None:
-        """Each parameter's place, and what a device holds; nothing on one device."""
+        """Prints how each parameter is divided, and what a device holds; nothing on one device."""
         if self.mesh is None:
             return
-        shape = ' x '.join(f'{axis}={size}' for axis, size in self.mesh.shape.items())
-        table = Table(title=f'{self.mesh.size} devices, {shape}')
-        for column in ('parameter', 'shape', 'divided', 'bytes', 'bytes a device', ''):
-            table.add_column(column, justify='right' if 'bytes' in column else 'left')
+        rows = []
         for row in self._placed:
             divided = ', '.join('-' if axis is None else axis for axis in row.spec) or 'no'
-            table.add_row(row.path, 'x'.join(map(str, row.shape)), divided, f'{row.bytes:,}', f'{row.bytes_per_device:,}', row.note)
+            shape = 'x'.join(map(str, row.shape))
+            rows.append((row.path, shape, divided, f'{row.bytes:,}', f'{row.bytes_per_device:,}', row.note))
         total, each = self._state_bytes()
-        table.add_section()
-        table.add_row('the whole state', '', '', f'{total:,}', f'{each:,}', 'parameters, masks, momenta')
-        Console(width=None if Console().is_terminal else 150).print(table)
+        console = Console(width=None if Console().is_terminal else 150)
+        table = named_table(
+            f'{self.mesh.size} devices, {" x ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())}',
+            ('parameter', 'shape', 'divided', 'bytes', 'bytes a device', ''),
+            rows,
+            width=console.width,
+            left=('shape', 'divided', ''),
+            total=('the whole state', '', '', f'{total:,}', f'{each:,}', 'parameters, masks, momenta'),
+        )
+        console.print(table)
 
     def _state_bytes(self) -> tuple[int, int]:
         total = each = 0
-        for leaf, place in zip(jax.tree.leaves(self._shapes), jax.tree.leaves(self.state_shardings), strict=True):
+        for leaf, leaf_sharding in zip(jax.tree.leaves(self._shapes), jax.tree.leaves(self.state_shardings), strict=True):
             size = leaf.dtype.itemsize
             total += leaf.size * size
-            each += math.prod(place.shard_shape(leaf.shape)) * size
+            each += math.prod(leaf_sharding.shard_shape(leaf.shape)) * size
         return total, each

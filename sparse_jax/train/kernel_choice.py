@@ -13,16 +13,17 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from sparse_jax import config as config_lib
 from sparse_jax import kernels
 from sparse_jax.core import granularity as granularity_lib
+from sparse_jax.core import layers as layers_lib
 from sparse_jax.core import masks as masks_lib
 from sparse_jax.kernels import backend, measure, sharded
 from sparse_jax.runtime import hosts, workdir
 from sparse_jax.train import devices as devices_lib
 from sparse_jax.train import state as state_lib
+from sparse_jax.train.console import named_table
 
 FILE = 'kernels.json'
 _LOG = logging.getLogger('sparse_jax')
@@ -47,7 +48,7 @@ def cut_by_mesh(config: config_lib.Config, experiment: state_lib.Experiment, dev
     if devices.mesh is None or config.sparsity.method == 'dense':
         return []
     granularity, cut = granularity_lib.get(config.sparsity.granularity), []
-    for path, mask in masks_lib.leaf_paths(masks_lib.get_masks(devices.shapes.opt_state)):
+    for path, mask in layers_lib.leaf_paths(masks_lib.get_masks(devices.shapes.opt_state)):
         axes = mask.ndim - (experiment.stacked is not None and mask.ndim > 0 and experiment.stacked(path, mask))
         if axes in (2, 4) and sharded.split_of(mask.sharding, mask.shape, granularity) is None:
             cut.append(path)
@@ -80,7 +81,7 @@ class LayerKernels:
         self._platform = backend.Choice('dense', '')
         if self._mode == 'auto':
             self._platform = backend.of_platform(config.model.dtype, self._granularity)
-            if hosts.is_first():
+            if hosts.is_host0():
                 _log_dense_layers(config, experiment, devices, self._platform)
         self._experiment = experiment
         self._examples = config.data.batch_size // config.train.accumulate
@@ -113,7 +114,7 @@ class LayerKernels:
         masks = masks_lib.get_masks(state.opt_state)
         if self._mesh is None:
             masks = jax.device_get(masks)
-        counts = {path: (mask.sum(dtype='int32'), mask.size) for path, mask in masks_lib.leaf_paths(masks) if np.ndim(mask)}
+        counts = {path: (mask.sum(dtype='int32'), mask.size) for path, mask in layers_lib.leaf_paths(masks) if np.ndim(mask)}
         densities = {path: int(count) / size for path, (count, size) in counts.items()}
         if self._mode == 'auto':
             self._choose(step, state, masks, densities)
@@ -144,13 +145,13 @@ class LayerKernels:
                 continue
             if self._calls is None and path not in stored:
                 self._calls = self._traced(state, masks)
-            rows[path] = stored.get(path) or hosts.from_first(self._measured, path, density)
+            rows[path] = stored.get(path) or hosts.broadcast_from_host0(self._measured, path, density)
         if not rows:
             return
         self._chosen |= rows
         if stored != rows:
             self._history[str(step)] = rows
-            if hosts.is_first():
+            if hosts.is_host0():
                 workdir.write_json(self._path, self._history)
 
     def _measured(self, path: str, density: float) -> dict[str, Any]:
@@ -168,7 +169,7 @@ class LayerKernels:
     def _traced(self, state, masks) -> dict[str, measure.Call]:
         """The products that a device makes in a step with each sparse leaf, by tracing one."""
         experiment = self._experiment
-        leaves = [path for path, mask in masks_lib.leaf_paths(masks) if np.ndim(mask)]
+        leaves = [path for path, mask in layers_lib.leaf_paths(masks) if np.ndim(mask)]
         implementation = 'reference' if self._platform.implementation == 'dense' else self._platform.implementation
         patterns = self._make_patterns(masks, dict.fromkeys(leaves, implementation))
         x = jax.ShapeDtypeStruct((self._examples, *experiment.example.shape[1:]), experiment.example.dtype)
@@ -194,20 +195,19 @@ def _log_dense_layers(
         _LOG.info(message, ', '.join(cut))
 
 
-def print_table(config: config_lib.Config, folder: pathlib.Path) -> None:
+def print_table(folder: pathlib.Path) -> None:
     """Prints the choices of a workdir's run, each layer's last one with both times; nothing where none was made."""
     path = folder / FILE
-    if config.sparsity.kernels != 'auto' or not path.exists():
+    if not path.exists():
         return
-    history, rows = json.loads(path.read_text()), {}
+    history, chosen, rows = json.loads(path.read_text()), {}, []
     for step in sorted(history, key=int):
-        rows |= history[step]
-    table = Table(title='kernels, chosen by measurement: a layer in an average step')
-    for column in ('layer', 'density', 'dense', 'sparse', 'takes'):
-        table.add_column(column, justify='left' if column in ('layer', 'takes') else 'right')
-    for name, row in rows.items():
+        chosen |= history[step]
+    for name, row in chosen.items():
         dense = row['seconds'].get('dense')
         sparse = next((seconds for key, seconds in row['seconds'].items() if key != 'dense'), None)
         times = ['' if seconds is None else f'{1e3 * seconds:.2f} ms' for seconds in (dense, sparse)]
-        table.add_row(name, f'{row["density"]:.2%}', *times, row['implementation'])
-    Console().print(table)
+        rows.append((name, f'{row["density"]:.2%}', *times, row['implementation']))
+    title, columns = 'kernels, chosen by measurement: a layer in an average step', ('layer', 'density', 'dense', 'sparse', 'takes')
+    console = Console()
+    console.print(named_table(title, columns, rows, width=console.width, left=('takes',)))

@@ -8,6 +8,8 @@ from typing import Any
 
 from rich import progress
 
+from sparse_jax import config as config_lib
+
 _LOG = logging.getLogger('sparse_jax')
 
 
@@ -51,8 +53,10 @@ def _summary_writer(workdir: pathlib.Path):
     return SummaryWriter(str(workdir / 'tensorboard'))
 
 
-def check_tensorboard() -> None:
-    """Raises ValueError where the extra is not installed."""
+def check_tensorboard(settings: config_lib.Log) -> None:
+    """Raises ValueError where TensorBoard is asked for and the extra is not installed."""
+    if not settings.tensorboard:
+        return
     try:
         import tensorboardX  # noqa: F401
     except ImportError as error:
@@ -101,7 +105,7 @@ class Progress:
 
 
 class Silent:
-    """In the place of both on hosts that write and show nothing."""
+    """In place of :class:`Writer` and :class:`Progress` on hosts that write and show nothing."""
 
     def write(self, step: int, values: dict[str, Any]) -> None: ...
 

@@ -9,6 +9,7 @@ import optax
 
 from sparse_jax import config as config_lib
 from sparse_jax.core import errors
+from sparse_jax.core import layers as layers_lib
 from sparse_jax.core import masks as masks_lib
 
 
@@ -76,7 +77,7 @@ def is_decayed(path: str, leaf: Any) -> bool:
 
 
 def _decayed(params: Any) -> Any:
-    flags = [is_decayed(path, leaf) for path, leaf in masks_lib.leaf_paths(params)]
+    flags = [is_decayed(path, leaf) for path, leaf in layers_lib.leaf_paths(params)]
     return jax.tree.unflatten(jax.tree.structure(params), flags)
 
 

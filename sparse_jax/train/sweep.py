@@ -17,9 +17,10 @@ from rich import progress
 from rich.console import Console
 
 from sparse_jax import config as config_lib
-from sparse_jax.report import aggregate, run_report
 from sparse_jax.runtime import workdir
+from sparse_jax.train import metrics
 from sparse_jax.train import run as run_lib
+from sparse_jax.train.result import headline
 
 _LOG = logging.getLogger('sparse_jax')
 
@@ -81,7 +82,7 @@ def names(points: Sequence[Mapping[str, str]]) -> list[str]:
 def run(
     config: config_lib.Config, folder: pathlib.Path, *, grids: Sequence[str], command: Sequence[str], jobs: int = 1
 ) -> dict[str, Any]:
-    """Trains every point of the grids that is not finished, and reports on all.
+    """Trains every point of the grids that is not finished; one that fails does not stop the others.
 
     Args:
       config: the settings that all share.
@@ -91,36 +92,42 @@ def run(
       jobs: runs at a time; with several each has a CPU core of its own.
 
     Returns:
-      Numbers of runs: ``done``, ``skipped``, ``failed``.
+      As :func:`run_all`; :func:`raise_failed` raises if runs failed.
 
     Raises:
       ValueError: for anything wrong with the input, before a file is made.
-      RuntimeError: if runs failed; the others are done all the same.
     """
     experiments = {}
     for point in parse(grids):
-        made = _with(config, point)
-        flat = config_lib.flatten(made)
+        settings = _with(config, point)
+        flat = config_lib.flatten(settings)
         # the values as they were read, so that 0.1 and 0.10 are one point
-        experiments.setdefault(json.dumps(flat), ({name: str(flat[name]) for name in point}, made))
+        experiments.setdefault(json.dumps(flat), ({name: str(flat[name]) for name in point}, settings))
     points = [point for point, _ in experiments.values()]
     runs = dict(zip((folder / name for name in names(points)), experiments.values(), strict=True))
     if len(runs) != len(points):
         raise ValueError('--sweep: two points have the same name: leave out values that differ in signs only.')
     _check(folder, runs)
     with workdir.locked(folder):
-        known = _points(folder)
-        all_runs = [*known, *(path.name for path in runs if path.name not in known)]
+        before = _points(folder)
+        all_runs = [*before, *(path.name for path in runs if path.name not in before)]
         workdir.write_json(folder / 'sweep.json', {'sweep': list(grids), 'command': list(command), 'runs': all_runs})
         tasks = {}
         for path, (point, _) in runs.items():
             flags = [f'--config.{name}={value}' for name, value in point.items()]
             tasks[path] = [*command, *flags, f'--workdir={path}']
-        outcome = run_all(tasks, jobs, folder / 'logs')
-        aggregate.report(folder)
+        return run_all(tasks, jobs, folder / 'logs')
+
+
+def raise_failed(outcome: Mapping[str, Any]) -> None:
+    """Raises RuntimeError with a line for each run that failed, if any did; the others are done all the same.
+
+    Args:
+      outcome: from :func:`run`.
+    """
     if failed := outcome['failed']:
-        raise RuntimeError(f'{len(failed)} of {len(runs)} runs failed, the others are done:\n' + '\n'.join(failed))
-    return outcome
+        total = outcome['done'] + outcome['skipped'] + len(failed)
+        raise RuntimeError(f'{len(failed)} of {total} runs failed, the others are done:\n' + '\n'.join(failed))
 
 
 def _points(folder: pathlib.Path) -> list[str]:
@@ -151,8 +158,10 @@ def _check(folder: pathlib.Path, runs: Mapping[pathlib.Path, tuple[Any, config_l
     if foreign:
         raise ValueError(f'--workdir={folder} holds something else than a sweep: give a new or an empty folder.')
     data, tried = {}, set()
-    for path, (_, config) in runs.items():
-        run_lib.check(config, path)
+    for path, (_, config) in runs.items():  # their numbers are in range already
+        run_lib.check_names(config)
+        workdir.check(config, path)
+        metrics.check_tensorboard(config.log)
         settings = {name: value for name, value in config_lib.flatten(config).items() if name != 'seed'}
         if (path / 'result.json').exists() or json.dumps(settings) in tried:
             continue
@@ -204,7 +213,7 @@ def run_all(tasks: Mapping[pathlib.Path, Sequence[str]], jobs: int, logs: pathli
             for future in concurrent.futures.as_completed(futures):
                 path, error = future.result()
                 failed += [error] if error else []
-                show(error or f'{path.name}: {run_report.headline(json.loads((path / "result.json").read_text()))}')
+                show(error or f'{path.name}: {headline(json.loads((path / "result.json").read_text()))}')
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

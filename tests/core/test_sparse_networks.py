@@ -8,7 +8,8 @@ import pytest
 import sparse_jax as sj
 from sparse_jax import config as config_lib
 from sparse_jax import train
-from sparse_jax.core import masks as masks_lib
+from sparse_jax.core import layers as layers_lib
+from sparse_jax.report import run_report
 
 
 def _config(model, **values):
@@ -65,8 +66,8 @@ def test_counts_are_exact_through_three_updates(model, density, own):
         assert (counts[-1] != counts[-2]) == (t % 2 == 0), 'the budget moves between layers at updates, and only then'
     stats = state.opt_state.stats if isinstance(state.opt_state, sj.SparsifyState) else None
     assert stats is not None and int(stats.grown.sum()) == int(stats.pruned.sum()) > 0
-    dense = {path for path, mask in masks_lib.leaf_paths(sj.get_masks(state.opt_state)) if mask.ndim == 0}
-    everything = {path for path, _ in masks_lib.leaf_paths(state.params)}
+    dense = {path for path, mask in layers_lib.leaf_paths(sj.get_masks(state.opt_state)) if mask.ndim == 0}
+    everything = {path for path, _ in layers_lib.leaf_paths(state.params)}
     assert dense == {path for path in everything if not path.endswith('kernel')}
     if model == 'transformer':
         assert {'embed/table', 'norm/scale', 'layers/mlp_norm/scale', 'layers/attention_norm/scale'} == dense
@@ -110,4 +111,5 @@ def test_a_language_model_trains_from_the_launchers_loop(tmp_path):
     assert len(result['layers']) == 14 and result['nonzeros'] == round(0.2 * sum(size for _, size in result['layers'].values()))
     assert 0.2 < result['operations_inference_against_dense'] < 0.5, 'attention and the embedding are dense'
     assert train.evaluate(config, tmp_path / 'run')['eval_loss'] == pytest.approx(result['eval_loss'], rel=1e-6)
+    run_report.show(tmp_path / 'run')
     assert (tmp_path / 'run' / 'report.png').exists()

@@ -13,6 +13,8 @@ from scipy import stats
 
 from sparse_jax import config as config_lib
 from sparse_jax.report import aggregate, published
+from sparse_jax.report.collect import collect
+from sparse_jax.report.write import write_report
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -54,7 +56,7 @@ def runs(tmp_path):
 
 
 def test_means_errors_and_intervals_equal_scipy(runs):
-    (table,) = aggregate.tables(aggregate.collect([runs])[0])
+    (table,) = aggregate.tables(collect([runs])[0])
     assert [(g.method, g.density, len(g.runs)) for g in table.groups] == [('dense', 1.0, 3), ('sparse_momentum', 0.05, 3)]
     values = 100 * np.array(list(ACCURACIES.values()))
     low, high = stats.t.interval(0.95, 2, loc=values.mean(), scale=stats.sem(values))
@@ -68,7 +70,7 @@ def test_means_errors_and_intervals_equal_scipy(runs):
 
 def test_one_run_has_no_interval(tmp_path):
     _write(tmp_path / 'one', data='digits32', model='vgg_d')
-    (table,) = aggregate.tables(aggregate.collect([tmp_path])[0])
+    (table,) = aggregate.tables(collect([tmp_path])[0])
     row = dict(zip(aggregate.columns(table), aggregate.cells(table, table.groups[0]), strict=True))
     assert row['test accuracy %'] == '90.00' and row['standard error'] == row['95% interval'] == ''
     assert 'published %' not in row, 'the digits are not CIFAR'
@@ -78,7 +80,7 @@ def test_groups_are_apart_by_every_setting_but_the_seed_and_copies_are_named(run
     _write(runs / 'copy', seed=0, accuracy=0.5)
     _write(runs / 'other', seed=0, accuracy=0.7, settings={'optimizer.learning_rate': '0.2'})
     _write(runs / 'dense_at_10', seed=0, accuracy=0.5, method='dense', density=0.1)  # the same as dense at 5%: it has no density
-    found, problems = aggregate.collect([runs])
+    found, problems = collect([runs])
     assert {p.folder.name: p.reason for p in problems} == {
         'dense_at_10': f'has the settings and the seed of {runs / "deep" / "er" / "dense0"}',
         '0': f'has the settings and the seed of {runs / "copy"}',
@@ -124,7 +126,7 @@ def _page(folder):
 
 
 def test_the_page_is_whole_self_contained_and_follows_the_theme(runs, capsys):
-    aggregate.report(runs)
+    write_report(runs)
     checker, content = _page(runs)
     assert all(address.startswith('#') for address in checker.addresses), 'everything is in the page'
     assert not re.findall(r'@import|url\((?!#)', content)
@@ -163,7 +165,7 @@ def test_broken_unfinished_and_mixed_workdirs(runs):
     )
     (runs / 'rows_cut' / 'run.json').write_text('broken')
     (runs / 'empty').mkdir()
-    aggregate.report(runs)
+    write_report(runs)
     checker, _ = _page(runs)
     text = ' '.join(checker.text)
     assert '6 workdirs not in the tables' in text
@@ -223,5 +225,5 @@ def test_a_run_from_before_a_setting_existed_is_of_its_default(runs):
     path = runs / 'sm' / '0' / 'config.json'
     old = {key: value for key, value in json.loads(path.read_text()).items() if not key.startswith(('model.d', 'train.a'))}
     path.write_text(json.dumps(old))
-    (table,) = aggregate.tables(aggregate.collect([runs])[0])
+    (table,) = aggregate.tables(collect([runs])[0])
     assert [(group.label, len(group.runs)) for group in table.groups] == [('dense', 3), ('sparse_momentum', 3)]

@@ -208,7 +208,7 @@ def test_clusters_are_detected(cluster):
     """The variables that each of them sets, made up, for two real processes, which find each other by nothing else."""
     program = """
 import os, jax
-from sparse_jax.train import hosts
+from sparse_jax.runtime import hosts
 hosts.initialize(hosts.arguments(os.environ), initialization_timeout=60)
 print(jax.process_index(), jax.process_count(), jax.local_device_count(), jax.device_count())
 """

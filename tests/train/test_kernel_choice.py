@@ -158,7 +158,7 @@ def test_choices_are_written_and_shown(finished, capsys):
             if row['seconds']:
                 assert row['implementation'] == backend.fastest(row['seconds']).implementation
     assert history['0']['fc1/kernel']['density'] == pytest.approx(0.05, abs=1e-3)
-    kernel_choice.print_table(_config(), finished[0])
+    kernel_choice.print_table(finished[0])
     table = capsys.readouterr().out
     assert 'fc1/kernel' in table and 'ms' in table and 'takes' in table
 

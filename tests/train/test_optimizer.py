@@ -15,7 +15,7 @@ from configs import mnist_lenet300
 from sparse_jax import config as config_lib
 from sparse_jax import train
 from sparse_jax.train import optimizer
-from sparse_jax.train import state as state_lib
+from sparse_jax.train import step as step_lib
 
 
 def _config(**values):
@@ -117,9 +117,9 @@ def test_label_smoothing_equals_numpy():
     labels = np.random.default_rng(1).integers(0, 7, (4, 3))
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     target = 0.9 * np.eye(7)[labels] + 0.1 / 7
-    np.testing.assert_allclose(state_lib.cross_entropy(jnp.float32(logits), labels, 0.1), -(target * logp).sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(step_lib.cross_entropy(jnp.float32(logits), labels, 0.1), -(target * logp).sum(-1), rtol=1e-5)
     np.testing.assert_allclose(
-        state_lib.cross_entropy(jnp.float32(logits), labels, 0.0), -(np.eye(7)[labels] * logp).sum(-1), rtol=1e-5
+        step_lib.cross_entropy(jnp.float32(logits), labels, 0.0), -(np.eye(7)[labels] * logp).sum(-1), rtol=1e-5
     )
     plain, smooth = (_create(train__label_smoothing=v, sparsity__method='dense') for v in (0.0, 0.2))
     state = plain.init(jax.random.key(0))

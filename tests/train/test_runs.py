@@ -18,6 +18,7 @@ import pytest
 import sparse_jax as sj
 from configs import mnist_lenet5, mnist_lenet300
 from sparse_jax import train
+from sparse_jax.report import run_report
 from sparse_jax.runtime import checkpoint
 from sparse_jax.train import metrics
 
@@ -200,6 +201,7 @@ def test_the_dense_twin_shares_everything_but_the_masks(tmp_path):
     config = _config(train__steps=50, sparsity__method='dense')
     result = train.train(config, tmp_path / 'dense')
     assert result['density'] == 1.0 and result['nonzeros'] == 266_200 and result['parameters'] == 266_610
+    run_report.show(tmp_path / 'dense')
     assert (tmp_path / 'dense' / 'report.png').exists()
 
 

@@ -14,7 +14,7 @@ import sparse_jax as sj
 from sparse_jax import config as config_lib
 from sparse_jax import sharding, train
 from sparse_jax.aot import collectives
-from sparse_jax.core import masks as masks_lib
+from sparse_jax.core import layers as layers_lib
 from sparse_jax.kernels.cpu import operations as cpu
 from sparse_jax.runtime import checkpoint
 from sparse_jax.train import devices as devices_lib
@@ -58,7 +58,7 @@ def _batch(step):
 
 
 def _masks(state):
-    return {path: np.asarray(m) for path, m in masks_lib.leaf_paths(sj.get_masks(state.opt_state)) if m.ndim}
+    return {path: np.asarray(m) for path, m in layers_lib.leaf_paths(sj.get_masks(state.opt_state)) if m.ndim}
 
 
 # Meshes and rules
@@ -129,7 +129,7 @@ def test_masks_momenta_and_averages_lie_where_their_weights_do():
     devices = devices_lib.Devices(config, experiment)
     state = _init(experiment, devices)
     weight = state.params['layers']['mlp']['up']['kernel']
-    same = [x for path, x in masks_lib.leaf_paths(state) if path.endswith('layers/mlp/up/kernel') and x.ndim]
+    same = [x for path, x in layers_lib.leaf_paths(state) if path.endswith('layers/mlp/up/kernel') and x.ndim]
     assert len(same) >= 5, 'the weight, its mask, both moments, the average'
     assert all(x.sharding == weight.sharding for x in same) and weight.sharding.spec == P(None, 'data', 'model')
     unwrap = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
@@ -185,7 +185,7 @@ def _placed(tree, mesh, spec):
     """Each leaf by a spec, or by its name's."""
     of = spec if isinstance(spec, dict) else dict.fromkeys(SHAPES, spec)
     place = lambda path, x: NamedSharding(mesh, P(*[None] * (x.ndim - 2), *of[path.split('/')[-1]]) if x.ndim > 1 else P())
-    placed = [jax.device_put(x, place(path, x)) for path, x in masks_lib.leaf_paths(tree)]
+    placed = [jax.device_put(x, place(path, x)) for path, x in layers_lib.leaf_paths(tree)]
     return jax.tree.unflatten(jax.tree.structure(tree), placed)
 
 

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from sparse_jax import config as config_lib
+from sparse_jax.report.write import write_report
 from sparse_jax.train import sweep
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -119,8 +120,11 @@ def test_runs_that_cannot_begin_are_named_and_so_are_points_that_are_one(tmp_pat
     config = config_lib.Config()
     config.data.name = 'mnist_offline'
     grid = 'seed=0,00;sparsity.density=0.1,0.10'
+    command = ['-c', 'import sys; sys.exit(print("boom") or 2)']
+    outcome = sweep.run(config, tmp_path / 'sweep', grids=[grid], command=command)
     with pytest.raises(RuntimeError, match=r'1 of 1 runs failed.*\n.*seed=0,sparsity.density=0.1 ended with 2: boom'):
-        sweep.run(config, tmp_path / 'sweep', grids=[grid], command=['-c', 'import sys; sys.exit(print("boom") or 2)'])
+        sweep.raise_failed(outcome)
+    write_report(tmp_path / 'sweep')
     assert '- `seed=0,sparsity.density=0.1`: not begun' in (tmp_path / 'sweep' / 'report.md').read_text()
 
 

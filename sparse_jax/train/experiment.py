@@ -1,0 +1,209 @@
+"""An experiment from its settings: which model, optimizer, masks and lengths make up the functions in :mod:`sparse_jax.train.step`."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparse_jax import config as config_lib
+from sparse_jax import kernels, models
+from sparse_jax.core import criteria, errors, methods, schedules
+from sparse_jax.core import layers as layers_lib
+from sparse_jax.core.sparsify import sparsify
+from sparse_jax.train import optimizer as optimizer_lib
+from sparse_jax.train import step as step_lib
+from sparse_jax.train.state import Experiment
+
+METHODS = (*methods.NAMES, 'dense')
+KERNELS = ('auto', 'dense', *kernels.IMPLEMENTATIONS)
+
+
+def check_names(config: config_lib.Config) -> None:
+    """Raises ValueError for what is wrong whatever the data, so that none is fetched or read in vain."""
+    models.options(config.model.name)
+    sparsity = config.sparsity
+    for name, value, choices in (
+        ('model.dtype', config.model.dtype, models.DTYPES),
+        ('model.layout', config.model.layout, models.LAYOUTS),
+        ('optimizer.name', config.optimizer.name, optimizer_lib.OPTIMIZERS),
+        ('optimizer.schedule', config.optimizer.schedule, optimizer_lib.SCHEDULES),
+        ('sparsity.method', sparsity.method, METHODS),
+        ('sparsity.kernels', sparsity.kernels, KERNELS),
+    ):
+        if value not in choices:
+            raise errors.unknown(name, value, choices)
+    if config.data.batch_size % config.train.accumulate:
+        raise ValueError(f'config.train.accumulate={config.train.accumulate} must divide data.batch_size={config.data.batch_size}.')
+    # the names of the method's parts; its steps wait for the length of an epoch
+    method = 'sparse_momentum' if sparsity.method == 'dense' else sparsity.method  # dense: no effect, but no nonsense either
+    parts = dataclasses.replace(sparsity, method=method, start_step=0, stop_step=0)
+    every = sparsity.update_every or config.train.steps or 10**8
+    _sparsify(
+        dataclasses.replace(config, sparsity=parts),
+        optax.sgd(0.1, 0.9),
+        None,
+        every,
+        config.train.steps or min(10 * every, 2**31 - 1),
+    )
+
+
+def create(config: config_lib.Config, *, num_examples: int, input_shape: tuple[int, ...], num_outputs: int) -> Experiment:
+    """The functions of the experiment that a config describes.
+
+    Args:
+      config: the settings, validated.
+      num_examples: number of training examples.
+      input_shape: of one example: height, width and channels, or the length of a sequence.
+      num_outputs: number of classes or tokens.
+
+    Returns:
+      Pure functions, not yet jitted. Both ``train_step`` and ``evaluate`` take batches of ``input`` (images float32[batch, h, w, c] or
+      tokens int32[batch, length]) and ``label`` (int32[batch], or int32[batch, length]). With ``dense_gradients=False`` the gradients
+      off the masks are zeros. ``patterns`` (see ``sj.kernels.make_patterns``) of the state's masks let layers run on sparse kernels.
+
+    Raises:
+      ValueError: for a name that does not exist, or settings that do not fit together.
+    """
+    check_names(config)
+    return build(config, num_examples=num_examples, input_shape=input_shape, num_outputs=num_outputs)
+
+
+def build(config: config_lib.Config, *, num_examples: int, input_shape: tuple[int, ...], num_outputs: int) -> Experiment:
+    """:func:`create`, of settings that :func:`check_names` has passed."""
+    steps_per_epoch = num_examples // config.data.batch_size
+    if steps_per_epoch == 0:
+        raise ValueError(f'data.batch_size={config.data.batch_size} is more than the {num_examples} training examples.')
+    total_steps = config.train.steps or config.train.epochs * steps_per_epoch
+    update_every = config.sparsity.update_every or steps_per_epoch
+    model = _model(config, input_shape, num_outputs)
+    learning_rate = optimizer_lib.schedule(config.optimizer, total_steps)
+    tx, updates = optimizer_lib.create(config.optimizer, learning_rate), _NO_UPDATES
+    is_sparse = config.sparsity.method != 'dense'
+    if is_sparse:
+        tx, parts = _sparsify(config, tx, model.stacked, update_every, total_steps)
+        updates = _mask_updates(config.sparsity, parts)
+    spec = step_lib.StepSpec(
+        model=model,
+        tx=tx,
+        is_sparse=is_sparse,
+        label_smoothing=config.train.label_smoothing,
+        clip_norm=config.optimizer.clip_norm,
+        accumulate=config.train.accumulate,
+        average_decay=config.train.average_decay,
+    )
+    init = functools.partial(step_lib.init, spec)
+    params = jax.eval_shape(init, jax.random.key(0)).params  # budget and leaves are checked before any file is made
+    is_sparse_leaf = layers_lib.sparse_leaves(params, None, _patterns(config.sparsity.dense))
+    return Experiment(
+        init=init,
+        train_step=functools.partial(step_lib.train_step, spec),
+        evaluate=functools.partial(step_lib.evaluate, spec),
+        apply=functools.partial(step_lib.apply, spec),
+        learning_rate=learning_rate,
+        **updates._asdict(),
+        layers=layers_lib.layer_table(params, is_sparse_leaf, model.stacked),
+        stacked=model.stacked,
+        example=jax.ShapeDtypeStruct((1, *input_shape), jnp.int32 if len(input_shape) == 1 else jnp.float32),
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        update_every=update_every,
+    )
+
+
+def _model(config: config_lib.Config, input_shape: tuple[int, ...], num_outputs: int) -> models.Model:
+    """The model, with those settings that it takes; ValueError for one that it does not."""
+    settings = dataclasses.asdict(config.model)
+    name, dtype, layout = (settings.pop(field) for field in ('name', 'dtype', 'layout'))
+    if layout == 'auto' and config.sparsity.kernels in ('dense', 'reference'):  # plain XLA was asked for
+        layout = 'channels'
+    accepted, options = models.options(name), {}
+    for field, value in settings.items():
+        if field in accepted and not (field == 'dropout' and value == -1):
+            options[field] = value
+        elif field not in accepted and value != getattr(config_lib.Model(), field):
+            raise ValueError(
+                f'config.model.{field}={value!r} is not a setting of {name}: it takes {", ".join(accepted) or "none"}.'
+            )
+    for field in ('depth', 'features', 'heads'):
+        if options.get(field) == 0:
+            raise ValueError(f'config.model.{field}=0: give the {name} at least 1.')
+    model = models.create(name, input_shape=input_shape, num_outputs=num_outputs, dtype=dtype, layout=layout, **options)
+    examples = config.data.batch_size // config.train.accumulate
+    if layout == 'lanes' and (reason := kernels.lanes_unavailable(examples, dtype)):
+        raise ValueError(
+            f"config.model.layout='lanes' does not run here: {reason}. Take 'auto' or 'channels', or another data.batch_size."
+        )
+    return model
+
+
+def _patterns(text: str) -> tuple[str, ...]:
+    return tuple(pattern for pattern in text.split(',') if pattern)
+
+
+def _sparsify(config: config_lib.Config, inner, stacked, update_every: int, total_steps: int) -> tuple[Any, dict[str, Any]]:
+    """The sparse optimizer, and the arguments that make it."""
+    s = config.sparsity
+    options: dict[str, Any] = dict(start_step=s.start_step, granularity=s.granularity, stacked=stacked)
+    options['dense'] = _patterns(s.dense)
+    for name in ('prune_rate', 'stop_step', 'distribution', 'prune', 'grow', 'redistribute'):
+        if value := getattr(s, name):
+            options[name] = None if value == 'none' else value
+    if s.method == 'rigl' and s.accumulate_steps > 1:
+        options['grow'] = criteria.accumulated_gradient(s.accumulate_steps)
+    if s.method == 'granet':
+        options['initial_density'] = s.initial_density
+    parts = methods.parts(s.method, s.density, update_every, total_steps, **options)
+    return sparsify(inner, **parts, track_exploration=True, seed=jax.random.key(config.seed)), parts
+
+
+class _MaskUpdates(NamedTuple):
+    """When masks move, and the gradients that this needs: the fields of the same names in :class:`Experiment`."""
+
+    prune_rate: optax.Schedule | None
+    is_mask_update: Callable[[int], bool]
+    dense_gradient_steps: int | None
+    needs_dense_gradient: Callable[[int], bool]
+
+
+_NO_UPDATES = _MaskUpdates(
+    prune_rate=None,
+    is_mask_update=lambda step: False,
+    dense_gradient_steps=None,
+    needs_dense_gradient=lambda step: True,
+)
+
+
+def _mask_updates(sparsity: config_lib.Sparsity, parts: dict[str, Any]) -> _MaskUpdates:
+    """When masks move, from the arguments of ``sparsify``."""
+    grow = criteria.get('grow', parts.get('grow', criteria.momentum))
+    dense_steps = _dense_gradient_steps(sparsity, grow)
+    updates = _NO_UPDATES._replace(dense_gradient_steps=dense_steps, needs_dense_gradient=lambda step: dense_steps is None)
+    if grow is not None or callable(parts['density']):
+        timing = {name: parts[name] for name in ('update_every', 'total_steps', 'start_step')}
+        timing['stop_step'] = parts.get('stop_step')
+        updates = updates._replace(
+            is_mask_update=functools.partial(schedules.is_update, **timing),
+            needs_dense_gradient=lambda step: schedules.needs_dense_gradient(step - 1, **timing, window=dense_steps),
+        )
+    if grow is not None:
+        rate = parts['prune_rate']
+        updates = updates._replace(prune_rate=rate if callable(rate) else schedules.cosine(rate, parts['total_steps']))
+    return updates
+
+
+def _dense_gradient_steps(sparsity: config_lib.Sparsity, grow: Any) -> int | None:
+    """Steps with dense gradients up to each mask update; None: all steps."""
+    window = sparsity.dense_gradient_window
+    if window is None:
+        return None
+    needed = criteria.dense_gradient_steps(grow)
+    if needed is not None and window != config_lib.Sparsity().dense_gradient_window:
+        raise ValueError(
+            f'config.sparsity.dense_gradient_window={window} has no effect with sparsity.method={sparsity.method!r}, whose growth '
+            f'needs {needed} dense steps: leave it, or set None for all steps.'
+        )
+    return window if needed is None else needed

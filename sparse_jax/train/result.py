@@ -1,0 +1,131 @@
+"""What a run leaves at its end: result.json, run.json, and what the report needs of the masks."""
+
+import datetime
+import json
+import pathlib
+import platform
+import resource
+import socket
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparse_jax import stats
+from sparse_jax.core import masks as masks_lib
+from sparse_jax.runtime import hosts, workdir
+from sparse_jax.train import metrics
+from sparse_jax.train import state as state_lib
+from sparse_jax.train.evaluate import results
+from sparse_jax.train.run import Run
+
+REPORT = 'report.png'  # of a finished run, drawn by the report; one of an earlier end of the run is deleted when it goes on
+INPUT_COUNTS = 'input_counts.npy'  # int[height, width]: weights that each pixel of the image kept
+
+
+def headline(result: dict[str, Any]) -> str:
+    """A run's result in a few words.
+
+    >>> headline({'test_accuracy': 0.934}), headline({'eval_loss': 1.5, 'validation_bits_per_byte': 2.164})
+    ('93.40% test accuracy', 'validation loss 1.500 nats a token, 2.164 bits a byte')
+    """
+    if 'eval_loss' in result:
+        return f'validation loss {result["eval_loss"]:.3f} nats a token, {result["validation_bits_per_byte"]:.3f} bits a byte'
+    return f'{result["test_accuracy"]:.2%} test accuracy'
+
+
+def finish(run: Run, state: state_lib.TrainState, seconds: float, start: int) -> dict[str, Any]:
+    """Evaluates the last state, and writes what the run gives, on host 0.
+
+    Args:
+      run: that has ended.
+      state: after its last step.
+      seconds: that training took, over all restarts.
+      start: the step at which this process began.
+
+    Returns:
+      The content of ``result.json``, on all hosts.
+    """
+    result = _result(run, state, seconds)
+    hosts.run_on_host0(_write, run, result, _input_counts(run, state), start)
+    return json.loads((run.folder / 'result.json').read_text())
+
+
+def _result(run: Run, state: state_lib.TrainState, seconds: float) -> dict[str, Any]:
+    """The content of ``result.json``; what it says of the run's average is right on host 0 only, which reads the metrics."""
+    config, experiment = run.config, run.experiment
+    sizes = state_lib.sizes(experiment, state)
+    result = {
+        'model': config.model.name,
+        'data': config.data.name,
+        'method': config.sparsity.method,
+        'steps': experiment.total_steps,
+        'parameters': sizes.parameters,
+        'nonzeros': sizes.nonzeros,
+        'density': sizes.density,
+        'layers': sizes.layers,
+        **({'data_fingerprint': run.data.fingerprint} if run.data.fingerprint else {}),
+        **results(run, state),
+    }
+    rows = metrics.read(run.folder) if hosts.is_host0() else []
+    # on all hosts, since it counts sharded masks; what the others make of no rows is not used
+    density = _mean_density(rows, experiment.total_steps) if rows else dict.fromkeys(sizes.layers, 1.0)
+    masks = None if config.sparsity.method == 'dense' else run.devices.host(masks_lib.get_masks(state.opt_state))
+    result |= state_lib.operations(experiment, state, density, masks)
+    if masks is not None:
+        result['exploration_rate'] = stats.exploration_rate(state.opt_state)
+    return result | {'seconds': round(seconds, 3), 'steps_per_second': round(experiment.total_steps / max(seconds, 1e-9), 3)}
+
+
+def _write(run: Run, result: dict[str, Any], input_counts: np.ndarray | None, start: int) -> None:
+    if input_counts is not None:
+        _write_array(run.folder / INPUT_COUNTS, input_counts)
+    workdir.write_json(run.folder / 'run.json', _machine(run, start))
+    workdir.write_json(run.folder / 'result.json', result)  # last: its presence says that the run is finished
+
+
+def _write_array(path: pathlib.Path, array: np.ndarray) -> None:
+    partial = path.with_suffix('.tmp.npy')
+    np.save(partial, array)
+    partial.replace(path)
+
+
+def _machine(run: Run, start: int) -> dict[str, Any]:
+    """The content of ``run.json``: when, where and on what the run ended, which may differ between runs with the same result."""
+    mesh = run.devices.mesh
+    return {
+        'finished': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+        'resumed_at': start,
+        'host': socket.gethostname(),
+        'platform': platform.platform(),
+        'device': jax.devices()[0].device_kind,
+        'devices': jax.device_count() if mesh else 1,
+        'processes': jax.process_count(),
+        'mesh': dict(mesh.shape) if mesh else None,
+        'kernels': run.config.sparsity.kernels,
+        'jax': jax.__version__,
+        'python': sys.version.split()[0],
+        'max_memory_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
+
+
+def _mean_density(rows: list[dict[str, Any]], total_steps: int) -> dict[str, float]:
+    """Density of each layer on average over the steps, from the lines that say what it was from a step on."""
+    changes = [(row['step'], row['density']) for row in rows if 'density' in row]
+    ends = [step for step, _ in changes[1:]] + [total_steps]
+    names = changes[0][1] if changes else {}
+    return {
+        name: sum(density[name] * (end - step) for (step, density), end in zip(changes, ends, strict=True)) / total_steps
+        for name in names
+    }
+
+
+def _input_counts(run: Run, state: state_lib.TrainState) -> np.ndarray | None:
+    """Weights that each pixel of the image kept, where the first layer takes the image as a vector."""
+    if run.config.model.name != 'lenet300' or run.config.sparsity.method == 'dense':
+        return None
+    mask = masks_lib.get_masks(state.opt_state)['fc1']['kernel']
+    if mask.ndim == 0:
+        return None
+    return run.devices.host(mask.sum(axis=1)).reshape(run.data.input_shape).sum(axis=-1)
