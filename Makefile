@@ -1,5 +1,6 @@
 # make train   trains LeNet-300-100 at 5% of its weights on real handwritten digits, into runs/mnist_lenet300
-# make test    runs all tests
+# make test    runs the tests but the slow ones
+# make test-slow runs those that start many processes, compile C++ variants or train whole networks
 # make lint    checks style and types
 # make reliability measures how reliable runs are: kills, signals, damaged files (forty minutes); FLAGS=--reduced: seven
 # make test-gpu-aot, make test-tpu-aot   compile the kernels for a GPU and a TPU that need not be there, and run them in the interpreter
@@ -9,16 +10,19 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test test-core test-gpu-aot test-tpu-aot lint reliability clean
+.PHONY: train test test-slow test-core test-gpu-aot test-tpu-aot lint reliability clean
 
 train: $(VENV)/installed
 	$(RUN) launch.py --config=configs/mnist_lenet300.py:offline --workdir=runs/mnist_lenet300
 
 test: $(VENV)/installed
-	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist loadfile
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist loadfile -m 'not slow'
+
+test-slow: $(VENV)/installed
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist loadfile -m slow
 
 test-core: $(VENV)/installed
-	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist loadfile -m core
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist loadfile -m 'core and not slow'
 
 # Environments of their own, with what compiles for devices that are not there. PYTHON=python3.12: the newest jax.
 AOT = .venv-aot-$(notdir $(PYTHON))

@@ -1,4 +1,8 @@
-"""Eight virtual CPU devices for the sharded tests, and flags parsed (grain asks absl for some)."""
+"""What all tests share: eight virtual CPU devices, parsed flags (grain asks absl for some), and caches for the processes they start."""
+
+import os
+import shutil
+import tempfile
 
 import jax
 import pytest
@@ -8,6 +12,28 @@ from hypothesis import settings
 jax.config.update('jax_num_cpu_devices', 8)
 settings.register_profile('default', deadline=None, derandomize=True, print_blob=True)
 settings.load_profile('default')
+
+# They need a compiler for a GPU or a TPU, or a long time in an interpreter: make test-gpu-aot and make test-tpu-aot collect them.
+_FOR_DEVICES = ['aot/test_gpu.py', 'aot/test_tpu.py', 'kernels/test_gpu_kernels.py', 'kernels/test_tpu_kernels.py']
+collect_ignore = [] if os.environ.get('AOT') else _FOR_DEVICES
+
+_CACHES = 'SPARSE_JAX_TEST_CACHES'
+
+
+def pytest_configure(config):
+    """Gives this run caches of its own: for the C++ kernels and measurements, and for what child processes compile.
+
+    They begin empty, so that a run depends on nothing that one before it left; all workers and their children share them. The environment
+    is read by child processes only: this process has imported jax already.
+    """
+    if _CACHES not in os.environ:
+        folder = tempfile.mkdtemp(prefix='sparse_jax_tests_')
+        os.environ[_CACHES] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    folder = os.environ[_CACHES]
+    os.environ.setdefault('SPARSE_JAX_CACHE', f'{folder}/kernels')
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = f'{folder}/programs'
+    os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 
 
 @pytest.fixture(scope='session', autouse=True)

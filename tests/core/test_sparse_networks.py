@@ -44,6 +44,7 @@ def _check_counts(made, state, budget):
         ),
     ],
 )
+@pytest.mark.slow
 def test_counts_are_exact_through_three_updates(model, density, own):
     config = _config(model, sparsity__density=density, **own)
     shape = (16,) if model == 'transformer' else (32, 32, 3)
@@ -95,6 +96,7 @@ def test_a_bfloat16_step_updates_float32_masters():
 
 
 @pytest.mark.core
+@pytest.mark.slow
 def test_a_language_model_trains_from_the_launchers_loop(tmp_path):
     (tmp_path / 'text').mkdir()
     for i in range(6):

@@ -22,6 +22,7 @@ def _process(*arguments: str, **environment: str) -> subprocess.Popen:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_two_processes_build_the_cache_at_once_and_threads_change_no_bit(tmp_path):
     both = [
         _process('-m', 'tests.kernels.kernel_cases', SPARSE_JAX_CACHE=str(tmp_path), NPROC=n, SPARSE_JAX_CXXFLAGS='-O1')
@@ -53,6 +54,7 @@ def _script(path: pathlib.Path, text: str) -> str:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_damaged_library_is_built_again(tmp_path):
     own = dict(SPARSE_JAX_CACHE=str(tmp_path), **QUICK)
     first = _process('-c', _ONE, **own)
@@ -84,6 +86,7 @@ def test_without_a_working_compiler_the_reference_runs_and_one_line_says_why(tmp
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_costs_a_compilation_only(tmp_path):
     """A folder that cannot be made; a read-only one would not stop the superuser, who runs tests too."""
     (tmp_path / 'file').write_text('')

@@ -85,6 +85,7 @@ def _losses(name: str, layout: str, density: float, steps: int, batch: int = 16,
 
 
 @pytest.mark.parametrize('name, density', [('wrn_28_2', 0.2), ('alexnet_s', 1.0), ('vgg_like', 0.1)])
+@pytest.mark.slow
 def test_networks_by_lanes_train_as_those_by_channels(name, density):
     """Twenty losses, running statistics, parameters and evaluation (of a batch that is no multiple of 16)."""
     steps = 20 if name == 'wrn_28_2' else 5

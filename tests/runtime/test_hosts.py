@@ -66,6 +66,7 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_two_hosts_make_one_run(undisturbed):
     assert json.loads((undisturbed / 'result.json').read_text())['nonzeros'] == 13_310
     made = json.loads((undisturbed / 'run.json').read_text())
@@ -74,6 +75,7 @@ def test_two_hosts_make_one_run(undisturbed):
     assert steps == list(range(10, STEPS + 1, 10)), 'only one host writes'
 
 
+@pytest.mark.slow
 def test_a_host_killed_at_random_costs_no_bit(undisturbed, tmp_path):
     """After the first checkpoint; the other one ends by itself. The same command then goes on."""
     chosen = random.Random(os.environ.get('PYTEST_XDIST_TESTRUNUID', '0'))
@@ -91,6 +93,7 @@ def test_a_host_killed_at_random_costs_no_bit(undisturbed, tmp_path):
     assert _outcome(folder) == _outcome(undisturbed), (victim, step)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_host_saves_the_same_step_on_both(tmp_path):
     folder, longer = tmp_path / 'preempted', '--config.train.steps=800'
     with Hosts(folder, longer) as run:
@@ -110,6 +113,7 @@ def test_sigterm_to_one_host_saves_the_same_step_on_both(tmp_path):
     assert result['nonzeros'] == 13_310 and result['test_accuracy'] > 0.85
 
 
+@pytest.mark.slow
 def test_a_hung_host_is_not_waited_for(tmp_path):
     with Hosts(tmp_path / 'hung') as run:
         run.until(20)
@@ -118,6 +122,7 @@ def test_a_hung_host_is_not_waited_for(tmp_path):
         assert code not in (0, 2, 75) and run.processes[1].poll() is None, 'the stopped one is still there, stopped'
 
 
+@pytest.mark.slow
 def test_one_process_alone_stops_and_goes_on(tmp_path):
     """SIGTERM without --distributed; that a resumed run has the bits of an undisturbed one is tested in test_train.py."""
     flags = ('--config=configs/mnist_lenet300.py:offline', '--config.train.steps=1000', '--config.log.every=10', '--config.sparsity.kernels=dense')  # fmt: skip
@@ -146,6 +151,7 @@ def test_one_process_alone_stops_and_goes_on(tmp_path):
     ],
     ids=['flags', 'mesh', 'data'],
 )
+@pytest.mark.slow
 def test_wrong_input_on_one_host_is_told_on_all_and_makes_no_file(own, message, tmp_path):
     with Hosts(tmp_path / 'run', own=own) as run:
         assert run.wait() == [2, 2], run.said(0) + run.said(1)
@@ -155,6 +161,7 @@ def test_wrong_input_on_one_host_is_told_on_all_and_makes_no_file(own, message, 
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_workdirs_that_are_not_shared(tmp_path):
     with Hosts(tmp_path / 'run', own=((), (f'--workdir={tmp_path}/another',))) as run:
         assert run.wait() == [2, 2]
@@ -204,6 +211,7 @@ def _xpk(i):
 
 
 @pytest.mark.parametrize('cluster', [_slurm, _open_mpi, _xpk])
+@pytest.mark.slow
 def test_clusters_are_detected(cluster):
     """The variables that each of them sets, made up, for two real processes, which find each other by nothing else."""
     program = """

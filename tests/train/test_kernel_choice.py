@@ -50,6 +50,7 @@ def _lenet5():
 
 @needs_compiler
 @pytest.mark.parametrize('make', [_lenet5, _wide_resnet])
+@pytest.mark.slow
 def test_kernels_train_as_masked_dense_products_do(make, monkeypatch):
     """Losses equal within rounding up to the first mask update, and the masks after it but for scores that are nearly equal."""
     monkeypatch.setitem(models._MODELS, 'wrn_10_1', (cifar.WideResNet, dict(depth=10, width=1)))
@@ -202,6 +203,7 @@ def test_wrong_settings_make_no_file(tmp_path, settings, message):
 
 
 @pytest.mark.parametrize('kernels', ['reference', pytest.param('cpu', marks=needs_compiler)])
+@pytest.mark.slow
 def test_every_kind_of_kernels_trains(tmp_path, kernels, finished):
     result = train.train(_config(sparsity__kernels=kernels), tmp_path / 'run')
     assert result['nonzeros'] == 13_310 and abs(result['test_accuracy'] - finished[1]['test_accuracy']) < 0.05

@@ -88,6 +88,7 @@ def test_a_run_leaves_its_files_and_prints_its_result(undisturbed):
     assert not list(folder.rglob('*tmp*')), 'half-made files'
 
 
+@pytest.mark.slow
 def test_kill_at_several_moments_changes_no_bit(undisturbed, tmp_path):
     reference, _ = undisturbed
     folder = tmp_path / 'killed'
@@ -176,6 +177,7 @@ def test_a_damaged_checkpoint_is_told(damage, undisturbed, tmp_path):
         assert all(expected[name].tobytes() == got[name].tobytes() for name in expected)
 
 
+@pytest.mark.slow
 def test_two_processes_cannot_share_a_workdir(tmp_path):
     from sparse_jax.runtime import workdir
 
@@ -215,6 +217,7 @@ def test_every_method_is_made_from_a_config(method):
 
 
 @pytest.mark.parametrize('method', ['rigl', 'granet', 'static'])
+@pytest.mark.slow
 def test_methods_train_from_the_launcher(method, tmp_path):
     own = {'rigl': {'sparsity__accumulate_steps': 3}, 'granet': {'sparsity__initial_density': 0.3}}.get(method, {})
     config = _config(train__steps=12, sparsity__update_every=4, sparsity__method=method, data__batch_size=20, **own)
@@ -245,6 +248,7 @@ def test_blocks_and_a_dense_layer_from_the_launcher(tmp_path):
     assert result['density'] == pytest.approx(0.05, rel=0.2), 'exact in units; edge blocks are smaller'
 
 
+@pytest.mark.slow
 def test_lenet5_trains_a_few_steps(tmp_path):
     config = mnist_lenet5.get_config('offline')
     config.train.steps, config.sparsity.update_every, config.data.batch_size, config.mesh.data = 4, 2, 20, 1

@@ -37,6 +37,7 @@ def _finished(folder):
     return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob('*/result.json')}
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_killed_and_started_again_runs_nothing_twice_and_misses_nothing(tmp_path):
     folder = tmp_path / 'sweep'
     process = subprocess.Popen(_command(folder, *GRIDS, '--jobs=2'), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -76,6 +77,7 @@ def test_a_sweep_that_is_killed_and_started_again_runs_nothing_twice_and_misses_
     assert changed.returncode == 2 and 'holds another experiment (optimizer.momentum: 0.9 there, 0.5 given)' in changed.stderr
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
     folder = tmp_path / 'sweep'
     done = _launch(folder, '--sweep=optimizer.learning_rate=1e20,0.1;seed=0')
