@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from sparse_jax.core import errors
 from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core import layers as layers_lib
+from sparse_jax.core import masks as masks_lib
 from sparse_jax.core.granularity import Block, Granularity, Unstructured
 from sparse_jax.kernels import backend, sharded
 from sparse_jax.kernels.pattern import Pattern, capacity
@@ -164,17 +165,18 @@ def make_patterns(
     """Patterns of a tree of masks, for a model's ``apply(..., patterns=)``.
 
     Args:
-      masks: as ``sj.get_masks`` gives them, concrete.
-      granularity: as in :func:`make_pattern`, for all of them.
+      masks: state of an optimizer with one ``sparsify``, or masks as ``sj.get_masks`` gives them; concrete.
+      granularity: with masks only: as in :func:`make_pattern`, for all of them. A state knows it.
       block: likewise.
-      stacked: which leaves hold a layer in each row, as in ``sj.sparsify``; their patterns have a first axis, for ``lax.scan``.
+      stacked: likewise: which leaves hold a layer in each row, as in ``sj.sparsify``; their patterns have a first axis, for
+        ``lax.scan``.
       implementations: backends by the leaf's path, such as ``{'conv1/kernel': 'cpu'}``; ``'dense'`` makes a leaf's pattern None.
       previous: the patterns before, whose capacities are kept where they suffice, so that nothing is compiled anew.
       shardings: where the weights lie on a mesh with the axes 'data' and 'model': a tree of NamedSharding like the masks. Each device
         then has the pattern of its own part, and the layers run under ``shard_map``, the batch divided over 'data'. None: one device.
 
     Returns:
-      The same tree with a :class:`Pattern` at sparse leaves; None at dense ones, and at those that are no matrix and no 2D
+      A tree like the masks with a :class:`Pattern` at sparse leaves; None at dense ones, and at those that are no matrix and no 2D
       convolution, or whose parts cut blocks.
 
     Raises:
@@ -186,7 +188,7 @@ def make_patterns(
       >>> patterns['fc']['bias'], patterns['fc']['kernel'].shape
       (None, (4, 4))
     """
-    unit = as_granularity('make_patterns', granularity, block)
+    masks, layers = _layers(masks, granularity, block, stacked)
     is_leaf = lambda x: x is None or isinstance(x, Pattern)
     before = {p.name: p for p in jax.tree.leaves(previous, is_leaf=is_leaf) if p is not None}
     named, leaves = implementations or {}, layers_lib.leaf_paths(masks)
@@ -196,9 +198,8 @@ def make_patterns(
             raise errors.unknown('make_patterns: the leaf of implementations', path, dict(leaves))
 
     def make(path, mask):
-        axes = np.ndim(mask)
-        rows = bool(stacked is not None and axes > 0 and stacked(path, mask))
-        if axes - rows not in (2, 4) or named.get(path) == 'dense':
+        rows, unit = layers.get(path, (False, None))
+        if unit is None or np.ndim(mask) - rows not in (2, 4) or named.get(path) == 'dense':
             return None
         old = before.get(path)
         kept = {}
@@ -212,6 +213,18 @@ def make_patterns(
         return None if split is None else _on_mesh(mask, split, build, rows)
 
     return jax.tree.unflatten(jax.tree.structure(masks), [make(p, m) for p, m in leaves])
+
+
+def _layers(masks: Any, granularity: Any, block: Any, stacked: Any) -> tuple[Any, dict[str, tuple[bool, Granularity]]]:
+    """Masks, and of each sparse leaf by its path whether it holds a layer in each row, and its granularity."""
+    tree = masks_lib.masks_in(masks)
+    if tree is masks:
+        unit = as_granularity('make_patterns', granularity, block)
+        sparse = [(path, mask) for path, mask in layers_lib.leaf_paths(tree) if np.ndim(mask)]
+        return tree, {path: (stacked is not None and bool(stacked(path, mask)), unit) for path, mask in sparse}
+    if granularity is not _NOT_GIVEN or block is not None or stacked is not None:
+        raise ValueError('make_patterns: the state knows granularity, block and stacked; give them with masks only.')
+    return tree, {layer.name: (layer.depth is not None, unit) for layer, unit in masks_lib.layers_in(masks)}
 
 
 def _stack(masks: Any, build: Callable[..., Pattern], kept: dict[str, Any]) -> Pattern:

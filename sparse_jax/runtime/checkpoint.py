@@ -1,7 +1,8 @@
 """Checkpoints: orbax with COMMIT_FILE atomicity, a format version, and a fingerprint that catches what orbax does not.
 
 In one step: the state, with masks as a bit a weight, and beside it the data position (batches drawn), the seconds that were spent, what
-arrays there are, and the fingerprint of the state, which is the same on every mesh. Formats: 1 has masks as bytes and no list of arrays.
+arrays there are, and the fingerprint of the state, which is the same on every mesh. Formats before 3 hold a typed random key in a sparse
+optimizer's state and not what its layers are; format 1 has masks as bytes and no list of arrays.
 """
 
 import contextlib
@@ -10,7 +11,7 @@ import json
 import logging
 import pathlib
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sparse_jax.core import layers as layers_lib
+from sparse_jax.core.masks import SparsifyState
 
-FORMAT = 2
-_READ = (1, 2)
+FORMAT = 3
+_READ = (1, 2, 3)
 _LOG = logging.getLogger('sparse_jax')
 
 
@@ -117,6 +119,49 @@ def _target_of_packed(target: Any) -> Any:
     return jax.tree.map(packed, target)
 
 
+class _StateBefore3(NamedTuple):
+    """:class:`SparsifyState` as formats 1 and 2 hold it."""
+
+    count: Any
+    rng_key: Any  # typed
+    masks: Any
+    grown: Any
+    inner_state: Any
+    stats: Any
+    method_state: Any
+
+
+def _target_before_3(target: Any) -> Any:
+    """The target with sparse optimizers' states as formats 1 and 2 hold them."""
+
+    def older(state):
+        if not isinstance(state, SparsifyState):
+            return state
+        key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=_replicated(state.rng_key.sharding))
+        fields = state._asdict() | {'rng_key': key}
+        return _StateBefore3(**{name: fields[name] for name in _StateBefore3._fields})
+
+    return jax.tree.map(older, target, is_leaf=lambda x: isinstance(x, SparsifyState))
+
+
+def _replicated(sharding: Any) -> Any:
+    return NamedSharding(sharding.mesh, P()) if isinstance(sharding, NamedSharding) else sharding
+
+
+def _as_format_3(state: Any, target: Any, layers: Any) -> Any:
+    """The reverse, with what the layers are filled in."""
+
+    def newer(old, new):
+        if not isinstance(old, _StateBefore3):
+            return old
+        key = jax.jit(jax.random.key_data, out_shardings=new.rng_key.sharding)(old.rng_key)
+        put = jax.make_array_from_callback(layers.shape, new.layers.sharding, lambda index: layers[index])
+        return SparsifyState(**old._asdict() | {'rng_key': key, 'layers': put})
+
+    is_state = lambda x: isinstance(x, _StateBefore3 | SparsifyState)
+    return jax.tree.map(newer, state, target, is_leaf=is_state)
+
+
 def _arrays(tree: Any) -> dict[str, str]:
     """Type and shape of each array, by its path."""
     return {path: f'{leaf.dtype}{list(leaf.shape)}' for path, leaf in layers_lib.leaf_paths(tree)}
@@ -165,12 +210,13 @@ class Checkpoints:
             self._saving = False
             self._manager.wait_until_finished()  # raises; orbax's check_for_errors does not, once its own thread has seen the error
 
-    def restore(self, step: int, target: Any) -> tuple[Any, float]:
+    def restore(self, step: int, target: Any, layers: np.ndarray | None = None) -> tuple[Any, float]:
         """A checkpoint's state and the seconds that were spent on it.
 
         Args:
           step: which.
           target: tree of shapes and dtypes that the state must have; with shardings, it is put there, else on the first device.
+          layers: what a sparse optimizer's state says of its layers, int32[leaves, 4]: for checkpoints of formats that do not hold it.
 
         Returns:
           The state, and seconds.
@@ -184,8 +230,7 @@ class Checkpoints:
         try:
             meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
             version, expected, seconds = meta['format'], meta['fingerprint'], meta['seconds']
-            arrays = meta['arrays'] if version == FORMAT else _arrays(target)
-            if version == FORMAT and meta['checksum'] != _checksum(meta):
+            if version > 1 and meta['checksum'] != _checksum(meta):
                 raise DamagedError('its record is not what was saved')
         except Exception as error:  # orbax and tensorstore raise many kinds
             raise DamagedError(f'{where} is damaged ({_reason(error)}): {remedy}') from error
@@ -193,32 +238,40 @@ class Checkpoints:
             raise ValueError(
                 f'{where} has format {version}, this version reads {" and ".join(map(str, _READ))}: use the version that wrote it, or {remedy}'
             )
-        expected_arrays = _arrays(target)
-        if different := [k for k in sorted(expected_arrays.keys() | arrays.keys()) if expected_arrays.get(k) != arrays.get(k)]:
-            listed = '; '.join(
-                f'{k}: {arrays.get(k, "nothing")} there, {expected_arrays.get(k, "nothing")} wanted' for k in different[:3]
-            )
-            raise ValueError(
-                f'{where} holds other arrays than this experiment ({len(different)} differ: {listed}): give another --workdir.'
-            )
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # wherever it was saved
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), target)
+        held = target if version > 2 else _target_before_3(target)
+        if version > 1:
+            self._check_arrays(where, meta['arrays'], _arrays(held))
         try:
-            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # wherever it was saved
-            target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), target)
-            stored = target if version == 1 else _target_of_packed(target)
+            stored = held if version == 1 else _target_of_packed(held)
             state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(stored)))['state']
         except Exception as error:
             raise DamagedError(f'{where} is damaged ({_reason(error)}): {remedy}') from error
         if version > 1:
-            state = _unpacked(state, target)
+            state = _unpacked(state, held)
         if fingerprint(state) != expected:
             raise DamagedError(f'{where} is damaged (its content is not what was saved): {remedy}')
+        if version < 3:
+            if layers is None and jax.tree.structure(held) != jax.tree.structure(target):
+                raise ValueError(f'{where} has format {version}, which does not say what the layers are: give layers=.')
+            state = _as_format_3(state, target, layers)
         return state, seconds
 
-    def restore_newest(self, target: Any) -> tuple[int, Any, float] | None:
+    @staticmethod
+    def _check_arrays(where: str, arrays: dict[str, str], expected: dict[str, str]) -> None:
+        if different := [k for k in sorted(expected.keys() | arrays.keys()) if expected.get(k) != arrays.get(k)]:
+            listed = '; '.join(f'{k}: {arrays.get(k, "nothing")} there, {expected.get(k, "nothing")} wanted' for k in different[:3])
+            raise ValueError(
+                f'{where} holds other arrays than this experiment ({len(different)} differ: {listed}): give another --workdir.'
+            )
+
+    def restore_newest(self, target: Any, layers: np.ndarray | None = None) -> tuple[int, Any, float] | None:
         """The newest checkpoint that is whole; those that are not are put aside, as N.corrupt.
 
         Args:
           target: as in :meth:`restore`.
+          layers: as in :meth:`restore`.
 
         Returns:
           Step, state and seconds; None where nothing has been saved.
@@ -228,7 +281,7 @@ class Checkpoints:
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                return step, *self.restore(step, target)
+                return step, *self.restore(step, target, layers)
             except DamagedError as error:
                 aside = self._put_aside(step)
                 _LOG.warning('%s It was put aside as %s.', str(error).partition(': delete')[0] + '.', aside)

@@ -84,7 +84,7 @@ def evaluate(config: config_lib.Config, folder: pathlib.Path) -> dict[str, Any]:
     step = checkpoints.latest_step()
     if step is None:
         raise ValueError(f'--workdir={folder} has no complete checkpoint: train first, with --mode=train.')
-    state, _ = checkpoints.restore(step, run.devices.shapes)
+    state, _ = checkpoints.restore(step, run.devices.shapes, run.experiment.layer_codes)
     checkpoints.close()
     sizes = state_lib.sizes(run.experiment, state)
     result = {'step': step, 'nonzeros': sizes.nonzeros, 'density': sizes.density, **results(run, state)}

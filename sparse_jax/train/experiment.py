@@ -11,8 +11,10 @@ import optax
 
 from sparse_jax import config as config_lib
 from sparse_jax import kernels, models
-from sparse_jax.core import criteria, errors, methods, schedules
+from sparse_jax.core import criteria, errors, methods
+from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core import layers as layers_lib
+from sparse_jax.core.rule import Rule
 from sparse_jax.core.sparsify import sparsify
 from sparse_jax.train import optimizer as optimizer_lib
 from sparse_jax.train import step as step_lib
@@ -42,13 +44,7 @@ def check_names(config: config_lib.Config) -> None:
     method = 'sparse_momentum' if sparsity.method == 'dense' else sparsity.method  # dense: no effect, but no nonsense either
     parts = dataclasses.replace(sparsity, method=method, start_step=0, stop_step=0)
     every = sparsity.update_every or config.train.steps or 10**8
-    _sparsify(
-        dataclasses.replace(config, sparsity=parts),
-        optax.sgd(0.1, 0.9),
-        None,
-        every,
-        config.train.steps or min(10 * every, 2**31 - 1),
-    )
+    _rule(dataclasses.replace(config, sparsity=parts), None, every, config.train.steps or min(10 * every, 2**31 - 1))
 
 
 def create(config: config_lib.Config, *, num_examples: int, input_shape: tuple[int, ...], num_outputs: int) -> Experiment:
@@ -84,8 +80,8 @@ def build(config: config_lib.Config, *, num_examples: int, input_shape: tuple[in
     tx, updates = optimizer_lib.create(config.optimizer, learning_rate), _NO_UPDATES
     is_sparse = config.sparsity.method != 'dense'
     if is_sparse:
-        tx, parts = _sparsify(config, tx, model.stacked, update_every, total_steps)
-        updates = _mask_updates(config.sparsity, parts)
+        rule = _rule(config, model.stacked, update_every, total_steps)
+        tx, updates = sparsify(tx, rule=rule), _mask_updates(config.sparsity, rule)
     spec = step_lib.StepSpec(
         model=model,
         tx=tx,
@@ -98,6 +94,7 @@ def build(config: config_lib.Config, *, num_examples: int, input_shape: tuple[in
     init = functools.partial(step_lib.init, spec)
     params = jax.eval_shape(init, jax.random.key(0)).params  # budget and leaves are checked before any file is made
     is_sparse_leaf = layers_lib.sparse_leaves(params, None, _patterns(config.sparsity.dense))
+    layers = layers_lib.layer_table(params, is_sparse_leaf, model.stacked)
     return Experiment(
         init=init,
         train_step=functools.partial(step_lib.train_step, spec),
@@ -105,7 +102,8 @@ def build(config: config_lib.Config, *, num_examples: int, input_shape: tuple[in
         apply=functools.partial(step_lib.apply, spec),
         learning_rate=learning_rate,
         **updates._asdict(),
-        layers=layers_lib.layer_table(params, is_sparse_leaf, model.stacked),
+        layers=layers,
+        layer_codes=layers_lib.encode(len(jax.tree.leaves(params)), layers, granularity_lib.get(config.sparsity.granularity)),
         stacked=model.stacked,
         example=jax.ShapeDtypeStruct((1, *input_shape), jnp.int32 if len(input_shape) == 1 else jnp.float32),
         total_steps=total_steps,
@@ -144,8 +142,8 @@ def _patterns(text: str) -> tuple[str, ...]:
     return tuple(pattern for pattern in text.split(',') if pattern)
 
 
-def _sparsify(config: config_lib.Config, inner, stacked, update_every: int, total_steps: int) -> tuple[Any, dict[str, Any]]:
-    """The sparse optimizer, and the arguments that make it."""
+def _rule(config: config_lib.Config, stacked, update_every: int, total_steps: int) -> Rule:
+    """What the sparse optimizer does."""
     s = config.sparsity
     options: dict[str, Any] = dict(start_step=s.start_step, granularity=s.granularity, stacked=stacked)
     options['dense'] = _patterns(s.dense)
@@ -156,8 +154,8 @@ def _sparsify(config: config_lib.Config, inner, stacked, update_every: int, tota
         options['grow'] = criteria.accumulated_gradient(s.accumulate_steps)
     if s.method == 'granet':
         options['initial_density'] = s.initial_density
-    parts = methods.parts(s.method, s.density, update_every, total_steps, **options)
-    return sparsify(inner, **parts, track_exploration=True, seed=jax.random.key(config.seed)), parts
+    options |= dict(track_exploration=True, seed=jax.random.key(config.seed))
+    return methods.rule(s.method, s.density, update_every, total_steps, **options)
 
 
 class _MaskUpdates(NamedTuple):
@@ -177,21 +175,17 @@ _NO_UPDATES = _MaskUpdates(
 )
 
 
-def _mask_updates(sparsity: config_lib.Sparsity, parts: dict[str, Any]) -> _MaskUpdates:
-    """When masks move, from the arguments of ``sparsify``."""
-    grow = criteria.get('grow', parts.get('grow', criteria.momentum))
-    dense_steps = _dense_gradient_steps(sparsity, grow)
+def _mask_updates(sparsity: config_lib.Sparsity, rule: Rule) -> _MaskUpdates:
+    """When masks move."""
+    dense_steps = _dense_gradient_steps(sparsity, rule.grow)
     updates = _NO_UPDATES._replace(dense_gradient_steps=dense_steps, needs_dense_gradient=lambda step: dense_steps is None)
-    if grow is not None or callable(parts['density']):
-        timing = {name: parts[name] for name in ('update_every', 'total_steps', 'start_step')}
-        timing['stop_step'] = parts.get('stop_step')
+    if not rule.is_fixed:
         updates = updates._replace(
-            is_mask_update=functools.partial(schedules.is_update, **timing),
-            needs_dense_gradient=lambda step: schedules.needs_dense_gradient(step - 1, **timing, window=dense_steps),
+            is_mask_update=rule.timing.is_update,
+            needs_dense_gradient=lambda step: rule.timing.needs_dense_gradient(step - 1, dense_steps),
         )
-    if grow is not None:
-        rate = parts['prune_rate']
-        updates = updates._replace(prune_rate=rate if callable(rate) else schedules.cosine(rate, parts['total_steps']))
+    if rule.grow is not None:
+        updates = updates._replace(prune_rate=rule.prune_rate_schedule)
     return updates
 
 

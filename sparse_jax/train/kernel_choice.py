@@ -111,32 +111,26 @@ class LayerKernels:
         """
         if self._mode == 'dense':
             return None
-        masks = masks_lib.get_masks(state.opt_state)
+        sparse = masks_lib.find_state(state.opt_state)
         if self._mesh is None:
-            masks = jax.device_get(masks)
-        counts = {path: (mask.sum(dtype='int32'), mask.size) for path, mask in layers_lib.leaf_paths(masks) if np.ndim(mask)}
+            sparse = sparse._replace(masks=jax.device_get(sparse.masks))
+        counts = {path: (mask.sum(dtype='int32'), mask.size) for path, mask in layers_lib.leaf_paths(sparse.masks) if np.ndim(mask)}
         densities = {path: int(count) / size for path, (count, size) in counts.items()}
         if self._mode == 'auto':
-            self._choose(step, state, masks, densities)
+            self._choose(step, state, sparse, densities)
             chosen = {path: row['implementation'] for path, row in self._chosen.items()}
         else:
             chosen = dict.fromkeys(densities, self._mode)
         if all(name == 'dense' for name in chosen.values()):
             return None
-        self._patterns = self._make_patterns(masks, chosen, self._patterns)
+        self._patterns = self._make_patterns(sparse, chosen, self._patterns)
         return self._patterns if self._mesh is not None else jax.device_put(self._patterns)
 
-    def _make_patterns(self, masks, implementations: dict[str, str], previous: Any = None) -> Any:
-        return kernels.make_patterns(
-            masks,
-            granularity=self._granularity,
-            stacked=self._experiment.stacked,
-            implementations=implementations,
-            previous=previous,
-            shardings=self._shardings,
-        )
+    def _make_patterns(self, sparse: masks_lib.SparsifyState, implementations: dict[str, str], previous: Any = None) -> Any:
+        options: dict[str, Any] = dict(previous=previous, shardings=self._shardings)
+        return kernels.make_patterns(sparse, implementations=implementations, **options)
 
-    def _choose(self, step: int, state, masks, densities: dict[str, float]) -> None:
+    def _choose(self, step: int, state, sparse: masks_lib.SparsifyState, densities: dict[str, float]) -> None:
         stored = self._history.get(str(step), {})
         rows: dict[str, Any] = {}
         for path, density in densities.items():
@@ -144,7 +138,7 @@ class LayerKernels:
             if last and 1 / _MUCH < density / last['density'] < _MUCH:
                 continue
             if self._calls is None and path not in stored:
-                self._calls = self._traced(state, masks)
+                self._calls = self._traced(state, sparse)
             rows[path] = stored.get(path) or hosts.broadcast_from_host0(self._measured, path, density)
         if not rows:
             return
@@ -166,12 +160,12 @@ class LayerKernels:
             _LOG.info('kernels: %s at %.2f%% takes %s (%s)', path, 100 * density, *choice)
         return row
 
-    def _traced(self, state, masks) -> dict[str, measure.Call]:
+    def _traced(self, state, sparse: masks_lib.SparsifyState) -> dict[str, measure.Call]:
         """The products that a device makes in a step with each sparse leaf, by tracing one."""
         experiment = self._experiment
-        leaves = [path for path, mask in layers_lib.leaf_paths(masks) if np.ndim(mask)]
+        leaves = [path for path, mask in layers_lib.leaf_paths(sparse.masks) if np.ndim(mask)]
         implementation = 'reference' if self._platform.implementation == 'dense' else self._platform.implementation
-        patterns = self._make_patterns(masks, dict.fromkeys(leaves, implementation))
+        patterns = self._make_patterns(sparse, dict.fromkeys(leaves, implementation))
         x = jax.ShapeDtypeStruct((self._examples, *experiment.example.shape[1:]), experiment.example.dtype)
         # in training: an evaluation fills its batch up, and may lie by lanes where training does not
         apply = lambda params, model_state, x, patterns: experiment.apply(params, model_state, x, patterns, train=True)

@@ -99,7 +99,7 @@ def _train(run: Run) -> dict[str, Any]:
     checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', keep=config.checkpoint.keep)
     init = devices.jit(experiment.init, devices.state_shardings)
     key = jax.random.key(config.seed)
-    restored = checkpoints.restore_newest(devices.shapes)
+    restored = checkpoints.restore_newest(devices.shapes, experiment.layer_codes)
     start, state, seconds = restored or (0, init(key), 0.0)
     try:
         kernels = kernel_choice.LayerKernels(config, experiment, folder, start, devices)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sparse_jax import stats
@@ -38,6 +39,7 @@ class Experiment(NamedTuple):
     dense_gradient_steps: int | None  # up to a mask update, whose gradients off the masks are computed; None: all
     needs_dense_gradient: Callable[[int], bool]  # of a step's number, 1-based
     layers: list[layers_lib.Layer]  # that are trained sparse (in the dense twin: that would be)
+    layer_codes: np.ndarray  # the same as a sparse optimizer's state holds it, int32[leaves, 4]
     stacked: Callable[[str, Any], bool] | None  # which leaves hold a layer in each row
     example: jax.ShapeDtypeStruct  # one input
     total_steps: int
