@@ -121,18 +121,18 @@ def _placed(devices: devices_lib.Devices, one: Any) -> Any:
 
 def _on(tree: Any, devices: devices_lib.Devices, one: Any) -> Any:
     """Shapes without a sharding on one device."""
-    place = SingleDeviceSharding(one)
-    return tree if devices.mesh else jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+    single = SingleDeviceSharding(one)
+    return tree if devices.mesh else jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=single), tree)
 
 
 def _batch(config, experiment: state_lib.Experiment, devices: devices_lib.Devices, one: Any) -> dict[str, jax.ShapeDtypeStruct]:
     example = experiment.example
-    place = SingleDeviceSharding(one) if devices.mesh is None else sharding.batch_sharding(devices.mesh)
+    batch_sharding = SingleDeviceSharding(one) if devices.mesh is None else sharding.batch_sharding(devices.mesh)
     size = config.data.batch_size
     labels = (size, *example.shape[1:]) if example.dtype == jnp.int32 else (size,)
     return {
-        'input': jax.ShapeDtypeStruct((size, *example.shape[1:]), example.dtype, sharding=place),
-        'label': jax.ShapeDtypeStruct(labels, jnp.int32, sharding=place),
+        'input': jax.ShapeDtypeStruct((size, *example.shape[1:]), example.dtype, sharding=batch_sharding),
+        'label': jax.ShapeDtypeStruct(labels, jnp.int32, sharding=batch_sharding),
     }
 
 
@@ -188,8 +188,8 @@ def _pattern(
     room = pattern_lib.capacity(round(density * most), most)
     lead = (mask.shape[0],) if rows else ()
     parts, spec = ((split.parts,), P(*[None] * len(lead), 'model')) if split and split.axis is not None else ((), P())
-    place = NamedSharding(split.mesh, spec) if split else None
-    of = lambda n: jax.ShapeDtypeStruct((*lead, *parts, n), np.int32, sharding=place)
+    list_sharding = NamedSharding(split.mesh, spec) if split else None
+    of = lambda n: jax.ShapeDtypeStruct((*lead, *parts, n), np.int32, sharding=list_sharding)
     return pattern_lib.Pattern(
         indices=of(room),  # type: ignore[arg-type]
         pointers=of(units[-1] + 1),  # type: ignore[arg-type]

@@ -102,18 +102,18 @@ def share_out(amount: Amount, shares: Weights, room: jax.Array) -> jax.Array:
     return (target + last).astype(jnp.int32)
 
 
-def growth_targets(amount: Amount, own: jax.Array, shares: Weights | None, room: jax.Array) -> jax.Array:
+def growth_targets(amount: Amount, regrown: jax.Array, shares: Weights | None, room: jax.Array) -> jax.Array:
     """How many weights each layer grows: int32[layers] that add up to the amount (:func:`share_out`).
 
-    Without shares, or where they are all zero, each layer grows its own: as many as it pruned, where the density is constant.
+    Without shares, or where they are all zero, each layer grows what it gave up: as many as it pruned, where the density is constant.
 
-    >>> own = jnp.array([4, 4])
-    >>> growth_targets(total(own), own, weights(jnp.array([3.0, 1.0])), jnp.array([5, 9])).tolist()
+    >>> regrown = jnp.array([4, 4])
+    >>> growth_targets(total(regrown), regrown, weights(jnp.array([3.0, 1.0])), jnp.array([5, 9])).tolist()
     [5, 3]
     """
     if shares is None:
-        return own
-    return jnp.where(shares.total > 0, share_out(amount, shares, room), own)
+        return regrown
+    return jnp.where(shares.total > 0, share_out(amount, shares, room), regrown)
 
 
 def decreases(amount: Amount, nonzeros: jax.Array, prunable: jax.Array, final: jax.Array) -> jax.Array:

@@ -302,9 +302,9 @@ def get(setting: str, criterion: str | Criterion | None) -> Criterion | None:
     >>> get('grow', 'gradient').__name__
     'gradient'
     """
-    known = {'prune': PRUNE, 'grow': GROW, 'redistribute': REDISTRIBUTE}[setting]
+    choices = {'prune': PRUNE, 'grow': GROW, 'redistribute': REDISTRIBUTE}[setting]
     if criterion is None or callable(criterion):
         return criterion
-    if criterion not in known:
-        raise errors.unknown(setting, criterion, known)
-    return known[criterion]
+    if criterion not in choices:
+        raise errors.unknown(setting, criterion, choices)
+    return choices[criterion]

@@ -147,18 +147,18 @@ def matching(patterns: Sequence[str], names: Sequence[str], setting: str) -> lis
             re.fullmatch(expression, n) for n in (name, re.sub(r'\[\d+\]$', '', name))
         )  # a stacked leaf's layer, or the leaf
 
-    found = [next((i for i, pattern in enumerate(patterns) if matches(pattern, name)), None) for name in names]
+    first_match = [next((i for i, pattern in enumerate(patterns) if matches(pattern, name)), None) for name in names]
     for i, pattern in enumerate(patterns):
         if not any(matches(pattern, name) for name in names):
             raise ValueError(
                 f'{setting}: the pattern {pattern!r} matches no sparse leaf.{errors.did_you_mean(pattern, names)} They are '
                 f'{", ".join(names)}; * matches any part of a path.'
             )
-        if i not in found:
+        if i not in first_match:
             raise ValueError(
                 f'{setting}: the pattern {pattern!r} never comes into play: patterns before it match all that it does.'
             )
-    return found
+    return first_match
 
 
 def by_pattern(densities: Mapping[str, float], rest: Distribution = uniform) -> Distribution:
@@ -182,10 +182,10 @@ def by_pattern(densities: Mapping[str, float], rest: Distribution = uniform) -> 
             raise ValueError(f'distribution: {pattern!r} is given the density {density!r}; it must be in (0, 1].')
 
     def distribution(layers: Sequence[Layer], density: float) -> list[int]:
-        found = matching(list(densities), [layer.name for layer in layers], 'distribution')
+        first_match = matching(list(densities), [layer.name for layer in layers], 'distribution')
         values = list(densities.values())
-        counts = [0 if i is None else max(1, round(values[i] * layer.size)) for i, layer in zip(found, layers, strict=True)]
-        others = [i for i, index in enumerate(found) if index is None]
+        counts = [0 if i is None else max(1, round(values[i] * layer.size)) for i, layer in zip(first_match, layers, strict=True)]
+        others = [i for i, index in enumerate(first_match) if index is None]
         size, total = sum(layer.size for layer in layers), budget(layers, density)
         left = total - sum(counts)
         if not others and abs(left) > len(layers):

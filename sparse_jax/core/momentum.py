@@ -70,23 +70,23 @@ def find(inner_state: Any, treedef: Any, momentum: MomentumOption = None) -> Any
                 f'{jax.tree.structure(tree)}.'
             )
         return tree
-    found = []
+    candidates = []
     for state in _namedtuples(inner_state, treedef):
         fields = {f: getattr(state, f) for f in state._fields if jax.tree.structure(getattr(state, f)) == treedef}
         if momentum is not None:
-            found += [fields[momentum]] if momentum in fields else []
+            candidates += [fields[momentum]] if momentum in fields else []
         elif 'trace' in fields:
-            found.append(fields['trace'])
+            candidates.append(fields['trace'])
         elif 'mu' in fields and 'nu' in fields:
-            found.append(jax.tree.map(lambda mu, nu: mu / (jnp.sqrt(nu) + EPSILON), fields['mu'], fields['nu']))
+            candidates.append(jax.tree.map(lambda mu, nu: mu / (jnp.sqrt(nu) + EPSILON), fields['mu'], fields['nu']))
         elif 'mu' in fields:
-            found.append(fields['mu'])
-    if momentum is not None and len(found) != 1:
+            candidates.append(fields['mu'])
+    if momentum is not None and len(candidates) != 1:
         raise ValueError(
-            f"momentum={momentum!r} names {len(found)} fields of the inner state whose tree is the params'; it must name exactly "
+            f"momentum={momentum!r} names {len(candidates)} fields of the inner state whose tree is the params'; it must name exactly "
             'one. Give another field, a function of the inner state, or None to have one found.'
         )
-    return found[0] if len(found) == 1 else None
+    return candidates[0] if len(candidates) == 1 else None
 
 
 class Read(NamedTuple):

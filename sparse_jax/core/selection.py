@@ -83,7 +83,7 @@ class _Chunks:
         self.parts = [jnp.concatenate([self._cut(leaf, chunks) for leaf, chunks in zip(leaves, self._chunks, strict=True)])]
         lengths = [chunks for shape, chunks in zip(self._shapes, self._chunks, strict=True) for _ in range(shape[0])]
         self._layer = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-        self._place = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+        self._chunk_of_layer = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
         self._num_layers = len(lengths)
 
     def _cut(self, leaf: jax.Array, chunks: int) -> jax.Array:
@@ -100,7 +100,7 @@ class _Chunks:
 
     def index(self) -> list[jax.Array]:
         within = _flat_index((numerics.GROUP, numerics.GROUP))
-        return [jnp.asarray(self._place)[:, None, None] * numerics.GROUP**2 + within]
+        return [jnp.asarray(self._chunk_of_layer)[:, None, None] * numerics.GROUP**2 + within]
 
     def join(self, masks: Sequence[jax.Array]) -> list[jax.Array]:
         leaves, start = [], 0
