@@ -25,6 +25,7 @@ from sparse_jax.core.granularity import Granularity
 from sparse_jax.kernels import backend as backend_lib
 from sparse_jax.kernels import pattern as pattern_lib
 from sparse_jax.kernels import sharded
+from sparse_jax.stats.tables import shorten
 from sparse_jax.train import devices as devices_lib
 from sparse_jax.train import kernel_choice
 from sparse_jax.train import run as run_lib
@@ -210,7 +211,7 @@ def print_tables(lowered: Lowered) -> None:
     for column in ('layer', 'takes', ''):
         table.add_column(column)
     for path, (name, reason) in lowered.layers.items():
-        table.add_row(path, name, reason)
+        table.add_row(shorten(path, 40), name, reason)
     console.print(table)
     table = Table(title='block-sparse kernels')
     table.add_column('kernel')
