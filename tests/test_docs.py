@@ -1,5 +1,6 @@
 """The documentation is true: its code runs, and its commands, links and files exist."""
 
+import json
 import os
 import pathlib
 import re
@@ -8,9 +9,9 @@ import sys
 
 import jax
 import pytest
-from absl import flags
 
 import sparse_jax as sj
+from tests.launcher import check_flags
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = (
@@ -48,26 +49,40 @@ def _commands() -> list[str]:
     return [re.sub(r'\s+#.*', '', line).strip() for line in text.split('\n') if line.strip() and not line.startswith('#')]
 
 
-@pytest.mark.parametrize('command', _commands())
-def test_commands_exist(command):
-    words = command.split()
-    if words[0] == 'make':
-        targets = re.findall(r'^(\w[\w-]*):', (ROOT / 'Makefile').read_text(), re.MULTILINE)
-        assert [w for w in words[1:] if '=' not in w] and all(w in targets for w in words[1:] if '=' not in w), command
-    elif words[:2] == ['python', 'launch.py']:
-        import launch  # noqa: F401  (defines the flags)
+def test_commands_exist():
+    targets = re.findall(r'^(\w[\w-]*):', (ROOT / 'Makefile').read_text(), re.MULTILINE)
+    commands = [command.split() for command in _commands()]
+    for words in commands:
+        if words[0] == 'make':
+            assert [w for w in words[1:] if '=' not in w] and all(w in targets for w in words[1:] if '=' not in w), words
+        elif words[0].startswith('examples/'):
+            assert os.access(ROOT / words[0], os.X_OK), words
+        else:
+            known = words[0] in ('git', 'cd', 'pip') or words[:2] in (['python', 'launch.py'], ['python', '-m'])
+            assert known, f'{words}: not a command that this test knows'
+    check_flags([words[2:] for words in commands if words[:2] == ['python', 'launch.py']])
 
-        program = 'import sys; sys.argv[0] = "launch.py"; import launch; launch._parse(sys.argv)'
-        done = subprocess.run([sys.executable, '-c', program, *words[2:]], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, f'{command}\n{done.stderr}'
-    elif words[:2] == ['python', '-m']:
-        done = subprocess.run([sys.executable, *words[1:], '--help'], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0 and 'usage' in done.stdout, command
-    elif words[0].startswith('examples/'):
-        assert os.access(ROOT / words[0], os.X_OK), command
-    else:
-        assert words[0] in ('git', 'cd', 'pip'), f'{command}: not a command that this test knows'
-    assert flags.FLAGS.is_parsed()
+
+_HELP = """
+import contextlib, io, json, runpy, sys
+for module, *flags in json.loads(sys.stdin.read()):
+    sys.argv, text = [module, *flags, '--help'], io.StringIO()
+    with contextlib.redirect_stdout(text):
+        try:
+            runpy.run_module(module, run_name='__main__', alter_sys=True)
+        except SystemExit as end:
+            assert not end.code, (module, end.code)
+    assert 'usage' in text.getvalue(), module
+"""
+
+
+def test_modules_explain_themselves():
+    commands = [words[2:] for words in map(str.split, _commands()) if words[:2] == ['python', '-m']]
+    assert len(commands) > 10
+    environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'GLIBC_TUNABLES': ''}  # set: or the process would start itself anew
+    command = [sys.executable, '-c', _HELP]
+    done = subprocess.run(command, cwd=ROOT, input=json.dumps(commands), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_links_lead_somewhere():

@@ -8,9 +8,12 @@ import sys
 
 import pytest
 
+from tests.launcher import check_flags
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', sorted(path.name for path in (ROOT / 'examples').glob('*.py')))
 def test_example_learns_and_stays_sparse(name):
     environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
@@ -24,16 +27,15 @@ def test_example_learns_and_stays_sparse(name):
     assert re.search(r'^all +\d+ +\d+ +(5\.00|10\.00)%', done.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize('name', ['two_hosts.sh', 'slurm.sbatch', 'jobset.yaml', 'xpk.sh', 'tpu_pod.sh'])
-def test_scripts_for_many_hosts_are_whole(name):
+def test_scripts_for_many_hosts_are_whole():
     """They parse, and launch.py takes their flags; two_hosts.sh runs as a whole in .ci/run."""
-    path = ROOT / 'examples' / name
-    if path.suffix != '.yaml':
-        subprocess.run(['bash', '-n', str(path)], check=True)
-        assert os.access(path, os.X_OK) or path.suffix == '.sbatch'
-    given = re.findall(r'--(?:distributed|config[.\w]*=[\w./:+-]+)', path.read_text())
-    assert '--distributed' in given and any(flag.startswith('--config=') for flag in given)
-    program = 'import sys; sys.argv[0] = "launch.py"; import launch; launch._parse(sys.argv)'
-    flags = [*given, '--workdir=somewhere']
-    done = subprocess.run([sys.executable, '-c', program, *flags], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    commands = []
+    for name in ('two_hosts.sh', 'slurm.sbatch', 'jobset.yaml', 'xpk.sh', 'tpu_pod.sh'):
+        path = ROOT / 'examples' / name
+        if path.suffix != '.yaml':
+            subprocess.run(['bash', '-n', str(path)], check=True)
+            assert os.access(path, os.X_OK) or path.suffix == '.sbatch'
+        flags = re.findall(r'--(?:distributed|config[.\w]*=[\w./:+-]+)', path.read_text())
+        assert '--distributed' in flags and any(flag.startswith('--config=') for flag in flags), name
+        commands.append([*flags, '--workdir=somewhere'])
+    check_flags(commands)
