@@ -37,7 +37,7 @@ def test_two_processes_build_the_cache_at_once_and_threads_change_no_bit(tmp_pat
 _ONE = """
 import numpy as np, jax.numpy as jnp, sys
 from sparse_jax import kernels
-from sparse_jax.kernels import cpu
+from sparse_jax.kernels.cpu import operations as cpu
 w = jnp.eye(4)
 print(kernels.sparse_dot(2 * w, w, kernels.make_pattern(np.eye(4, dtype=bool), implementation='cpu'))[3, 3], cpu.unavailable())
 try:

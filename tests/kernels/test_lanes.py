@@ -13,6 +13,7 @@ import sparse_jax as sj
 from sparse_jax import config as config_lib
 from sparse_jax import kernels, models
 from sparse_jax import train as train_lib
+from sparse_jax.core import masks as masks_lib
 from sparse_jax.kernels import measure
 from sparse_jax.kernels.cpu import operations as cpu
 from sparse_jax.models import by_lanes, layers
@@ -201,5 +202,6 @@ def test_a_batch_that_cannot_lie_by_lanes_in_training_is_measured_by_channels(mo
         experiment = train_lib.create(config, num_examples=batch, input_shape=(32, 32, 3), num_outputs=10)
         state = jax.eval_shape(experiment.init, jax.random.key(0))
         masks = jax.tree.map(lambda p: np.ones(p.shape, bool) if p.ndim > 1 else np.array(True), state.params)
-        calls = kernel_choice.LayerKernels(config, experiment, tmp_path, 0)._traced(state, masks)
+        sparse = masks_lib.find_state(state.opt_state)._replace(masks=masks, layers=experiment.layer_codes)
+        calls = kernel_choice.LayerKernels(config, experiment, tmp_path, 0)._traced(state, sparse)
         assert len(calls['block1_1/conv1/kernel'].x) == axes
