@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sparse_jax.core.numerics import Amount, at_most, divide, multiply_divide, saturated, subtract, total
+from sparse_jax.core.numerics import Amount as Amount
+from sparse_jax.core.numerics import add as add
+from sparse_jax.core.numerics import at_most, divide, multiply_divide, saturated, subtract, total
 
 MAX_LAYERS = 2047  # their weights, of at most 2^20 each, must add up to less than 2^31
 
