@@ -184,7 +184,8 @@ def _inputs(block, dtype, shapes=tuple(SHAPES.items())):
 def _placed(tree, mesh, spec):
     """Each leaf by a spec, or by its name's."""
     of = spec if isinstance(spec, dict) else dict.fromkeys(SHAPES, spec)
-    place = lambda path, x: NamedSharding(mesh, P(*[None] * (x.ndim - 2), *of[path.split('/')[-1]]) if x.ndim > 1 else P())
+    lead = lambda path, x: P(*[None] * (x.ndim - 2), *of[path.split('/')[-1]])
+    place = lambda path, x: NamedSharding(mesh, lead(path, x) if x.ndim > 1 and not path.endswith('layers') else P())
     placed = [jax.device_put(x, place(path, x)) for path, x in layers_lib.leaf_paths(tree)]
     return jax.tree.unflatten(jax.tree.structure(tree), placed)
 
