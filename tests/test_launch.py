@@ -199,6 +199,7 @@ def test_the_core_imports_jax_and_optax_only():
     assert done.stdout.strip() == '[] True', done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_script_elsewhere_trains_a_nested_tuple_to_exact_density(tmp_path):
     """The README's promise to a user of optax, with jax, optax and sparse_jax alone."""
     script = tmp_path / 'mine.py'

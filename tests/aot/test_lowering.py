@@ -16,6 +16,7 @@ _ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.mark.parametrize('name', steps)
 @pytest.mark.parametrize('platform', ('cuda', 'tpu'))
+@pytest.mark.slow
 def test_every_sparse_layer_of_the_step_is_on_the_platforms_kernels(name, platform, monkeypatch):
     monkeypatch.setattr(compile_only, 'unavailable', lambda platform: 'of the test')  # to lower takes seconds, to compile a minute
     lowered = steps[name](platform)

@@ -41,7 +41,7 @@ def test_a_config_that_is_refused_is_told_and_left_out_but_not_the_one_of_the_ru
     shape, block = model.Shape((64, 1, 1, 128), (1, 1, 128, 64)), (64, 64)
     arrays = check.arguments('forward', *check.operands(shape, block, 0.5))
     refused, rule = config_lib.Config(block_m=36), config_lib.rule('forward', block, 64)
-    with kernels.lowering_for('gpu', interpret=True):
+    with lowering_for('gpu', interpret=True):
         assert kernels._fastest('forward', shape, block, arrays, [rule, refused], 1) == rule
         assert 'left out: forward' in (message := capsys.readouterr().err) and 'block_m=36' in message
         with pytest.raises(AssertionError):

@@ -19,6 +19,7 @@ TOLERANCE = {'vgg_d': 0.05, 'wrn_16_8': 1e-4, 'lenet5': 1e-5, 'lm_tiny': 1e-5}
 
 
 @pytest.mark.parametrize('name', twins.MODELS)
+@pytest.mark.slow
 def test_the_twins_have_the_same_losses_over_three_steps(name):
     golden = GOLDEN[name]
     batch, params = twins.batch(name, golden['batch_size']), twins.parameters(name)
@@ -34,6 +35,7 @@ def test_the_twins_have_the_same_losses_over_three_steps(name):
         np.testing.assert_allclose(forward, golden['losses'][0], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_sparse_twin_is_sparse_and_updates_its_masks_when_told():
     batch, params = twins.batch('lenet5', 4), twins.parameters('lenet5')
     sparse = train_step.Ours('lenet5', 'sparse_momentum', 0.05, batch, params, kernels='dense')

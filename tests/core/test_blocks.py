@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparse_jax as sj
-from sparse_jax.core import grouping
+from sparse_jax.core import group_update
 from tests.core import oracle
 
 pytestmark = pytest.mark.core
@@ -50,14 +50,14 @@ def test_units_are_what_loops_find(block, shape):
     per_unit = np.asarray(sj.granularity.active(block, jnp.asarray(mask)))
     assert per_unit.ravel().tolist() == flags.tolist()
     np.testing.assert_array_equal(block.expand(jnp.asarray(per_unit), shape), mask)
-    scores = np.asarray(jax.jit(lambda x: grouping.unit_scores(block, x))(jnp.asarray(np.abs(values)))).ravel()
+    scores = np.asarray(jax.jit(lambda x: group_update.unit_scores(block, x))(jnp.asarray(np.abs(values)))).ravel()
     np.testing.assert_allclose(scores, [np.abs(values[unit]).astype(np.float64).mean() for unit in units], rtol=3e-7)
     assert block.edges(shape) == (len({len(unit[0]) for unit in units}) > 1)
 
 
 def test_scores_that_are_not_finite_count_as_zero_in_the_mean():
     scores = jnp.array([[1.0, jnp.nan], [jnp.inf, 3.0]])
-    assert float(grouping.unit_scores(sj.granularity.Block(2, 2), scores)[0, 0]) == 1.0
+    assert float(group_update.unit_scores(sj.granularity.Block(2, 2), scores)[0, 0]) == 1.0
 
 
 @settings(max_examples=25)

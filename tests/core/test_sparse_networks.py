@@ -84,6 +84,7 @@ def test_stacked_layers_start_at_the_density_each():
         assert count == pytest.approx(0.25 * size, abs=1), name
 
 
+@pytest.mark.slow
 def test_a_bfloat16_step_updates_float32_masters():
     config = _config('transformer', model__depth=2, model__features=32, model__heads=2, model__dtype='bfloat16')
     made = train.create(config, num_examples=100, input_shape=(8,), num_outputs=20)

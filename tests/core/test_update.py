@@ -299,6 +299,7 @@ def test_mean_momentum_of_a_large_layer_is_exact():
     assert float(jax.jit(sj.criteria.mean_momentum)(info)) == pytest.approx(m.astype(np.float64).mean(), rel=1.2e-7)
 
 
+@pytest.mark.slow
 def test_a_process_with_one_device_moves_the_same_weights():
     """Really one device: group by group and in chunks there, all in one loop in this process."""
     program = """

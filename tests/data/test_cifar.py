@@ -163,6 +163,7 @@ def test_cifar_from_the_config(tmp_path, monkeypatch):
     np.testing.assert_allclose(loaded.prepare(train[0]), (train[0] / 255 - mean) / std, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_digits_are_the_offline_digits_in_cifars_shape():
     loaded, plain = data.load('digits32'), data.load('mnist_offline')
     assert loaded.input_shape == (32, 32, 3) and [len(part.labels) for part in loaded[:3]] == [4000, 0, 1000]

@@ -101,6 +101,7 @@ def test_networks_by_lanes_train_as_those_by_channels(name, density):
     assert relative(lanes[3], channels[3]) < (0.05 if name == 'wrn_28_2' else 0.5)
 
 
+@pytest.mark.slow
 def test_layers_that_note_down_give_the_same_values_as_layers_that_compute():
     """Orders that no network here has: a ReLU without a norm, two norms, a bias without a norm, a pool of what is not rectified."""
     from flax import nnx
@@ -140,6 +141,7 @@ def test_running_statistics_by_lanes_are_those_by_channels():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_where_lanes_cannot_be_they_are_refused_or_left():
     own = dict(input_shape=(32, 32, 3), num_outputs=10)
     with pytest.raises(ValueError, match="model.layout='lane' does not exist. Did you mean 'lanes'"):

@@ -188,6 +188,7 @@ def test_broken_unfinished_and_mixed_workdirs(runs):
     assert '| sparse_momentum | 5% | 50 | 4 |' in markdown, 'a run with cut metrics still counts'
 
 
+@pytest.mark.slow
 def test_report_mode_from_the_launcher(runs, tmp_path):
     launch = lambda *flags: subprocess.run(
         [sys.executable, 'launch.py', '--mode=report', *flags], cwd=ROOT, capture_output=True, text=True

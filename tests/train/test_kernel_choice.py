@@ -100,6 +100,7 @@ def _by(name, pattern):
 
 
 @pytest.mark.parametrize('kernels', ['dense', pytest.param('cpu', marks=needs_compiler)])
+@pytest.mark.slow
 def test_active_gradients_are_equal_in_both_kinds_of_steps(kernels):
     config = _config()
     experiment = train.create(config, num_examples=4000, input_shape=(28, 28, 1), num_outputs=10)
@@ -133,6 +134,7 @@ def finished(tmp_path_factory):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_run_resumed_within_a_window_keeps_its_bits_without_measuring_again(finished, tmp_path, monkeypatch):
     """The checkpoint of step 38 lies in the window of the update of step 40. No time may be measured anew: another would change bits."""
     reference, result = finished
@@ -151,6 +153,7 @@ def test_a_run_resumed_within_a_window_keeps_its_bits_without_measuring_again(fi
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_choices_are_written_and_shown(finished, capsys):
     history = json.loads((finished[0] / 'kernels.json').read_text())
     assert set(history['0']) == {'fc1/kernel', 'fc2/kernel', 'fc3/kernel'}
@@ -210,6 +213,7 @@ def test_every_kind_of_kernels_trains(tmp_path, kernels, finished):
     assert not (tmp_path / 'run' / 'kernels.json').exists()
 
 
+@pytest.mark.slow
 def test_kernels_may_change_on_resume_and_the_window_may_not(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / 'run', ignore=shutil.ignore_patterns('60', 'result.json', 'run.json', '.lock'))
     assert train.train(_config(sparsity__kernels='dense'), tmp_path / 'run')['test_loss'] == pytest.approx(

@@ -140,6 +140,7 @@ def test_accumulation_is_the_whole_batch():
     assert int(b.step) == 1
 
 
+@pytest.mark.slow
 def test_accumulation_carries_running_statistics_and_draws_its_own_dropout():
     """Batch normalisation sees one part after the other, as separate batches do."""
     values = dict(model__name='alexnet_s', sparsity__method='dense', data__batch_size=8)
@@ -175,6 +176,7 @@ def test_average_of_weights_is_masked_at_evaluation():
     assert float(made.evaluate(state, BATCH)['loss']) != float(plain.evaluate(state, BATCH)['loss'])
 
 
+@pytest.mark.slow
 def test_running_statistics_are_averaged_with_the_weights():
     values = dict(model__name='alexnet_s', sparsity__method='dense', data__batch_size=8, train__average_decay=0.9)
     made = train.create(_config(**values), num_examples=80, input_shape=(32, 32, 3), num_outputs=10)
@@ -196,6 +198,7 @@ def test_running_statistics_are_averaged_with_the_weights():
     )
 
 
+@pytest.mark.slow
 def test_an_average_goes_on_after_a_restart(tmp_path):
     """The same bits with and without a checkpoint in the middle."""
     from sparse_jax.runtime import checkpoint

@@ -267,6 +267,7 @@ def _trained(config, steps=20):
 @pytest.mark.parametrize(
     ('mesh', 'layout'), [((8, 1), 'data'), ((1, 8), 'model'), ((2, 4), 'fsdp'), ((2, 4), 'model+fsdp'), ((4, 2), 'model+fsdp')]
 )
+@pytest.mark.slow
 def test_steps_on_every_mesh_and_layout_are_those_of_one_device(mesh, layout):
     losses, masks = _trained(_transformer(*mesh, layout))
     expected_losses, expected_masks = _alone()
@@ -350,6 +351,7 @@ def test_parts_that_would_cut_blocks_stay_dense():
 # Checkpoints
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_on_any_mesh(tmp_path):
     """Saved on 4 x 2, read on others, saved on one of them, and read again on the first: always the same state; and training goes on."""
     made = {}
