@@ -230,7 +230,7 @@ class Checkpoints:
         try:
             meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
             version, expected, seconds = meta['format'], meta['fingerprint'], meta['seconds']
-            if version > 1 and meta['checksum'] != _checksum(meta):
+            if 1 < version <= FORMAT and meta['checksum'] != _checksum(meta):
                 raise DamagedError('its record is not what was saved')
         except Exception as error:  # orbax and tensorstore raise many kinds
             raise DamagedError(f'{where} is damaged ({_reason(error)}): {remedy}') from error
