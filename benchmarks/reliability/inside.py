@@ -107,7 +107,9 @@ def selection(counts: int, folder: pathlib.Path) -> dict[str, Any]:
     expected, mesh = bits(update(grads, state, params)), sharding.make_mesh(4, 2)
     results: dict[str, Any] = {'cases': 0, 'equal': 0, 'gathers': 0, 'bytes': 0.0, 'layers': len(shapes)}
     for spec in SPECS[:counts]:
-        shard = lambda x, spec=spec: NamedSharding(mesh, P(*[None] * (x.ndim - 2), *spec) if x.ndim >= 2 else P())
+        shard = lambda x, spec=spec: NamedSharding(
+            mesh, P(*[None] * (x.ndim - 2), *spec) if x.ndim >= 2 and x.dtype != jnp.int32 else P()
+        )
         operands = jax.tree.map(lambda x, shard=shard: jax.device_put(x, shard(x)), (grads, state, params))
         compiled = update.lower(*operands).compile()
         results['cases'] += 1
