@@ -1,4 +1,4 @@
-"""What all tests share: eight virtual CPU devices, parsed flags (grain asks absl for some), and caches for the processes they start."""
+"""What all tests share: eight virtual CPU devices, parsed flags (grain asks absl for some), and caches of kernels and programs."""
 
 import os
 import shutil
@@ -21,10 +21,10 @@ _CACHES = 'SPARSE_JAX_TEST_CACHES'
 
 
 def pytest_configure(config):
-    """Gives this run caches of its own: for the C++ kernels and measurements, and for what child processes compile.
+    """Gives this run caches of its own: for the C++ kernels and measurements, and for the programs that XLA compiles.
 
-    They begin empty, so that a run depends on nothing that one before it left; all workers and their children share them. The environment
-    is read by child processes only: this process has imported jax already.
+    They begin empty, so that a run depends on nothing that one before it left; all workers and the processes they start share them, as the
+    same small programs are compiled over and over. (The environment is for those processes: this one has imported jax already.)
     """
     if _CACHES not in os.environ:
         folder = tempfile.mkdtemp(prefix='sparse_jax_tests_')
@@ -33,7 +33,9 @@ def pytest_configure(config):
     folder = os.environ[_CACHES]
     os.environ.setdefault('SPARSE_JAX_CACHE', f'{folder}/kernels')
     os.environ['JAX_COMPILATION_CACHE_DIR'] = f'{folder}/programs'
-    os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
+    os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+    jax.config.update('jax_compilation_cache_dir', f'{folder}/programs')
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 
 
 @pytest.fixture(scope='session', autouse=True)
