@@ -17,13 +17,13 @@ train: $(VENV)/installed
 
 # Without most of XLA's optimisations programs compile in two thirds of the time. test-slow and test-core keep them.
 test: $(VENV)/installed
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist loadfile -m 'not slow'
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist worksteal -m 'not slow'
 
 test-slow: $(VENV)/installed
-	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist loadfile -m slow
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist worksteal -m slow
 
 test-core: $(VENV)/installed
-	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist loadfile -m 'core and not slow'
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist worksteal -m 'core and not slow'
 
 # Environments of their own, with what compiles for devices that are not there. PYTHON=python3.12: the newest jax.
 AOT = .venv-aot-$(notdir $(PYTHON))
@@ -32,7 +32,7 @@ test-gpu-aot: $(AOT)/gpu-installed
 	AOT=1 JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest -n 2 tests/kernels/test_gpu_kernels.py tests/aot/test_gpu.py
 
 test-tpu-aot: $(AOT)/tpu-installed
-	AOT=1 JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest -n 2 --dist loadfile tests/kernels/test_tpu_kernels.py tests/aot/test_tpu.py
+	AOT=1 JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest -n 2 --dist worksteal tests/kernels/test_tpu_kernels.py tests/aot/test_tpu.py
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

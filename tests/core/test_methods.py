@@ -1,6 +1,7 @@
 """One contract for every method: exact budgets, exact zeros, whole blocks, one compilation, any optimizer, checkpoints."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -74,10 +75,15 @@ def _units(granularity, masks) -> int:
 SIZES = {'unstructured': 2 * 2 * 4 * 8 + 2 * 10 * 8, 'block:4x4': 2 * 2 * 1 * 2 + 2 * 3 * 2}
 
 
-@pytest.mark.parametrize('method', sj.methods.NAMES)
-@pytest.mark.parametrize(
-    ('optimizer', 'granularity'), [*((name, 'unstructured') for name in OPTIMIZERS), ('sgd', 'block:4x4'), ('adam', 'block:4x4')]
-)
+def _contracts():
+    """Every method with every optimizer, and in blocks: all methods with two of them are quick tests, the rest are slow ones."""
+    combinations = [*((name, 'unstructured') for name in OPTIMIZERS), ('sgd', 'block:4x4'), ('adam', 'block:4x4')]
+    quick = lambda method, *of: method == 'sparse_momentum' or of in (('adam', 'unstructured'), ('sgd', 'block:4x4'))
+    cases = [(method, *of) for method, of in itertools.product(sj.methods.NAMES, combinations)]
+    return [pytest.param(*case, marks=() if quick(*case) else pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize(('method', 'optimizer', 'granularity'), _contracts())
 def test_contract(method, optimizer, granularity):
     tx, step = _create(method, optimizer, granularity)
     params = _params()
@@ -105,7 +111,9 @@ def test_contract(method, optimizer, granularity):
     assert sj.stats.exploration_rate(state) == pytest.approx(explored, rel=1e-12)
 
 
-@pytest.mark.parametrize('method', sj.methods.NAMES)
+@pytest.mark.parametrize(
+    'method', [m if m in ('sparse_momentum', 'gmp') else pytest.param(m, marks=pytest.mark.slow) for m in sj.methods.NAMES]
+)
 def test_a_checkpoint_goes_on_with_the_same_bits(method, tmp_path):
     tx, step = _create(method, 'adam', 'block:4x4')
     params = _params()

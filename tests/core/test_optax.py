@@ -83,7 +83,10 @@ def _nonzeros(state) -> int:
     return sum(int(m.sum()) for m in jax.tree.leaves(sj.get_masks(state)) if m.ndim)
 
 
-@pytest.mark.parametrize('name', INNER)
+QUICK = ('sgd', 'adam', 'lion', 'muon', 'partition', 'MultiSteps', 'adam, bfloat16 mu')
+
+
+@pytest.mark.parametrize('name', [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in INNER])
 def test_every_inner_optimizer_trains_sparse(name):
     make, momentum_from = INNER[name]
     tx = optax.with_extra_args_support(sj.sparsify(make(), **SETTINGS))

@@ -142,7 +142,9 @@ def _numpy_logits(name, p, x):
     return linear(_relu(_norm(x, p['norm'])).mean(axis=(1, 2)), p['fc'])
 
 
-@pytest.mark.parametrize('name', ['lenet300', 'lenet5', 'alexnet_s', 'vgg_c', 'wrn_28_2'])
+@pytest.mark.parametrize(
+    'name', ['lenet300', 'lenet5', 'alexnet_s', *(pytest.param(m, marks=pytest.mark.slow) for m in ('vgg_c', 'wrn_28_2'))]
+)
 def test_logits_equal_numpy(name):
     """In training (batch statistics), without dropout; in float64 on numpy's side."""
     model = _create(name, **({'dropout': 0.0} if name.startswith('wrn') else {}))

@@ -54,7 +54,12 @@ def _final_state(folder) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(unwrap(x)) for path, x in flat}
 
 
-STEPS = ('--config.train.steps=3000', '--config.checkpoint.every=200', '--config.log.every=50')
+STEPS = (
+    '--config.train.steps=1000',
+    '--config.optimizer.decay_every=800',
+    '--config.checkpoint.every=200',
+    '--config.log.every=50',
+)
 
 
 @pytest.fixture(scope='module')
@@ -69,14 +74,14 @@ def test_a_run_leaves_its_files_and_prints_its_result(undisturbed):
     folder, done = undisturbed
     result = json.loads((folder / 'result.json').read_text())
     assert (
-        result['nonzeros'] == 13_310 and result['density'] == 0.05 and result['parameters'] == 266_610 and result['steps'] == 3000
+        result['nonzeros'] == 13_310 and result['density'] == 0.05 and result['parameters'] == 266_610 and result['steps'] == 1000
     )
     assert result['test_accuracy'] > 0.9 and result['seconds'] > 0 and result['steps_per_second'] > 0
-    assert 'test accuracy' in done.stdout and '13,310' in done.stdout and 'step 3000/3000' in done.stderr
+    assert 'test accuracy' in done.stdout and '13,310' in done.stdout and 'step 1000/1000' in done.stderr
     assert (folder / 'report.png').read_bytes().startswith(b'\x89PNG') and (folder / 'run.json').exists()
     rows = metrics.read(folder)
     updates = [row for row in rows if 'flips' in row]
-    assert [row['step'] for row in updates] == list(range(40, 3000, 40)), 'a mask update every epoch, but none at the last step'
+    assert [row['step'] for row in updates] == list(range(40, 1000, 40)), 'a mask update every epoch, but none at the last step'
     for row in updates:
         nonzeros = sum(d * n for d, n in zip(row['density'].values(), (235_200, 30_000, 1_000), strict=True))
         assert round(nonzeros) == 13_310
@@ -93,7 +98,7 @@ def test_a_run_leaves_its_files_and_prints_its_result(undisturbed):
 def test_kill_at_several_moments_changes_no_bit(undisturbed, tmp_path):
     reference, _ = undisturbed
     folder = tmp_path / 'killed'
-    for target in (0, 1010):  # kill -9 as soon as metrics.jsonl reaches this step; at 0 no checkpoint exists yet
+    for target in (0, 410):  # kill -9 as soon as metrics.jsonl reaches this step; at 0 no checkpoint exists yet
         process = subprocess.Popen(_command(folder, *STEPS), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         while True:
@@ -106,7 +111,7 @@ def test_kill_at_several_moments_changes_no_bit(undisturbed, tmp_path):
         assert process.wait() == -signal.SIGKILL
         assert not (folder / 'result.json').exists()
     assert _launch(folder, *STEPS).returncode == 0
-    assert json.loads((folder / 'run.json').read_text())['resumed_at'] >= 1000, 'the last run must have gone on from a checkpoint'
+    assert json.loads((folder / 'run.json').read_text())['resumed_at'] >= 400, 'the last run must have gone on from a checkpoint'
     expected, got = _final_state(reference), _final_state(folder)
     assert expected.keys() == got.keys() and any('masks' in k for k in got) and any('trace' in k for k in got)
     for name, array in expected.items():
@@ -140,7 +145,7 @@ def test_evaluate_reads_the_checkpoint_and_writes_nothing(undisturbed):
     done = _launch(folder, *STEPS, '--mode=evaluate')
     assert done.returncode == 0, done.stderr
     evaluated, result = json.loads(done.stdout), json.loads((folder / 'result.json').read_text())
-    assert evaluated['test_accuracy'] == result['test_accuracy'] and evaluated['step'] == 3000
+    assert evaluated['test_accuracy'] == result['test_accuracy'] and evaluated['step'] == 1000
     assert sorted((p, p.stat().st_mtime_ns) for p in folder.rglob('*')) == before
 
 
@@ -149,7 +154,7 @@ def test_a_damaged_checkpoint_is_told(damage, undisturbed, tmp_path):
     """By --mode=evaluate, which changes nothing; training puts it aside and goes on from the one before."""
     folder = tmp_path / 'run'
     shutil.copytree(undisturbed[0], folder)
-    state = folder / 'checkpoints' / '3000' / 'state'
+    state = folder / 'checkpoints' / '1000' / 'state'
     victim = max((p for p in state.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
     content = bytearray(victim.read_bytes())
     if damage == 'truncate':
@@ -162,7 +167,7 @@ def test_a_damaged_checkpoint_is_told(damage, undisturbed, tmp_path):
     else:
         meta = state.parent / 'meta' / 'metadata'
         meta.write_text(re.sub(r'"format": ?3', '"format": 99', meta.read_text()))
-    match = 'has format 99, this version reads 1 and 2 and 3' if damage == 'another format' else 'checkpoints/3000 is damaged'
+    match = 'has format 99, this version reads 1 and 2 and 3' if damage == 'another format' else 'checkpoints/1000 is damaged'
     done = _launch(folder, *STEPS, '--mode=evaluate')
     assert done.returncode == 2, done.stderr
     lines = [line for line in done.stderr.split('\n') if line.startswith('error: ')]  # orbax's threads may add theirs
@@ -172,8 +177,8 @@ def test_a_damaged_checkpoint_is_told(damage, undisturbed, tmp_path):
     if damage == 'flip a bit':
         (folder / 'result.json').unlink()
         done = _launch(folder, *STEPS)
-        assert done.returncode == 0 and 'It was put aside as 3000.corrupt' in done.stderr, done.stderr
-        assert json.loads((folder / 'run.json').read_text())['resumed_at'] == 2800
+        assert done.returncode == 0 and 'It was put aside as 1000.corrupt' in done.stderr, done.stderr
+        assert json.loads((folder / 'run.json').read_text())['resumed_at'] == 800
         expected, got = _final_state(undisturbed[0]), _final_state(folder)
         assert all(expected[name].tobytes() == got[name].tobytes() for name in expected)
 

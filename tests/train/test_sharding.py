@@ -222,7 +222,10 @@ def test_a_mask_update_has_the_bits_of_one_device_and_moves_few_bytes(spec):
     assert all(len(of_round) <= axes for of_round in rounds.values()), 'all layers in one reduction'
 
 
-@pytest.mark.parametrize(('block', 'dtype'), [(False, 'bfloat16'), (True, 'float32'), (True, 'bfloat16')])
+@pytest.mark.parametrize(
+    ('block', 'dtype'),
+    [(True, 'bfloat16'), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((False, 'bfloat16'), (True, 'float32')))],
+)
 def test_leaves_of_all_layouts_in_one_update(block, dtype):
     """A matrix in each of the eight, in blocks and in bfloat16."""
     leaves = {f'matrix{i}': ((32, 64), spec) for i, spec in enumerate(SPECS)}
