@@ -49,7 +49,6 @@ def _commands() -> list[str]:
     return [re.sub(r'\s+#.*', '', line).strip() for line in text.split('\n') if line.strip() and not line.startswith('#')]
 
 
-@pytest.mark.slow
 def test_commands_exist():
     targets = re.findall(r'^(\w[\w-]*):', (ROOT / 'Makefile').read_text(), re.MULTILINE)
     commands = [command.split() for command in _commands()]

@@ -11,6 +11,7 @@ import pytest
 import launch
 import usage
 from sparse_jax import config as config_lib
+from tests import launcher
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = '--config=configs/mnist_lenet300.py:offline'
@@ -156,8 +157,7 @@ def test_settings_are_listed(monkeypatch):
 )  # fmt: skip
 def test_wrong_input(flags, message, tmp_path):
     workdir = tmp_path / 'run'
-    command = [sys.executable, 'launch.py', *(f.format(workdir) for f in flags)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = launcher.launch(*(f.format(workdir) for f in flags))
     assert done.returncode == 2, done.stderr
     lines = done.stderr.strip().split('\n')
     assert len(lines) == 1 and lines[0].startswith('error: ') and message in lines[0], done.stderr
@@ -173,7 +173,7 @@ def test_text_that_is_not_utf8(tmp_path):
         f'--config.data.dir={tmp_path}',
         f'--workdir={tmp_path / "run"}',
     ]
-    done = subprocess.run([sys.executable, 'launch.py', *flags], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = launcher.launch(*flags)
     assert done.returncode == 2 and f'error: {tmp_path / "bad.txt"} is not UTF-8 at offset 10' in done.stderr
     assert len(done.stderr.strip().split('\n')) == 1 and not (tmp_path / 'run').exists()
 

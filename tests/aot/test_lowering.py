@@ -1,14 +1,12 @@
 """Training steps lowered for platforms that are not here, by the launcher."""
 
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import pytest
 
 from sparse_jax.aot import compile_only
+from tests import launcher
 from tests.aot.lowered import steps
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -30,8 +28,7 @@ def test_every_sparse_layer_of_the_step_is_on_the_platforms_kernels(name, platfo
 
 
 def _launch(*arguments):
-    command = [sys.executable, 'launch.py', '--config=configs/lm_tiny.py', *arguments]
-    return subprocess.run(command, cwd=_ROOT, env=os.environ | {'JAX_PLATFORMS': 'cpu'}, capture_output=True, text=True)
+    return launcher.launch('--config=configs/lm_tiny.py', *arguments)
 
 
 def test_the_launcher_prints_tables_and_makes_nothing(tmp_path):

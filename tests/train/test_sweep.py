@@ -13,6 +13,7 @@ import pytest
 from sparse_jax import config as config_lib
 from sparse_jax.report.write import write_report
 from sparse_jax.train import sweep
+from tests import launcher
 
 ROOT = pathlib.Path(__file__).parents[2]
 # masked dense products and one kind of step: less to compile
@@ -110,7 +111,7 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
     ],
 )  # fmt: skip
 def test_wrong_sweeps(flags, message, tmp_path):
-    done = _launch(tmp_path / 'sweep', *flags)
+    done = launcher.launch(*_command(tmp_path / 'sweep', *flags)[2:])
     assert done.returncode == 2, done.stderr
     lines = done.stderr.strip().split('\n')
     assert len(lines) == 1 and lines[0].startswith('error: ') and message in lines[0], done.stderr
