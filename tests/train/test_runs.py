@@ -22,6 +22,7 @@ from sparse_jax import train
 from sparse_jax.report import run_report
 from sparse_jax.runtime import checkpoint
 from sparse_jax.train import metrics
+from tests import launcher
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -126,14 +127,14 @@ def test_kill_at_several_moments_changes_no_bit(undisturbed, tmp_path):
 def test_the_same_command_in_a_finished_workdir_prints_the_result(undisturbed):
     folder, first = undisturbed
     before = (folder / 'result.json').stat().st_mtime_ns
-    again = _launch(folder, *STEPS, '--config.checkpoint.keep=5')
+    again = launcher.launch(*_command(folder, *STEPS, '--config.checkpoint.keep=5')[2:])
     assert again.returncode == 0 and again.stdout == first.stdout
     assert (folder / 'result.json').stat().st_mtime_ns == before
 
 
 def test_another_experiment_in_the_workdir_is_refused_and_the_differences_listed(undisturbed):
     folder, _ = undisturbed
-    done = _launch(folder, *STEPS, '--config.sparsity.density=0.1', '--config.seed=3')
+    done = launcher.launch(*_command(folder, *STEPS, '--config.sparsity.density=0.1', '--config.seed=3')[2:])
     assert done.returncode == 2
     assert 'holds another experiment (seed: 0 there, 3 given; sparsity.density: 0.05 there, 0.1 given)' in done.stderr
     assert len(done.stderr.strip().split('\n')) == 1
@@ -142,14 +143,14 @@ def test_another_experiment_in_the_workdir_is_refused_and_the_differences_listed
 def test_evaluate_reads_the_checkpoint_and_writes_nothing(undisturbed):
     folder, _ = undisturbed
     before = sorted((p, p.stat().st_mtime_ns) for p in folder.rglob('*'))
-    done = _launch(folder, *STEPS, '--mode=evaluate')
+    done = launcher.launch(*_command(folder, *STEPS, '--mode=evaluate')[2:])
     assert done.returncode == 0, done.stderr
     evaluated, result = json.loads(done.stdout), json.loads((folder / 'result.json').read_text())
     assert evaluated['test_accuracy'] == result['test_accuracy'] and evaluated['step'] == 1000
     assert sorted((p, p.stat().st_mtime_ns) for p in folder.rglob('*')) == before
 
 
-@pytest.mark.parametrize('damage', ['truncate', 'flip a bit', 'delete', 'another format'])
+@pytest.mark.parametrize('damage', ['truncate', pytest.param('flip a bit', marks=pytest.mark.slow), 'delete', 'another format'])
 def test_a_damaged_checkpoint_is_told(damage, undisturbed, tmp_path):
     """By --mode=evaluate, which changes nothing; training puts it aside and goes on from the one before."""
     folder = tmp_path / 'run'
@@ -168,7 +169,7 @@ def test_a_damaged_checkpoint_is_told(damage, undisturbed, tmp_path):
         meta = state.parent / 'meta' / 'metadata'
         meta.write_text(re.sub(r'"format": ?3', '"format": 99', meta.read_text()))
     match = 'has format 99, this version reads 1 and 2 and 3' if damage == 'another format' else 'checkpoints/1000 is damaged'
-    done = _launch(folder, *STEPS, '--mode=evaluate')
+    done = launcher.launch(*_command(folder, *STEPS, '--mode=evaluate')[2:])
     assert done.returncode == 2, done.stderr
     lines = [line for line in done.stderr.split('\n') if line.startswith('error: ')]  # orbax's threads may add theirs
     assert len(lines) == 1, done.stderr
