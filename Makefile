@@ -15,12 +15,12 @@ RUN := $(VENV)/bin/python
 train: $(VENV)/installed
 	$(RUN) launch.py --config=configs/mnist_lenet300.py:offline --workdir=runs/mnist_lenet300
 
-# Without most of XLA's optimisations programs compile in two thirds of the time. test-slow and test-core keep them.
+# Without most of XLA's optimisations programs compile in two thirds of the time. test-core keeps them.
 test: $(VENV)/installed
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist worksteal -m 'not slow'
 
 test-slow: $(VENV)/installed
-	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist worksteal -m slow
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist worksteal -m slow
 
 test-core: $(VENV)/installed
 	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist worksteal -m 'core and not slow'
