@@ -61,7 +61,7 @@ def test_values_that_are_not_finite_stay_where_they_belong():
 
 def _losses(name: str, layout: str, density: float, steps: int, batch: int = 16, **own):
     model = models.create(name, input_shape=(32, 32, 3), num_outputs=10, layout=layout, **own)
-    params, state = model.init(jax.random.key(0))
+    params, state = jax.jit(model.init)(jax.random.key(0))
     random = np.random.default_rng(0)
     x, y = jnp.asarray(random.standard_normal((batch, 32, 32, 3)), jnp.float32), jnp.arange(batch) % 10
     masks = jax.tree.map(lambda w: random.random(w.shape) < density if w.ndim > 1 else np.array(True), params)
