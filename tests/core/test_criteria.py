@@ -151,7 +151,7 @@ def _layers(name):
     return [Layer(f'l{i}', shape, math.prod(shape)) for i, shape in enumerate(LAYER_SETS[name])]
 
 
-@settings(max_examples=40)
+@settings(max_examples=150)
 @given(
     density=st.floats(0.002, 1.0), name=st.sampled_from(list(LAYER_SETS)), which=st.sampled_from(['uniform', 'erdos_renyi', 'erk'])
 )
@@ -218,14 +218,14 @@ _FIRST_COME = jax.jit(allocation.first_come)
 _DECREASES = jax.jit(lambda a, n, p, f: allocation.decreases(a, n, p, f))
 
 
-@settings(max_examples=40)
+@settings(max_examples=150)
 @given(a=st.integers(0, 2**46), b=st.integers(0, 2**46))
 def test_amounts_beyond_32_bits_are_exact(a, b):
     added, subtracted, at_most = _ARITHMETIC(_pair(a), _pair(b))
     assert _number(added) == a + b and _number(subtracted) == max(a - b, 0) and bool(at_most) == (a <= b)
 
 
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(amount=st.integers(0, 2**35), takes=st.lists(st.integers(0, 2**31 - 1), min_size=12, max_size=12))
 def test_first_come(amount, takes):
     got, left = [], amount
@@ -235,7 +235,7 @@ def test_first_come(amount, takes):
     assert _FIRST_COME(_pair(amount), jnp.array(takes, jnp.int32)).tolist() == got
 
 
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**31), part=st.floats(0, 1.2))
 def test_a_falling_density_takes_exactly_what_it_must_from_a_7b_model(seed, part):
     """Made-up counts of 12 layers whose sums exceed 2^31."""

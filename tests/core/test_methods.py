@@ -76,14 +76,12 @@ SIZES = {'unstructured': 2 * 2 * 4 * 8 + 2 * 10 * 8, 'block:4x4': 2 * 2 * 1 * 2 
 
 
 def _contracts():
-    """Sparse momentum with every optimizer, also in blocks; all methods with two of them in quick tests, with two more in slow ones."""
+    """Every method with every optimizer, and in blocks: quick tests are all of sparse momentum, and two of each other method."""
     every = [*((name, 'unstructured') for name in OPTIMIZERS), ('sgd', 'block:4x4'), ('adam', 'block:4x4')]
-    quick, slow = (('adam', 'unstructured'), ('sgd', 'block:4x4')), (('lion', 'unstructured'), ('muon', 'unstructured'))
-    others = [method for method in sj.methods.NAMES if method != 'sparse_momentum']
+    quick = lambda method, of: method == 'sparse_momentum' or of in (('adam', 'unstructured'), ('sgd', 'block:4x4'))
     return [
-        *(('sparse_momentum', *of) for of in every),
-        *((method, *of) for method, of in itertools.product(others, quick)),
-        *(pytest.param(method, *of, marks=pytest.mark.slow) for method, of in itertools.product(others, slow)),
+        pytest.param(method, *of, marks=() if quick(method, of) else pytest.mark.slow)
+        for method, of in itertools.product(sj.methods.NAMES, every)
     ]
 
 

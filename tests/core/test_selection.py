@@ -44,7 +44,7 @@ def _select(largest: bool, one_cpu_device: bool = False):
     return select if one_cpu_device else jitted
 
 
-@settings(max_examples=120)
+@settings(max_examples=250)
 @given(
     seed=st.integers(0, 2**31),
     dtype=st.sampled_from(['float32', 'bfloat16', 'float16']),

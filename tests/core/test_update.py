@@ -123,7 +123,7 @@ def _bits(x: np.ndarray) -> np.ndarray:
     return x.view(f'uint{8 * x.dtype.itemsize}')
 
 
-@settings(max_examples=120)
+@settings(max_examples=300)
 @given(
     seed=st.integers(0, 2**31),
     case=st.sampled_from(CASES),
@@ -151,7 +151,7 @@ def test_update_equals_the_oracle_bit_for_bit(seed, case, styles, rate):
         assert not after[mask & ~layer['mask']].any(), 'a new weight does not start at zero'
 
 
-@settings(max_examples=30)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**31), style=st.sampled_from(STYLES), rate=st.sampled_from(range(len(RATES))))
 def test_stacked_leaf_is_updated_as_its_layers(seed, style, rate):
     rng = np.random.default_rng(seed)
@@ -162,7 +162,7 @@ def test_stacked_leaf_is_updated_as_its_layers(seed, style, rate):
     np.testing.assert_array_equal(np.concatenate([m.ravel() for m, _ in got]), np.concatenate([m.ravel() for m, _ in want]))
 
 
-@settings(max_examples=50)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 2**31), tree=st.sampled_from(['lenet', 'conv', 'long']), rate=st.sampled_from([0.1, 0.3, 0.5, 0.9]))
 def test_targets_are_within_one_of_plain_float64_arithmetic(seed, tree, rate):
     rng = np.random.default_rng(seed)
@@ -253,7 +253,7 @@ def test_updates_happen_at_their_steps_only():
 _multiply_divide = jax.jit(allocation.multiply_divide)
 
 
-@settings(max_examples=80)
+@settings(max_examples=200)
 @given(
     amount=st.integers(0, 2**44), w=st.lists(st.integers(0, 2**20), min_size=3, max_size=3).filter(any), extra=st.integers(0, 2**30)
 )
@@ -273,7 +273,7 @@ def _targets(pruned, shares, room):
     return allocation.growth_targets(allocation.total(pruned), pruned, allocation.weights(shares), room)
 
 
-@settings(max_examples=50)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 2**31))
 def test_targets_of_totals_beyond_32_bits_add_up(seed):
     """A 7B model's counts, made up: sums over the layers exceed 2^31 and stay exact."""
