@@ -111,7 +111,7 @@ def help_page(modes: Mapping[str, str], flags: Mapping[str, str]) -> str:
             _fill(
                 'python launch.py --config=FILE[:VARIANT] --workdir=FOLDER [--config.NAME=VALUE ...] [--mode=MODE] ...', 'usage: '
             ),
-            f'Example, twenty seconds on two CPU cores:\n  {_EXAMPLE}',
+            f'Example, less than a minute on two CPU cores:\n  {_EXAMPLE}',
             f'Modes:\n{_table({f"--mode={mode}": does for mode, does in modes.items()})}',
             configs_page(),
             f'Settings:\n{_fill(settings, 2 * " ")}',

