@@ -4,10 +4,16 @@ import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 
 from sparse_jax.kernels import arguments, backend, reference
 from sparse_jax.kernels.pattern import Pattern
 from sparse_jax.kernels.reference import Geometry
+
+# The three products are closed under differentiation. With M the pattern's mask and W on it:
+#   y  = x W,            whose gradients are dx = dy W^T and dW = M * (x^T dy);
+#   dx = dy W^T,         for a cotangent t of dx: t W for dy,   and M * (t^T dy) for W;
+#   dW = M * (x^T dy),   for a cotangent T of dW, S = M * T: dy S^T for x, and x S for dy.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -22,16 +28,49 @@ def _product_forward(x, w, pattern, geometry, implementation, dense_gradient):
 
 def _product_backward(geometry, implementation, dense_gradient, residuals, dy):
     x, w, pattern = residuals
-    kernels = backend.of_pattern(implementation, pattern)
-    dx = kernels.input_gradient(dy, w, pattern, geometry, x.shape)
+    dx = _input_gradient(dy, w, pattern, geometry, implementation, x.shape)
     if dense_gradient:
         dw = reference.dense_weight_gradient(x, dy, w.shape, geometry)
     else:
-        dw = kernels.weight_gradient(x, dy, pattern, geometry, w.shape)
+        dw = _weight_gradient(x, dy, pattern, geometry, implementation, w.shape)
     return dx, dw, None
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _input_gradient(dy, w, pattern: Pattern, geometry: Geometry, implementation: str, shape: tuple[int, ...]):
+    return backend.of_pattern(implementation, pattern).input_gradient(dy, w, pattern, geometry, shape)
+
+
+def _input_gradient_forward(dy, w, pattern, geometry, implementation, shape):
+    return _input_gradient(dy, w, pattern, geometry, implementation, shape), (dy, w, pattern)
+
+
+def _input_gradient_backward(geometry, implementation, shape, residuals, t):
+    del shape
+    dy, w, pattern = residuals
+    by_dy = _product(t, w, pattern, geometry, implementation, False)
+    return by_dy, _weight_gradient(t, dy, pattern, geometry, implementation, w.shape), None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _weight_gradient(x, dy, pattern: Pattern, geometry: Geometry, implementation: str, shape: tuple[int, ...]):
+    return backend.of_pattern(implementation, pattern).weight_gradient(x, dy, pattern, geometry, shape)
+
+
+def _weight_gradient_forward(x, dy, pattern, geometry, implementation, shape):
+    return _weight_gradient(x, dy, pattern, geometry, implementation, shape), (x, dy, pattern)
+
+
+def _weight_gradient_backward(geometry, implementation, shape, residuals, t):
+    x, dy, pattern = residuals
+    s = jnp.where(arguments.mask_of(pattern).reshape(shape), t, jnp.zeros((), t.dtype))
+    by_x = _input_gradient(dy, s, pattern, geometry, implementation, x.shape)
+    return by_x, _product(x, s, pattern, geometry, implementation, False), None
+
+
 _product.defvjp(_product_forward, _product_backward)
+_input_gradient.defvjp(_input_gradient_forward, _input_gradient_backward)
+_weight_gradient.defvjp(_weight_gradient_forward, _weight_gradient_backward)
 
 
 def _apply(x, w, pattern, geometry, dense_gradient, implementation):
@@ -43,7 +82,16 @@ def _apply(x, w, pattern, geometry, dense_gradient, implementation):
     choice = backend.choose(implementation, x.dtype, pattern, empty=empty)
     if pattern.observer is not None:
         pattern.observer(x, w, pattern, geometry)
-    y: jax.Array = _product(x, w, pattern, geometry, choice.implementation, dense_gradient)  # pyright: ignore[reportAssignmentType]
+    try:
+        y: jax.Array = _product(x, w, pattern, geometry, choice.implementation, dense_gradient)  # pyright: ignore[reportAssignmentType]
+    except TypeError as error:
+        if 'forward-mode' not in str(error):
+            raise
+        raise NotImplementedError(
+            'sparse_dot and sparse_conv have derivatives in reverse mode, of any order: jax.grad, jax.vjp, jax.jacrev. In place of '
+            'jax.jvp(jax.grad(f), ...) take jax.vjp(jax.grad(f), w)[1](v); jax.jvp itself is there for dense products of '
+            'sj.apply_masks(params, masks).'
+        ) from None
     return y if x.shape == shape else y.reshape(*shape[:-1], w.shape[-1])
 
 
@@ -58,7 +106,7 @@ def sparse_dot(
     r"""Matrix product with a sparse weight: :math:`y_{\ldots o} = \sum_i x_{\ldots i} w_{io}` over the pattern's positions.
 
     The gradient with respect to x is such a product with the transposed weight, that with respect to w is computed at the pattern's
-    positions only and zero elsewhere. All backends give the same values within rounding on finite inputs; where x or w holds NaN or
+    positions only and zero elsewhere. Gradients of gradients are there too, in reverse mode; ``jax.jvp`` is not. All backends give the same values within rounding on finite inputs; where x or w holds NaN or
     infinity, positions off the pattern may or may not spread it (0 times NaN).
 
     Args:

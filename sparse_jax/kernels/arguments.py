@@ -59,8 +59,12 @@ def check_zeros(w: jax.Array, pattern: Pattern) -> None:
                 'masks that the weight was multiplied with, again after each mask update.'
             )
 
-    mask = reference.mask_of(pattern) if pattern.split is None else sharded.mask(reference.mask_of, pattern)
-    jax.debug.callback(check, jnp.sum((w != 0) & ~mask))
+    jax.debug.callback(check, jnp.sum((w != 0) & ~mask_of(pattern)))
+
+
+def mask_of(pattern: Pattern) -> jax.Array:
+    """The mask that a pattern stands for, also of one that is divided over a mesh."""
+    return reference.mask_of(pattern) if pattern.split is None else sharded.mask(reference.mask_of, pattern)
 
 
 def geometry_of(name: str, x: tuple[int, ...], w: tuple[int, ...], strides, padding, dilation) -> Geometry:

@@ -207,3 +207,11 @@ def test_a_batch_that_cannot_lie_by_lanes_in_training_is_measured_by_channels(mo
         sparse = masks_lib.find_state(state.opt_state)._replace(masks=masks, layers=experiment.layer_codes)
         calls = kernel_choice.LayerKernels(config, experiment, tmp_path, 0)._traced(state, sparse)
         assert len(calls['block1_1/conv1/kernel'].x) == axes
+
+
+def test_kernels_by_lanes_have_first_derivatives_only():
+    x, w = jnp.ones((1, 4, 4, 2, 16)), jnp.ones((3, 3, 2, 2))
+    loss = lambda w: jnp.sum(kernels.convolve_by_lanes(x, None, w, None, None)[0] ** 2)
+    jax.grad(loss)(w)
+    with pytest.raises(NotImplementedError, match='the C\\+\\+ kernel .* has no derivative of its own'):
+        jax.grad(lambda w: jax.grad(loss)(w).sum())(w)

@@ -71,6 +71,46 @@ def test_gradients_are_those_of_finite_differences(implementation):
 
 
 @needs_compiler
+@needs_compiler
+@pytest.mark.parametrize('implementation', ('reference', 'cpu'))
+@pytest.mark.parametrize('case', ['matrix', 'convolution', 'blocks'])
+def test_gradients_of_gradients_are_those_of_dense_products(case, implementation):
+    rng = np.random.default_rng(0)
+    if case == 'convolution':
+        mask, x = rng.random((3, 3, 4, 5)) < 0.3, rng.standard_normal((2, 5, 5, 4), np.float32)
+        sparse, dense = kernels.sparse_conv, kernels.convolve
+    else:
+        mask, x = rng.random((8, 12)) < 0.3, rng.standard_normal((6, 8), np.float32)
+        mask = mask if case == 'matrix' else np.kron(mask[:2, :3], np.ones((4, 4))) > 0
+        sparse, dense = kernels.sparse_dot, jnp.matmul
+    pattern = kernels.make_pattern(mask, block=(4, 4) if case == 'blocks' else None)
+    w = np.where(mask, rng.standard_normal(mask.shape, np.float32), 0)
+    # tanh of both sides: every one of the nine second derivatives is there
+    by_kernel = lambda x, w: jnp.sum(jnp.tanh(sparse(jnp.tanh(x), w, pattern, implementation=implementation)))
+    by_xla = lambda x, w: jnp.sum(jnp.tanh(dense(jnp.tanh(x), jnp.where(mask, w, 0))))
+    directions = rng.standard_normal(x.shape, np.float32), rng.standard_normal(w.shape, np.float32)
+
+    def second_and_third(loss, x, w):
+        product = lambda w: sum(map(jnp.vdot, directions, jax.grad(loss, (0, 1))(x, w)))
+        second = jax.vjp(jax.grad(loss, (0, 1)), x, w)[1](directions)
+        return *second, jax.grad(lambda w: jnp.sum(jax.grad(product)(w) ** 2))(w)
+
+    of = jax.jit(second_and_third, static_argnums=0)
+    for got, expected in zip(of(by_kernel, x, w), of(by_xla, x, w), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@needs_compiler
+def test_forward_mode_is_refused_in_one_line():
+    mask = np.eye(4, dtype=bool)
+    product = lambda w: kernels.sparse_dot(jnp.ones((2, 4)), w, kernels.make_pattern(mask), implementation='cpu').sum()
+    w = jnp.eye(4)
+    for transform in (jax.jacfwd, lambda f: lambda w: jax.jvp(jax.grad(f), (w,), (w,))):
+        with pytest.raises(NotImplementedError, match='derivatives in reverse mode, of any order'):
+            transform(product)(w)
+
+
+@needs_compiler
 def test_matrix_products_of_any_rank_and_in_scans():
     masks = np.random.default_rng(0).random((3, 8, 8)) < 0.4
     masks[1] = False

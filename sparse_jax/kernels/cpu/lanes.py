@@ -213,16 +213,15 @@ def _max_pool(x: jax.Array, activation: jax.Array | None, window: tuple[int, int
     """
     groups, height, width, *rest = x.shape
     shape = groups, height // window[0], width // window[1], *rest
-    call = jax.ffi.ffi_call('sparse_jax_pool', jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method='sequential')
-    return call(x, _or_nothing(activation), window=np.array(window, np.int64))
+    call = cpu.kernel('pool', jax.ShapeDtypeStruct(shape, jnp.float32), window=np.array(window, np.int64))
+    return call(x, _or_nothing(activation))
 
 
 def _pool_backward(window, residuals, dy):
     x, activation = residuals
     sums_shape = (0,) if activation is None else (2, x.shape[3])
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (x.shape, sums_shape)]
-    call = jax.ffi.ffi_call('sparse_jax_pool_gradient', shapes, vmap_method='sequential')
-    dx, sums = call(x, _or_nothing(activation), dy, window=np.array(window, np.int64))
+    dx, sums = cpu.kernel('pool_gradient', shapes, window=np.array(window, np.int64))(x, _or_nothing(activation), dy)
     return dx, _d_activation(activation, sums)
 
 

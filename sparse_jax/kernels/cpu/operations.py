@@ -3,7 +3,8 @@
 import functools
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,16 +56,30 @@ def unsupported(dtype, granularity: Granularity) -> str:
 
 def call(name: str, shapes: Sequence[tuple[int, ...]], *operands, pattern: Pattern | None, geometry: Geometry):
     """Results of these shapes from a kernel; a pattern of None: the weight is dense, and the images must lie by lanes."""
-    # one row a call under vmap: patterns differ from row to row
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    function = jax.ffi.ffi_call(f'sparse_jax_{name}', results, vmap_method='sequential')
     empty = jnp.zeros(0, jnp.int32)
     # by input, also for the product by output: the order in which the weight lies in memory
     lists = (empty, empty) if pattern is None else (pattern.transposed_indices, pattern.transposed_pointers)
     sides = (Unstructured() if pattern is None else pattern.granularity).sides
     numbers = (*geometry.strides, *(low for low, _ in geometry.padding), *geometry.dilation, *sides)
     arguments = [lists if operand is LISTS else [operand] for operand in operands]
-    return function(*itertools.chain(*arguments), geometry=np.array(numbers, np.int64))
+    return kernel(name, results, geometry=np.array(numbers, np.int64))(*itertools.chain(*arguments))
+
+
+def kernel(name: str, results: Any, **attributes) -> Callable[..., Any]:
+    """A C++ kernel as a function of arrays."""
+    # one row a call under vmap: patterns differ from row to row
+    run = jax.ffi.ffi_call(f'sparse_jax_{name}', results, vmap_method='sequential')
+    function = jax.custom_jvp(lambda *operands: run(*operands, **attributes))
+
+    @function.defjvp
+    def refuse(primals, tangents):
+        raise NotImplementedError(
+            f'the C++ kernel {name} has no derivative of its own: networks by lanes have first derivatives only. Gradients of '
+            'gradients are those of sparse_dot and sparse_conv, and of networks without patterns.'
+        )
+
+    return function
 
 
 def nothing() -> jax.Array:
