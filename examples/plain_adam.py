@@ -52,7 +52,7 @@ sj.check_sparse(params, opt_state)
 masks = sj.get_masks(opt_state)
 print(sj.stats.table(opt_state))
 # for a batch of 100; RigL needs the gradients of missing weights only in the step of each update
-cost = sj.stats.operations(logits, masks, params, digits.test.inputs[:100], dense_gradient_window=1, update_every=update_every)
+cost = sj.stats.operations(logits, params, masks, digits.test.inputs[:100], dense_gradient_window=1, update_every=update_every)
 print(cost.table())
 accuracy = jnp.mean(jnp.argmax(logits(params, digits.test.inputs), axis=-1) == digits.test.labels)
 print(f'test accuracy {accuracy:.1%}')

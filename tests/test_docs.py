@@ -23,6 +23,7 @@ DOCS = (
     'docs/distributed.md',
     'docs/gpu.md',
     'docs/gpu_predicted.md',
+    'docs/optimizers.md',
 )
 TEXT = '\n'.join((ROOT / name).read_text() for name in DOCS)
 

@@ -91,7 +91,7 @@ def share_out(amount: Amount, shares: Weights, room: jax.Array) -> jax.Array:
     base = jnp.minimum(room, quotient)
 
     def bit(i, extra):
-        candidate = extra | (jnp.uint32(1) << (30 - i).astype(jnp.uint32))
+        candidate = extra | (jnp.uint32(1) << jnp.asarray(30 - i, jnp.uint32))
         return jnp.where(at_most(total(jnp.minimum(room, base + candidate)), amount), candidate, extra)
 
     extra = lax.fori_loop(0, 31, bit, jnp.uint32(0))

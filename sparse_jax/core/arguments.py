@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from sparse_jax.core import errors, schedules
+from sparse_jax.core import layers as layers_lib
 from sparse_jax.core.criteria import requirements, signed_magnitude
 
 _P = ParamSpec('_P')
@@ -47,6 +48,9 @@ def check_numbers(density, prune_rate, seed):
     schedules.refuse_arrays(density=density)
     if not is_key(seed) and not isinstance(seed, numbers.Integral):
         raise ValueError(f'seed={seed!r}: must be an integer, or a typed random key such as jax.random.key(0).')
+    for name, value in {'density': density, 'prune_rate': prune_rate}.items():
+        if callable(value):
+            errors.check_takes(name, value, '(step) -> number')
     if not callable(density) and (not isinstance(density, numbers.Real) or not 0 < float(density) <= 1):
         raise ValueError(
             f'density={density!r}: must be a number in (0, 1], the share of the weights that exist, or a schedule of the step.'
@@ -62,6 +66,11 @@ def required(name: str, value: Any) -> Any:
     return value
 
 
+def check_type(name: str, value: Any, wanted: type) -> None:
+    if not isinstance(value, wanted):
+        raise ValueError(f'{name}={value!r}: must be a sj.{wanted.__name__}.')
+
+
 def check_inner(inner):
     if not isinstance(inner, optax.GradientTransformation):
         raise ValueError(f'inner={inner!r}: must be an optax transformation, such as optax.adam(1e-3).')
@@ -70,10 +79,24 @@ def check_inner(inner):
 def check_functions(**functions):
     """Checks that each is a function (path, leaf) -> bool, or None."""
     for name, function in functions.items():
-        if function is not None and not callable(function):
+        if function is None:
+            continue
+        if not callable(function):
             raise ValueError(
                 f'{name}={function!r}: must be a function (path, leaf) -> bool, or None. Patterns of leaves that stay dense: dense=.'
             )
+        errors.check_takes(name, function, '(path, leaf) -> bool')
+
+
+def check_momentum(momentum):
+    """Checks that it is a field's name, a function of the inner state, or None."""
+    if callable(momentum):
+        errors.check_takes('momentum', momentum, '(inner_state) -> tree like the params')
+    elif momentum is not None and not isinstance(momentum, str):
+        raise ValueError(
+            f"momentum={momentum!r}: must be the name of a field, such as 'trace', a function of the inner state, 'gradient_average', "
+            'or None.'
+        )
 
 
 def check_criteria(**criteria):
@@ -83,13 +106,7 @@ def check_criteria(**criteria):
             if setting == 'prune':
                 raise ValueError("prune=None: there must be a criterion, such as 'magnitude'. A fixed mask has grow=None instead.")
             continue
-        try:
-            inspect.signature(criterion).bind(None)
-        except TypeError:
-            raise ValueError(
-                f'{setting}: a criterion is a function of one argument, def {getattr(criterion, "__name__", "criterion")}(info: '
-                f'sj.criteria.LeafInfo), but {criterion} has the signature {inspect.signature(criterion)}.'
-            ) from None
+        errors.check_takes(setting, criterion, '(info: sj.criteria.LeafInfo) -> scores')
 
 
 def check_together(rule):
@@ -105,6 +122,8 @@ def check_together(rule):
     dense = rule.dense
     if isinstance(dense, str) or not isinstance(dense, Sequence) or not all(isinstance(d, str) for d in dense):
         raise ValueError(f"dense={dense!r}: must be a sequence of path patterns, such as ('out/*',).")
+    if not isinstance(rule.track_exploration, bool):
+        raise ValueError(f'track_exploration={rule.track_exploration!r}: must be True or False.')
     if rule.is_global and rule.prune is signed_magnitude:
         raise ValueError("prune='signed_magnitude' ranks the weights of one layer: it does not go with prune_scope='global'.")
 
@@ -141,24 +160,52 @@ def is_key(x: Any) -> bool:
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def check_inner_state(inner_state: Any) -> None:
-    """Refuses an optimizer whose state holds weights of its own, which would not be sparse."""
-    is_lookahead = lambda x: isinstance(x, optax.LookaheadState)
-    if any(map(is_lookahead, jax.tree.leaves(inner_state, is_leaf=is_lookahead))):
-        raise ValueError('inner: optax.lookahead is not supported: its slow weights are not sparse. Wrap its fast optimizer alone.')
+def check_leaves(params: Any) -> None:
+    """Refuses a leaf that is no number or array."""
+    for name, leaf in layers_lib.leaf_paths(params):
+        if not hasattr(leaf, 'dtype') and not isinstance(leaf, numbers.Number):
+            raise ValueError(
+                f'params: the leaf {name!r} is {leaf!r}, not an array: take it out of the tree, as nnx.split and eqx.partition do.'
+            )
 
 
 def check_masks(masks: Any) -> None:
     """Refuses masks that something has computed with: they would no longer be masks."""
     if not any(mask.ndim for mask in jax.tree.leaves(masks)):
         raise ValueError('no leaf of params is sparse.')
-    for path, mask in jax.tree_util.tree_leaves_with_path(masks):
+    for name, mask in layers_lib.leaf_paths(masks):
         if mask.dtype != jnp.bool_:
-            name = jax.tree_util.keystr(path, simple=True, separator='/')
             raise ValueError(
                 f'the mask of {name} is {mask.dtype}, not bool: something around sparsify averages its state, as '
                 'optax.lookahead(reset_state=True) does. Leave that out, or wrap the optimizer inside with it.'
             )
+
+
+def check_state(state: Any, params: Any, rule: Any, needed: Sequence[str]) -> None:
+    """Refuses the state of another method: it lacks what this one's criteria read, or keeps what nothing here would."""
+    present, wrong = state.method_state.keys(), []
+    for what, names in (('lacks', set(needed) - present), ('has', present - set(needed))):
+        if names:
+            wrong.append(f'its method_state {what} {", ".join(sorted(names))}')
+    layers = layers_lib.layers_of_masks(params, state.masks, rule.stacked)
+    if state.stats.share.shape != (layers[-1].stop,):
+        wrong.append(f'its stats have the shape {state.stats.share.shape}, but there are {layers[-1].stop} layers (see stacked=)')
+    if wrong:
+        raise ValueError(
+            f'state is of another transformation: {"; ".join(wrong)}. Give the state that init of this one made; '
+            'sj.set_masks(tx.init(params), masks) goes on with the masks alone.'
+        )
+
+
+def check_gradients(grads: Any, params: Any) -> None:
+    """Checks that gradients are a tree like the params."""
+    if jax.tree.structure(grads) != jax.tree.structure(params):
+        raise ValueError(
+            f'grads has the tree {jax.tree.structure(grads)}, but params {jax.tree.structure(params)}: call tx.update(grads, state, params).'
+        )
+    for (name, grad), param in zip(layers_lib.leaf_paths(grads), jax.tree.leaves(params), strict=True):
+        if jnp.shape(grad) != jnp.shape(param):
+            raise ValueError(f'grads: {name} has the shape {jnp.shape(grad)}, but the param has {jnp.shape(param)}.')
 
 
 def check_params(params: Any, masks: Any) -> None:
@@ -170,7 +217,6 @@ def check_params(params: Any, masks: Any) -> None:
             f'params has the tree {jax.tree.structure(params)}, but init was given {jax.tree.structure(masks)}: update must be given '
             'the params (or their shapes) that init was given.'
         )
-    for (path, param), mask in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(masks), strict=True):
+    for (name, param), mask in zip(layers_lib.leaf_paths(params), jax.tree.leaves(masks), strict=True):
         if mask.ndim and mask.shape != param.shape:
-            name = jax.tree_util.keystr(path, simple=True, separator='/')
             raise ValueError(f'params: {name} has the shape {param.shape}, but at init it had {mask.shape}.')

@@ -161,7 +161,7 @@ def signed_magnitude(info: LeafInfo) -> jax.Array:
     weights = granularity_lib.unit_size(info.granularity, info.weight.shape) * amount.astype(jnp.int32)
     pruned = jnp.stack([positive, jnp.maximum(weights - positive, 0)])
     pruned = jnp.minimum(pruned, numbers)
-    score = jnp.zeros(size.shape, jnp.float32)
+    score = jnp.zeros_like(size, jnp.float32)
     for group, k in zip(groups, pruned, strict=True):
         goes = selection.select_smallest(size, k, group)
         limit = jnp.max(jnp.where(goes, size, 0)).astype(jnp.float32)
@@ -305,6 +305,6 @@ def get(setting: str, criterion: str | Criterion | None) -> Criterion | None:
     choices = {'prune': PRUNE, 'grow': GROW, 'redistribute': REDISTRIBUTE}[setting]
     if criterion is None or callable(criterion):
         return criterion
-    if criterion not in choices:
+    if not isinstance(criterion, str) or criterion not in choices:
         raise errors.unknown(setting, criterion, choices)
     return choices[criterion]

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
+import numpy as np
+
 from sparse_jax.core import errors
 
 
@@ -224,6 +226,7 @@ def get(distribution: str | Mapping[str, float] | Distribution) -> Distribution:
     if isinstance(distribution, Mapping):
         return by_pattern(distribution)
     if callable(distribution):
+        errors.check_takes('distribution', distribution, '(layers, density) -> counts')
         return distribution
     if not isinstance(distribution, str) or distribution not in _BY_NAME:
         raise errors.unknown('distribution', distribution, _BY_NAME)
@@ -235,7 +238,8 @@ def counts(distribution: Distribution, layers: Sequence[Layer], density: float) 
     if not layers:
         return []
     given = distribution(layers, density)
-    if len(given) != len(layers) or not all(1 <= n <= layer.size for n, layer in zip(given, layers, strict=True)):
+    is_counts = np.ndim(given) == 1 and len(given) == len(layers)
+    if not is_counts or not all(1 <= n <= layer.size for n, layer in zip(given, layers, strict=True)):
         raise ValueError(
             f'distribution returned {given} for layers of {[layer.size for layer in layers]} units: it must give each layer 1 to '
             'all of them.'

@@ -1,7 +1,8 @@
 """One message for every name that does not exist."""
 
 import difflib
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 
 
 def unknown(setting: str, value: object, choices: Iterable[str]) -> ValueError:
@@ -23,3 +24,23 @@ def did_you_mean(value: object, choices: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(str(value), list(choices), n=3, cutoff=0.4)
     return f' Did you mean {" or ".join(map(repr, near))}?' if near else ''
+
+
+def check_takes(setting: str, function: Callable, signature: str) -> None:
+    """Refuses a function that cannot be called with the arguments of a signature.
+
+    >>> check_takes('sparsifiable', lambda path: True, '(path, leaf) -> bool')
+    Traceback (most recent call last):
+    ...
+    ValueError: sparsifiable: must be a function (path, leaf) -> bool, but <lambda> has the signature (path).
+    """
+    arguments = signature.partition(')')[0].split(',')
+    try:
+        given = inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin tells no signature
+        return
+    try:
+        given.bind(*arguments)
+    except TypeError:
+        name = getattr(function, '__name__', repr(function))
+        raise ValueError(f'{setting}: must be a function {signature}, but {name} has the signature {given}.') from None

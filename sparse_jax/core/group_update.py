@@ -110,8 +110,9 @@ def nothing_measured(part: Part, operands: Any, masks: list[jax.Array]):
 # --- what criteria say
 
 
-def _evaluate(part: Part, layer: Layer, criterion: Criterion, leaf: LeafOperands, keys: jax.Array, amounts: jax.Array):
-    """A criterion of each row of a leaf."""
+def _evaluate(part: Part, setting: str, layer: Layer, leaf: LeafOperands, keys: jax.Array, amounts: jax.Array):
+    """The criterion of a setting, of each row of a leaf."""
+    criterion: Criterion = getattr(part.rule, setting)
 
     def one(leaf: LeafOperands, key, amount):
         info = criteria.LeafInfo(
@@ -126,9 +127,13 @@ def _evaluate(part: Part, layer: Layer, criterion: Criterion, leaf: LeafOperands
             accumulated_gradient=leaf.accumulated_gradient,
         )
         value = criterion(info)
-        if value is None:
-            raise ValueError(f'the criterion {criterion} returned None, not scores: does it return anything?')
-        return jnp.asarray(value)
+        try:
+            return jnp.asarray(value)
+        except (TypeError, ValueError):
+            what = 'one number' if setting == 'redistribute' else 'scores'
+            raise ValueError(
+                f'{setting}: the criterion must return {what}, but for {layer.name!r} it returned {value!r}.'
+            ) from None
 
     if layer.depth is None:  # not by vmap: a criterion sees what it would see alone
         return one(jax.tree.map(lambda x: x[0], leaf), keys[0], amounts[0])[None]
@@ -137,12 +142,11 @@ def _evaluate(part: Part, layer: Layer, criterion: Criterion, leaf: LeafOperands
 
 def _shares(part: Part, leaves: list[LeafOperands], amounts: jax.Array) -> jax.Array:
     """Each layer's share of the growth."""
-    redistribute, values = part.rule.redistribute, []
-    assert redistribute is not None
+    values = []
     for layer, leaf, key, amount in zip(
         part.group.layers, leaves, part.group.split(part.keys), part.group.split(amounts), strict=True
     ):
-        value = _evaluate(part, layer, redistribute, leaf, key, amount)
+        value = _evaluate(part, 'redistribute', layer, leaf, key, amount)
         _check_shape('redistribute', value, (len(leaf.mask),), layer)
         values.append(value.astype(jnp.float32))
     return part.group.join(values)
@@ -164,10 +168,11 @@ def _prune_scores(part: Part, leaves: list[LeafOperands], amounts: jax.Array) ->
 
 def _scores(part: Part, setting: str, leaves: list[LeafOperands], keys: jax.Array, amounts: jax.Array):
     """A score for each unit of each bundle, ``[rows, ...]``, by the criterion of a setting."""
-    criterion, scores_of_bundles = getattr(part.rule, setting), []
+    scores_of_bundles = []
     for layer, leaf, key, amount in zip(part.group.layers, leaves, part.group.split(keys), part.group.split(amounts), strict=True):
-        scores = _evaluate(part, layer, criterion, leaf, key, amount)
+        scores = _evaluate(part, setting, layer, leaf, key, amount)
         _check_shape(setting, scores, leaf.mask.shape, layer)
+        scores = numerics.sharded_like(leaf.mask, scores)  # random ones come without
         scores_of_bundles.append(_units(part, unit_scores, scores))
     return scores_of_bundles
 

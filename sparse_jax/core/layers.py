@@ -1,6 +1,7 @@
 """The sparse leaves of a tree as layers: which they are, their names, and what the state says of them."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from sparse_jax.core.granularity import Granularity
 
 PathPredicate = Callable[[str, Any], bool]  # of a leaf's path, joined by /, and the leaf or its shape
 
-_DENSE_NAMES = ('embed', 'norm', 'bias', 'scale')
+_WORD = re.compile(r'[A-Z]+(?![a-z])|[A-Z]?[a-z]+')  # runs of letters, cut where their case changes
 
 
 class Layer(NamedTuple):
@@ -33,13 +34,27 @@ class Layer(NamedTuple):
 
 
 def default_sparsifiable(path: str, leaf: Any) -> bool:
-    """Whether a leaf is trained sparse unless told otherwise: floating point, two or more axes, no dense name in its path.
+    """Whether a leaf is trained sparse unless told otherwise: floating point, two or more axes, and not called like a dense one.
 
-    >>> default_sparsifiable('dense/kernel', jnp.ones((2, 2))), default_sparsifiable('LayerNorm_0/kernel', jnp.ones((2, 2)))
-    (True, False)
+    Words of its path that name a dense leaf: ``bias``, ``scale``, and what begins with ``embed`` or ends in ``norm``; in its last name also
+    ``pos``, ``position`` and ``posemb``, and ``token`` as the last word.
+
+    >>> leaf = jnp.ones((2, 2))
+    >>> [default_sparsifiable(path, leaf) for path in ('dense/kernel', 'normal_proj/kernel', 'LayerNorm_0/kernel', 'cls_token')]
+    [True, True, False, False]
     """
-    named_dense = any(part in path.lower() for part in _DENSE_NAMES)
-    return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim >= 2 and not named_dense
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and np.ndim(leaf) >= 2 and not _is_named_dense(path)
+
+
+def _is_named_dense(path: str) -> bool:
+    if any(word.startswith('embed') or word in ('bias', 'scale') or word.endswith('norm') for word in _words(path)):
+        return True
+    own = _words(path.rpartition('/')[2])
+    return any(word in ('pos', 'position', 'posemb') for word in own) or own[-1:] == ['token']
+
+
+def _words(name: str) -> list[str]:
+    return [word.lower() for word in _WORD.findall(name)]
 
 
 def sparse_leaves(params: Any, sparsifiable: PathPredicate | None, dense: Sequence[str]) -> PathPredicate:
@@ -55,16 +70,17 @@ def sparse_leaves(params: Any, sparsifiable: PathPredicate | None, dense: Sequen
     return lambda path, leaf: path not in kept_dense and chosen(path, leaf)
 
 
-def leaf_paths(tree: Any) -> list[tuple[str, Any]]:
-    """(path joined by /, leaf) of all leaves.
+def leaf_paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[str, Any]]:
+    """(path joined by /, leaf) of all leaves; the attribute ``value``, in which every path of flax's nnx ends, is left out.
 
     >>> leaf_paths({'a': {'b': 1}})
     [('a/b', 1)]
     """
-    return [
-        (jax.tree_util.keystr(key_path, simple=True, separator='/'), leaf)
-        for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    ]
+    rows = jax.tree_util.tree_leaves_with_path(tree, is_leaf)
+    is_variable = lambda path: len(path) > 1 and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == 'value'
+    if rows and all(is_variable(path) or (is_leaf is not None and is_leaf(leaf)) for path, leaf in rows):
+        rows = [(path[:-1] if is_variable(path) else path, leaf) for path, leaf in rows]
+    return [(jax.tree_util.keystr(path, simple=True, separator='/'), leaf) for path, leaf in rows]
 
 
 def names_of(layers: Sequence[Layer]) -> list[str]:
@@ -81,6 +97,10 @@ def layer_table(tree: Any, is_sparse: PathPredicate, stacked: PathPredicate | No
     for i, (path, leaf) in enumerate(leaf_paths(tree)):
         if not is_sparse(path, leaf):
             continue
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and jnp.result_type(leaf) != jnp.bool_:  # bool: masks
+            raise ValueError(
+                f'sparsifiable chose the leaf {path!r} of dtype {jnp.result_type(leaf)}; a sparse leaf is of real floating-point numbers.'
+            )
         is_stacked = stacked is not None and stacked(path, leaf)
         shape = tuple(leaf.shape[1:] if is_stacked else leaf.shape)
         if not leaf.shape or math.prod(leaf.shape) == 0 or (is_stacked and not shape):
@@ -95,6 +115,12 @@ def layer_table(tree: Any, is_sparse: PathPredicate, stacked: PathPredicate | No
         layers.append(Layer(i, path, shape, start, leaf.shape[0] if is_stacked else None, leaf.dtype))
         start = layers[-1].stop
     return layers
+
+
+def layers_of_masks(params: Any, masks: Any, stacked: PathPredicate | None) -> list[Layer]:
+    """The layers of params that have a mask; the predicate is asked about the params."""
+    sparse = {path for (path, _), mask in zip(leaf_paths(params), jax.tree.leaves(masks), strict=True) if mask.ndim}
+    return layer_table(params, lambda path, _: path in sparse, stacked)
 
 
 def unit_counts(granularity: Granularity, layers: Sequence[Layer]) -> list[int]:

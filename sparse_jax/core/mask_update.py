@@ -70,7 +70,7 @@ def first_masks(rule: Rule, layers: list[Layer], params: Any, key: jax.Array) ->
     masks = [jnp.array(True) for _ in leaves]
     for layer, chosen in zip(layers, selection.select(scores, counts) if layers else [], strict=True):
         mask = jax.vmap(lambda row, layer=layer: units.expand(row, layer.shape))(chosen)
-        masks[layer.leaf] = mask[0] if layer.depth is None else mask
+        masks[layer.leaf] = numerics.placed_like(leaves[layer.leaf], mask[0] if layer.depth is None else mask)
     return jax.tree.unflatten(treedef, masks)
 
 
@@ -89,8 +89,7 @@ def move_weights(
     """
     treedef, t = jax.tree.structure(operands.params), operands.t
     masks = treedef.flatten_up_to(operands.masks)
-    is_sparse = dict(zip((path for path, _ in layers_lib.leaf_paths(operands.params)), (m.ndim > 0 for m in masks), strict=True))
-    layers = layers_lib.layer_table(operands.params, lambda path, _: is_sparse[path], rule.stacked)
+    layers = layers_lib.layers_of_masks(operands.params, operands.masks, rule.stacked)
 
     def load(read: Read, masks: list[jax.Array], members: list[int]) -> list[LeafOperands]:
         updates, _, _, momenta = momentum_lib.advance(inner, rule.momentum, read, extra_args)
@@ -125,7 +124,7 @@ def move_weights(
         masks=jax.tree.unflatten(treedef, masks),
         grown=jax.tree.unflatten(treedef, grown),
         ever_active=None if ever_active is None else jax.tree.unflatten(treedef, ever_active),
-        stats=stats,
+        stats=stats._replace(share=stats.share.astype(operands.stats.share.dtype)),  # a state may have been cast
     )
 
 

@@ -1,5 +1,7 @@
 """The state of a sparse optimizer, and the masks in it: find, replace, apply and check them."""
 
+import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -7,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
+from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core import layers as layers_lib
 from sparse_jax.core.granularity import Granularity
 from sparse_jax.core.layers import Layer, PathPredicate, layer_table, leaf_paths, names_of
@@ -24,7 +27,18 @@ class UpdateStats(NamedTuple):
 
 
 class SparsifyState(NamedTuple):
-    """State of :func:`sparse_jax.sparsify`: arrays only."""
+    """State of :func:`sparse_jax.sparsify`: arrays only.
+
+    An optimizer inside may have a ``count`` of its own: ``optax.tree.get`` finds this one by the type that it is in. A norm over all
+    leaves squares the random key's integers too: take it of ``inner_state``.
+
+    Example:
+      >>> import sparse_jax as sj
+      >>> tx = sj.sparsify(optax.adam(1e-3), density=0.5, update_every=10, total_steps=100)
+      >>> of_sparsify = lambda path, _: getattr(path[-1], 'tuple_name', '') == 'SparsifyState'
+      >>> int(optax.tree.get(tx.init({'w': jnp.ones((4, 4))}), 'count', filtering=of_sparsify))
+      0
+    """
 
     count: jax.Array  # int32, steps done
     rng_key: jax.Array  # jax.random.key_data of a random key, constant; folded with the count at an update
@@ -43,6 +57,36 @@ def _is_state(x: Any) -> bool:
 
 def _is_masked_node(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
+
+
+def like_params(masks: Masks, params: Any) -> Masks:
+    """Masks as a tree like the params: flax's nnx gives masks and params different types around the same paths.
+
+    Raises:
+      ValueError: naming what only one of them has.
+    """
+    hidden = jax.tree.leaves(masks, is_leaf=_is_masked_node)
+    if jax.tree.structure(masks) == jax.tree.structure(params):
+        return masks
+    named, of_params = leaf_paths(masks, _is_masked_node), leaf_paths(params, _is_masked_node)
+    if [path for path, _ in named] == [path for path, _ in of_params]:
+        return jax.tree.unflatten(jax.tree.structure(params, is_leaf=_is_masked_node), hidden)
+    under = lambda path, prefix: path == prefix or prefix == '' or path.startswith(prefix + '/')
+    cover = {path for path, mask in named if _is_masked_node(mask)}
+    missing = [path for path, _ in of_params if path not in dict(named) and not any(under(path, prefix) for prefix in cover)]
+    extra = [path for path, mask in named if not _is_masked_node(mask) and path not in dict(of_params)]
+    if missing or extra:
+        parts = [
+            f'{what} {", ".join(paths)}' for what, paths in (('no mask for', missing), ('masks without params for', extra)) if paths
+        ]
+        raise ValueError(f'masks are another tree: there is {" and ".join(parts)}.')
+    return masks
+
+
+def whole(masks: Masks, params: Any) -> Masks:
+    """Masks as a tree like the params, with a scalar True for each leaf that ``optax.partition`` or ``optax.masked`` hides."""
+    hidden = lambda mask, param: jax.tree.map(lambda _: jnp.array(True), param) if _is_masked_node(mask) else mask
+    return jax.tree.map(hidden, like_params(masks, params), params, is_leaf=_is_masked_node)
 
 
 def find_state(opt_state: Any) -> SparsifyState:
@@ -148,13 +192,13 @@ def set_masks(opt_state: Any, masks: Masks) -> Any:
       [[True, False], [False, True]]
     """
     old = find_state(opt_state).masks
+    masks = like_params(masks, old)
     if jax.tree.structure(masks) != jax.tree.structure(old):
         raise ValueError(f"masks has the tree {jax.tree.structure(masks)}, but the state's masks have {jax.tree.structure(old)}.")
-    for (path, new), present in zip(jax.tree_util.tree_leaves_with_path(masks), jax.tree.leaves(old), strict=True):
+    for (name, new), present in zip(leaf_paths(masks), jax.tree.leaves(old), strict=True):
         if jnp.shape(new) != present.shape or jnp.result_type(new) != jnp.bool_:
             raise ValueError(
-                f'masks{jax.tree_util.keystr(path)} is {jnp.result_type(new)}{list(jnp.shape(new))}, but must be '
-                f'bool{list(present.shape)}.'
+                f'masks: {name} is {jnp.result_type(new)}{list(jnp.shape(new))}, but must be bool{list(present.shape)}.'
             )
     masks = jax.tree.map(jnp.asarray, masks)
 
@@ -180,7 +224,7 @@ def apply_masks(params: Any, masks: Masks) -> Any:
       A tree like the params; dense leaves are returned as they are.
 
     Raises:
-      ValueError: if the trees differ.
+      ValueError: if the trees differ, or the masks are none: they are the second argument.
 
     Example:
       >>> apply_masks({'w': jnp.array([1.0, 2.0])}, {'w': jnp.array([True, False])})['w'].tolist()
@@ -188,13 +232,22 @@ def apply_masks(params: Any, masks: Masks) -> Any:
     """
 
     def apply(mask, param):
+        if not _is_masked_node(mask) and getattr(mask, 'dtype', None) != jnp.bool_:
+            raise ValueError(
+                f'masks must be bool arrays, got {getattr(mask, "dtype", type(mask).__name__)}: call apply_masks(params, masks), '
+                'with sj.get_masks(opt_state).'
+            )
         dense = _is_masked_node(mask) or mask.ndim == 0
+        if not dense and mask.shape != jnp.shape(param):
+            raise ValueError(
+                f'a mask has the shape {mask.shape}, but its param {jnp.shape(param)}. Those of an ensemble: jax.vmap(sj.apply_masks).'
+            )
         return param if dense else jnp.where(mask, param, jnp.zeros((), param.dtype))
 
-    return jax.tree.map(apply, masks, params, is_leaf=_is_masked_node)
+    return jax.tree.map(apply, like_params(masks, params), params, is_leaf=_is_masked_node)
 
 
-def check_sparse(params: Any, opt_state: Any) -> None:
+def check_sparse(params: Any, opt_state: Any, *, density: float | None = None) -> None:
     """Raises where a weight off the mask is not exactly zero; for tests and debugging, on concrete arrays.
 
     The usual cause is a transformation that stands after ``sparsify`` in a chain (clipping, weight decay, an average of weights):
@@ -203,9 +256,11 @@ def check_sparse(params: Any, opt_state: Any) -> None:
     Args:
       params: tree of parameters.
       opt_state: state of an optax optimizer that contains one :func:`sparse_jax.sparsify`.
+      density: what the state's masks should keep of the sparse leaves, as given to ``sparsify``; None: whatever they do. The masks
+        of a state decide, not the density of the transformation that continues with it.
 
     Raises:
-      ValueError: naming each leaf with nonzero weights off its mask, and their number.
+      ValueError: naming each leaf with nonzero weights off its mask, and their number; or if the masks are of another density.
 
     Example:
       >>> import sparse_jax as sj
@@ -216,20 +271,30 @@ def check_sparse(params: Any, opt_state: Any) -> None:
       ...
       ValueError: 2 weights off the mask are not zero: w (2 of 2). ...
     """
+    masks = like_params(get_masks(opt_state), params)
+    hidden = jax.tree.map(lambda mask, param: mask if _is_masked_node(mask) else param, masks, params, is_leaf=_is_masked_node)
     wrong, total = [], 0
-
-    def check(path, mask, param):
-        nonlocal total
-        if _is_masked_node(mask) or mask.ndim == 0:
-            return
-        if number := int((~mask & (param != 0)).sum()):
-            name = jax.tree_util.keystr(path, simple=True, separator='/')
+    for (name, mask), param in zip(leaf_paths(masks), jax.tree.leaves(hidden), strict=True):
+        if mask.ndim and (number := int((~mask & (param != 0)).sum())):
             wrong.append(f'{name} ({number} of {int((~mask).sum())})')
             total += number
-
-    jax.tree_util.tree_map_with_path(check, get_masks(opt_state), params, is_leaf=_is_masked_node)
     if wrong:
         raise ValueError(
             f'{total} weights off the mask are not zero: {", ".join(wrong)}. Nothing that changes updates may stand after sparsify '
             'in a chain, and params start with apply_masks(params, get_masks(opt_state)).'
+        )
+    if density is not None:
+        _check_density(opt_state, density)
+
+
+def _check_density(opt_state: Any, density: float) -> None:
+    leaves, active, total = jax.tree.leaves(get_masks(opt_state)), 0, 0
+    for layer, granularity in layers_in(opt_state):
+        mask = leaves[layer.leaf][None] if layer.depth is None else leaves[layer.leaf]
+        active += int(jax.vmap(functools.partial(granularity_lib.active, granularity))(mask).sum())
+        total += math.prod(granularity.unit_shape(layer.shape)) * (layer.depth or 1)
+    if active != round(density * total):
+        raise ValueError(
+            f'density={density} keeps {round(density * total)} of {total} units, but the masks of this state have {active}: it comes '
+            'from another density, and its masks decide.'
         )

@@ -1,5 +1,6 @@
 """The momentum of any optimizer: found in its state, by field and never by a parameter's name, or kept beside it."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -37,7 +38,9 @@ def find(inner_state: Any, treedef: Any, momentum: MomentumOption = None) -> Any
     r"""The momentum that an optimizer keeps for every parameter, dense, with its sign.
 
     Looked for are the fields of the state's NamedTuples whose tree is the parameters': ``trace`` (SGD with momentum, RMSProp with
-    momentum), Adam's ``mu`` as :math:`\mu / (\sqrt{\nu} + 10^{-8})` where the same NamedTuple has ``nu``, and ``mu`` alone (Lion).
+    momentum), Adam's ``mu`` as :math:`\mu / (\sqrt{\nu} + 10^{-8})` where the same NamedTuple has ``nu``, and ``mu`` alone (Lion). Where
+    ``mu`` is an average of gradients that were divided by the root of ``nu`` already (ADOPT), name it: ``'mu'``. ``sparsify`` finds that
+    out from the optimizer.
 
     Args:
       inner_state: an optax optimizer's state.
@@ -60,8 +63,19 @@ def find(inner_state: Any, treedef: Any, momentum: MomentumOption = None) -> Any
       >>> find(optax.sgd(0.1).init(params), jax.tree.structure(params)) is None
       True
     """
+    candidates = _candidates(inner_state, treedef, momentum)
+    return candidates[0]() if len(candidates) == 1 else None
+
+
+def is_found(inner_state: Any, treedef: Any, momentum: MomentumOption = None) -> bool:
+    """Whether :func:`find` finds one; it computes nothing."""
+    return len(_candidates(inner_state, treedef, momentum)) == 1
+
+
+def _candidates(inner_state: Any, treedef: Any, momentum: MomentumOption) -> list[Callable[[], Any]]:
+    """What may be the momentum, each as a function that computes it."""
     if momentum == 'gradient_average':
-        return None
+        return []
     if callable(momentum):
         tree = momentum(inner_state)
         if jax.tree.structure(tree) != treedef:
@@ -69,24 +83,33 @@ def find(inner_state: Any, treedef: Any, momentum: MomentumOption = None) -> Any
                 f'momentum: the function given must return a tree like the params, {treedef}, but returned '
                 f'{jax.tree.structure(tree)}.'
             )
-        return tree
+        return [lambda: tree]
     candidates = []
-    for state in _namedtuples(inner_state, treedef):
-        fields = {f: getattr(state, f) for f in state._fields if jax.tree.structure(getattr(state, f)) == treedef}
+    for fields in fields_in(inner_state, treedef):
         if momentum is not None:
-            candidates += [fields[momentum]] if momentum in fields else []
+            candidates += [functools.partial(fields.get, momentum)] if momentum in fields else []
         elif 'trace' in fields:
-            candidates.append(fields['trace'])
+            candidates.append(functools.partial(fields.get, 'trace'))
         elif 'mu' in fields and 'nu' in fields:
-            candidates.append(jax.tree.map(lambda mu, nu: mu / (jnp.sqrt(nu) + EPSILON), fields['mu'], fields['nu']))
+            candidates.append(functools.partial(_normalized, fields['mu'], fields['nu']))
         elif 'mu' in fields:
-            candidates.append(fields['mu'])
+            candidates.append(functools.partial(fields.get, 'mu'))
     if momentum is not None and len(candidates) != 1:
         raise ValueError(
             f"momentum={momentum!r} names {len(candidates)} fields of the inner state whose tree is the params'; it must name exactly "
             'one. Give another field, a function of the inner state, or None to have one found.'
         )
-    return candidates[0] if len(candidates) == 1 else None
+    return candidates
+
+
+def fields_in(inner_state: Any, treedef: Any) -> list[dict[str, Any]]:
+    """The fields of each of a state's NamedTuples whose tree is the parameters'."""
+    of = lambda state: {f: getattr(state, f) for f in state._fields if jax.tree.structure(getattr(state, f)) == treedef}
+    return [of(state) for state in _namedtuples(inner_state, treedef)]
+
+
+def _normalized(mu: Any, nu: Any) -> Any:
+    return jax.tree.map(lambda m, n: m / (jnp.sqrt(n) + EPSILON), mu, nu)
 
 
 class Read(NamedTuple):
@@ -118,7 +141,7 @@ def advance(
     if momentum is not None or read.average is None:
         return Advanced(updates, inner_state, None, momentum)
     average = jax.tree.map(
-        lambda a, g: a if a.ndim == 0 and g.ndim > 0 else _AVERAGE_DECAY * a + (1 - _AVERAGE_DECAY) * g.astype(jnp.float32),
+        lambda a, g: a if a.ndim == 0 else (_AVERAGE_DECAY * a + (1 - _AVERAGE_DECAY) * g.astype(jnp.float32)).astype(a.dtype),
         read.average,
         read.grads,
     )
@@ -130,8 +153,10 @@ def accumulate(accumulated: Any, grads: Any, t: jax.Array, *, steps: int, update
     if accumulated is None:
         return None
     phase = (t - 1) % update_every - (update_every - steps)
-    return jax.tree.map(
-        lambda a, g: a if a.ndim == 0 else jnp.where(phase < 0, a, jnp.where(phase == 0, 0, a) + g.astype(jnp.float32)),
-        accumulated,
-        grads,
-    )
+
+    def add(a, g):
+        if a.ndim == 0:
+            return a
+        return jnp.where(phase < 0, a, jnp.where(phase == 0, 0, a) + g.astype(jnp.float32)).astype(a.dtype)
+
+    return jax.tree.map(add, accumulated, grads)

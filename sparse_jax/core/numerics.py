@@ -4,11 +4,15 @@ Wide integers, which no 32-bit sum overflows; a division that is rounded once; t
 that are summed exactly; and reductions in the form that each platform does quickly.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
+from jax.sharding import AxisType
 
 from sparse_jax.core import target
 
@@ -74,7 +78,7 @@ def multiply_divide(amount: tuple[jax.Array, jax.Array], weight: jax.Array, tota
         return jnp.minimum(quotient + carry, limit), remainder - carry * total
 
     def bit(i, state):
-        position = jnp.uint32(47) - i.astype(jnp.uint32)
+        position = jnp.uint32(47) - jnp.asarray(i, jnp.uint32)  # under jax.disable_jit i is a Python integer
         set_ = jnp.where(position >= 16, high >> (position - 16), low >> position) & 1
         quotient, remainder = state
         quotient, remainder = reduce(2 * quotient, 2 * remainder)
@@ -112,6 +116,21 @@ def score_bits(scores: jax.Array) -> jax.Array:
     bits = lax.bitcast_convert_type(scores, dtype) & dtype.type(2 ** (finfo.bits - 1) - 1)
     infinity = dtype.type((2**finfo.nexp - 1) << finfo.nmant)
     return jnp.where(bits < infinity, bits, dtype.type(0))
+
+
+_P = ParamSpec('_P')
+_R = TypeVar('_R')
+
+
+def lenient(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Runs a function under jax's standard promotion of ranks and dtypes, where its users have made jax strict about their own."""
+
+    @functools.wraps(function)
+    def run(*args: _P.args, **keywords: _P.kwargs) -> _R:
+        with jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):
+            return function(*args, **keywords)
+
+    return run
 
 
 Collapse = Callable[..., jax.Array]  # (array, initial value, lax operation): reduced
@@ -198,3 +217,31 @@ def count(mask: jax.Array) -> jax.Array:
     2
     """
     return jnp.sum(count_groups(_groups(mask, False)) if one_cpu_device() else mask, dtype=jnp.int32)
+
+
+# --- where arrays lie
+
+
+def placed_like(param: Any, x: jax.Array) -> jax.Array:
+    """An array of a parameter's shape where the parameter lies; under jit with automatic axes XLA decides."""
+    if isinstance(param, jax.Array) and not isinstance(param, Tracer) and param.committed:
+        return jax.device_put(x, param.sharding)
+    return sharded_like(param, x)
+
+
+def replicated_over(params: Any, tree: Any) -> Any:
+    """A tree of arrays, those that lie nowhere yet replicated over the mesh of concrete params, as a step will return them."""
+    shardings = [p.sharding for p in jax.tree.leaves(params) if isinstance(p, jax.Array) and not isinstance(p, Tracer)]
+    meshes = [s.mesh for s in shardings if isinstance(s, jax.NamedSharding)]
+    if not meshes:
+        return tree
+    everywhere = lambda x: jax.NamedSharding(meshes[0], jax.P(*[None] * x.ndim))
+    return jax.tree.map(lambda x: x if x.committed else jax.device_put(x, everywhere(x)), tree)
+
+
+def sharded_like(param: Any, x: jax.Array) -> jax.Array:
+    """An array of a parameter's shape with its sharding, where that is part of its type (explicit axes of a mesh)."""
+    sharding = jax.typeof(param).sharding if isinstance(param, jax.Array) else None
+    if isinstance(sharding, jax.NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types:
+        return jax.sharding.reshard(x, sharding)
+    return x

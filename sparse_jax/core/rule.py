@@ -72,6 +72,7 @@ class Rule:
     seed: int | jax.Array = 0
 
     def __post_init__(self):
+        arguments.check_type('timing', self.timing, Timing)
         arguments.check_numbers(self.density, self.prune_rate, self.seed)
         named: dict[str, Any] = {name: criteria.get(name, getattr(self, name)) for name in ('prune', 'grow', 'redistribute')}
         if named['grow'] is None:  # nothing is grown: nothing is shared out
@@ -81,8 +82,11 @@ class Rule:
         for name, value in named.items():
             object.__setattr__(self, name, value)
         arguments.check_functions(sparsifiable=self.sparsifiable, stacked=self.stacked)
+        arguments.check_momentum(self.momentum)
         arguments.check_criteria(prune=self.prune, grow=self.grow, redistribute=self.redistribute)
         arguments.check_together(self)
+        if callable(self.prune_rate):
+            schedules.check_rate(self.prune_rate, self.timing)
         if callable(self.density):
             arguments.check_density_schedule(self.density, self.timing, can_grow=self.grow is not None)
 
@@ -159,12 +163,20 @@ class Rule:
 
     def sparse_layers(self, params) -> list[Layer]:
         """The layers of params that are trained sparse; ValueError where there are none, or too many."""
+        arguments.check_leaves(params)
         layers = layers_lib.layer_table(params, layers_lib.sparse_leaves(params, self.sparsifiable, self.dense), self.stacked)
         if jax.tree.leaves(params) and not layers:
             raise ValueError(
-                'no leaf of params is sparsifiable. By default that takes a floating-point leaf with two or more axes whose path '
-                "contains none of 'embed', 'norm', 'bias', 'scale'; sparsifiable=lambda path, leaf: ... chooses others."
+                f'no leaf of params is sparsifiable: they are {_listed(params)}. By default that takes a floating-point leaf with two or '
+                "more axes, and no word in its path that begins with 'embed', ends in 'norm', or is 'bias' or 'scale'; "
+                'sparsifiable=lambda path, leaf: ... chooses others.'
             )
         if layers and layers[-1].stop > allocation.MAX_LAYERS:
             raise ValueError(f'params has {layers[-1].stop} sparse layers; at most {allocation.MAX_LAYERS} are supported.')
         return layers
+
+
+def _listed(params: Any) -> str:
+    """The first leaves of params by path, dtype and shape."""
+    leaves = [f'{path} ({jnp.result_type(leaf)}{list(jnp.shape(leaf))})' for path, leaf in layers_lib.leaf_paths(params)]
+    return ', '.join(leaves[:8]) + (f' and {len(leaves) - 8} more' if len(leaves) > 8 else '')

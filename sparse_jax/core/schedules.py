@@ -2,6 +2,7 @@
 
 import dataclasses
 import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +124,7 @@ class Timing:
         refuse_arrays(**dataclasses.asdict(self))
         for name, least in {'update_every': 1, 'total_steps': 1, 'start_step': 0}.items():
             value = getattr(self, name)
-            if not isinstance(value, numbers.Integral) or value < least:
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
                 raise ValueError(f'{name}={value!r}: must be an integer, at least {least} (in steps).')
         if self.stop_step is not None and (not isinstance(self.stop_step, numbers.Integral) or self.stop_step < 0):
             raise ValueError(f'stop_step={self.stop_step!r}: must be an integer, at least 0 (in steps), or None for total_steps.')
@@ -225,12 +226,30 @@ def budgets(density: optax.Schedule, size: int, timing: Timing, *, every: int) -
 
 
 def densities(density, steps: np.ndarray) -> np.ndarray:
-    """A density schedule at several steps, float64."""
-    with jax.ensure_compile_time_eval():
+    """A density schedule at several steps, float64: optax's are of jax operations, which would round a count of 10^9 weights in float32."""
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
         try:
             values = np.asarray(density(steps), np.float64)
         except Exception:  # a schedule with branches takes one step at a time
-            values = np.array([float(density(int(t))) for t in steps], np.float64)
+            values = np.array([_number(density, int(t)) for t in steps], np.float64)
         if values.shape != steps.shape:
-            values = np.array([float(density(int(t))) for t in steps], np.float64)
+            values = np.array([_number(density, int(t)) for t in steps], np.float64)
     return values
+
+
+def _number(schedule: optax.Schedule, step: int, setting: str = 'density') -> float:
+    value: Any = schedule(step)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f'{setting}: the schedule must return a number, but at step {step} it returned {value!r}.') from None
+
+
+def check_rate(prune_rate: optax.Schedule, timing: Timing) -> None:
+    """Checks a schedule of prune rates at the first and the last update: each a number in [0, 1]."""
+    steps = timing.steps()[1:]
+    for step in sorted({int(t) for t in steps[[0, -1]]}) if len(steps) else ():
+        with jax.ensure_compile_time_eval():
+            rate = _number(prune_rate, step, 'prune_rate')
+        if not 0 <= rate <= 1:
+            raise ValueError(f'prune_rate: the schedule is {rate:.6g} at step {step}; it must be in [0, 1] throughout.')

@@ -125,7 +125,7 @@ def _search(num_bits: jax.typing.ArrayLike, dtype, shape, enough, *, stop: jax.A
     one = dtype.type(1)
 
     def round_(i, t, number):
-        candidate = t | (one << i.astype(dtype))
+        candidate = t | (one << jnp.asarray(i, dtype))
         suffices, counted = enough(candidate)
         return jnp.where(suffices, candidate, t), jnp.where(suffices, counted, number)
 

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from sparse_jax.core import arguments, criteria, distributions, mask_update
+from sparse_jax.core import arguments, criteria, distributions, initial, mask_update, numerics
 from sparse_jax.core import granularity as granularity_lib
-from sparse_jax.core import layers as layers_lib
+from sparse_jax.core import inner as inner_lib
 from sparse_jax.core import momentum as momentum_lib
 from sparse_jax.core.criteria import Criterion
 from sparse_jax.core.layers import PathPredicate
-from sparse_jax.core.masks import SparsifyState, UpdateStats
+from sparse_jax.core.masks import SparsifyState
 from sparse_jax.core.rule import Rule
 from sparse_jax.core.schedules import Timing
 
@@ -86,8 +86,9 @@ def sparsify(
       distribution: initial nonzeros of each layer: ``'uniform'``, ``'erdos_renyi'``, ``'erk'``; a mapping of path patterns to
         densities; or a function, see :mod:`sparse_jax.distributions`.
       granularity: what one unit of selection is: ``'unstructured'``, ``'block:16x16'``, or see :mod:`sparse_jax.granularity`.
-      sparsifiable: which leaves are sparse, by (path joined by ``/``, leaf); None: floating-point leaves with two or more axes
-        whose path contains none of ``embed``, ``norm``, ``bias``, ``scale``.
+      sparsifiable: which leaves are sparse, by (path joined by ``/``, leaf); None: floating-point leaves with two or more axes, unless
+        a word of their path begins with ``embed``, ends in ``norm``, or is ``bias`` or ``scale``; or their own name has the word
+        ``pos``, ``position`` or ``posemb``, or ends in ``token``.
       dense: path patterns (``*`` matches anything) of leaves that stay dense and count in no budget, such as a first or last layer.
       stacked: which leaves hold layers along their first axis, by (path, leaf); each slice is a layer of its own. None: none.
       momentum: where the inner state keeps its momentum: a NamedTuple field's name, or a function of the inner state. None: it is
@@ -135,40 +136,15 @@ def sparsify(
             steps = required('update_every', update_every), required('total_steps', total_steps)
             timing = Timing(*steps, start_step, stop_step)
         rule = Rule(density=required('density', density), timing=timing, **parts)
+    arguments.check_type('rule', rule, Rule)
     inner = optax.with_extra_args_support(inner)
     return optax.GradientTransformationExtraArgs(
-        functools.partial(_init, inner, rule),
+        functools.partial(initial.initial_state, inner, rule),
         functools.partial(_update, inner, rule),  # pyright: ignore[reportArgumentType]
     )
 
 
-def _init(inner: optax.GradientTransformationExtraArgs, rule: Rule, params: Any) -> SparsifyState:
-    key, layers = rule.first_key(), rule.sparse_layers(params)
-    masks = mask_update.first_masks(rule, layers, params, key)
-    inner_state = inner.init(params)
-    arguments.check_inner_state(inner_state)
-    zeros = lambda: jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.float32), masks)
-    method_state = {}
-    if momentum_lib.find(inner_state, jax.tree.structure(params), rule.momentum) is None and rule.needs.momentum:
-        method_state['gradient_average'] = zeros()
-    if rule.needs.ever_active or rule.track_exploration:
-        method_state['ever_active'] = jax.tree.map(jnp.copy, masks)
-    if rule.needs.accumulated_gradient:
-        method_state['accumulated_gradient'] = zeros()
-    num_layers = layers[-1].stop if layers else 0
-    stats = UpdateStats(*(jnp.zeros(num_layers, dtype) for dtype in (jnp.float32, jnp.int32, jnp.int32, jnp.int32)))
-    return SparsifyState(
-        count=jnp.zeros([], jnp.int32),
-        rng_key=jax.random.key_data(key),
-        masks=masks,
-        grown=jax.tree.map(jnp.zeros_like, masks),
-        layers=jnp.asarray(layers_lib.encode(len(jax.tree.leaves(params)), layers, rule.granularity)),
-        inner_state=inner_state,
-        stats=stats,
-        method_state=method_state,
-    )
-
-
+@numerics.lenient
 def _update(
     inner: optax.GradientTransformationExtraArgs,
     rule: Rule,
@@ -181,6 +157,10 @@ def _update(
 ) -> tuple[Any, SparsifyState]:
     arguments.check_params(params, state.masks)
     arguments.check_masks(state.masks)
+    arguments.check_gradients(updates, params)
+    inner_lib.check_state(inner, state.inner_state, updates, params, extra_args)
+    rule = initial.resolved(inner, rule, params)
+    arguments.check_state(state, params, rule, initial.kept(rule, state.inner_state, params))
     arguments.check_update_masks(rule, update_masks)
     t = jnp.asarray(optax.safe_increment(state.count))
     is_update = jnp.asarray(rule.timing.is_update(t)) if update_masks is None else update_masks
@@ -246,4 +226,4 @@ def _moved(inner, rule: Rule, operands: mask_update.Operands, is_update: Any, ex
         moved, done = mask_update.move_weights(inner, rule, operands, extra_args, by_hand=True), operands.t > 0
     else:
         moved, done = lax.cond(is_update, move, stay, operands)
-    return moved, jax.tree.map(lambda g: jnp.where(done, g, jnp.zeros((), g.dtype)), operands.grads)
+    return moved, jax.tree.map(lambda g: jnp.where(done, g, jnp.zeros((), jnp.result_type(g))), operands.grads)

@@ -4,6 +4,7 @@ from sparse_jax.stats.memory import memory
 from sparse_jax.stats.operations import LayerOperations, Operations, operations
 from sparse_jax.stats.tables import (
     dead_neurons,
+    dense_leaves,
     density,
     exploration_rate,
     flip_rate,
@@ -17,6 +18,7 @@ __all__ = [
     'LayerOperations',
     'Operations',
     'dead_neurons',
+    'dense_leaves',
     'density',
     'exploration_rate',
     'flip_rate',

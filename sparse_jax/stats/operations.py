@@ -6,13 +6,14 @@ equally often; in a convolution the weight at tap k as often as that tap lies in
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparse_jax.core import distributions
 from sparse_jax.core import layers as layers_lib
 from sparse_jax.core import masks as masks_lib
 
@@ -97,18 +98,23 @@ class Operations(NamedTuple):
 
 def operations(
     apply_fn: Callable[..., Any],
-    masks: masks_lib.Masks,
+    params: Any,
+    opt_state: Any,
     *inputs: Any,
+    dense: Sequence[str] = (),
     dense_gradient_window: int | None = None,
     update_every: int | None = None,
 ) -> Operations:
     """Counts the multiply-adds of a network with given masks exactly, sparse and dense, for inference and training.
 
     Args:
-      apply_fn: the network, called as ``apply_fn(*inputs)``. It is traced, not run. It may contain scans, but no while loops with
-        products inside.
-      masks: tree of concrete masks.
-      *inputs: arguments of ``apply_fn``, as arrays or shapes; the first one is the params, a tree like the masks.
+      apply_fn: the network, called as ``apply_fn(params, *inputs)``. It is traced, not run. It may contain scans, but no while loops
+        with products inside.
+      params: tree of parameters, or their shapes.
+      opt_state: state of an optimizer with one ``sparsify``; or a tree of masks. Concrete.
+      *inputs: what else ``apply_fn`` takes, as arrays or shapes.
+      dense: path patterns (``*`` matches anything) of sparse leaves to be counted as dense, as their zeros reach a product through an
+        operation that is not followed.
       dense_gradient_window: number of steps before each mask update whose weight gradients are dense, as many as the growth rule
         needs (``sj.criteria.dense_gradient_steps(grow)``); if None, all steps. Requires ``update_every``.
       update_every: number of steps between mask updates; if None, there are no updates.
@@ -117,31 +123,28 @@ def operations(
       The counts, by leaf and in total.
 
     Raises:
-      ValueError: if the first input is not a tree like the masks, if a while loop contains products, or if a window is given without
-        ``update_every``.
+      ValueError: if the params are no tree like the masks, if a while loop contains products, if zeros are lost on the way to a
+        product (naming the leaf), or if a window is given without ``update_every``.
 
     Example:
       >>> masks = {'w': jnp.eye(4, dtype=bool), 'bias': jnp.array(True)}
       >>> params = {'w': jnp.ones((4, 4)), 'bias': jnp.ones(4)}
-      >>> counted = operations(lambda p, x: x @ p['w'] + p['bias'], masks, params, jnp.ones((10, 4)))
+      >>> counted = operations(lambda p, x: x @ p['w'] + p['bias'], params, masks, jnp.ones((10, 4)))
       >>> counted.inference, counted.inference_dense
       (40, 160)
     """
-    if not inputs or jax.tree.structure(inputs[0]) != jax.tree.structure(masks):
-        raise ValueError(
-            "operations: the first of apply_fn's inputs must be the params, a tree like the masks: operations(apply_fn, masks, "
-            'params, x, ...).'
-        )
+    masks = masks_lib.whole(masks_lib.masks_in(opt_state), params)
     if dense_gradient_window is not None and update_every is None:
         raise ValueError(
             f'operations: dense_gradient_window={dense_gradient_window!r} needs update_every, the steps between mask updates.'
         )
-    closed = jax.make_jaxpr(apply_fn)(*inputs)
+    closed = jax.make_jaxpr(apply_fn)(params, *inputs)
     values, counter = [], _Counter()
-    for (name, _), mask, param in zip(
-        layers_lib.leaf_paths(inputs[0]), jax.tree.leaves(masks), jax.tree.leaves(inputs[0]), strict=True
-    ):
-        tracked = mask.ndim > 0
+    named = layers_lib.leaf_paths(params)
+    sparse = [name for (name, _), mask in zip(named, jax.tree.leaves(masks), strict=True) if mask.ndim]
+    counted_dense = {name for name, i in zip(sparse, distributions.matching(dense, sparse, 'dense'), strict=True) if i is not None}
+    for (name, param), mask in zip(named, jax.tree.leaves(masks), strict=True):
+        tracked = mask.ndim > 0 and name not in counted_dense
         if tracked:
             if mask.shape != param.shape:
                 raise ValueError(f'operations: the mask of {name} has the shape {mask.shape}, its weights {param.shape}.')
@@ -244,7 +247,7 @@ class _Counter:
         if lost := left.lost or right.lost:
             raise ValueError(
                 f'operations: {lost[0]} reaches a product through {lost[1]!r}, through which its zeros are not followed: use slices '
-                'with fixed bounds, split, reshapes, transpositions or lax.scan.'
+                f'with fixed bounds, split, reshapes, transpositions or lax.scan; or count it as dense, dense=({lost[0]!r},).'
             )
         if masked.name is None:
             self.other_forward += times * total

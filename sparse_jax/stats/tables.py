@@ -12,6 +12,8 @@ from sparse_jax.core import masks as masks_lib
 from sparse_jax.core.layers import Layer, PathPredicate
 from sparse_jax.core.masks import Masks
 
+_SHOWN = 12  # names of dense leaves
+
 
 @jax.jit
 def _counts(leaves: list[jax.Array]) -> list[jax.Array]:
@@ -188,7 +190,7 @@ def layer_nonzeros(masks: Masks, layers: list[Layer]) -> list[int]:
 
 
 def table(opt_state: Any) -> str:
-    """The layers as a table to print: sizes, densities, what the last update did, dead neurons; blocks with their edges.
+    """The layers as a table to print: sizes, densities, what the last update did, dead neurons; and which leaves are dense.
 
     Args:
       opt_state: state of an optimizer with one ``sparsify``. Where units are blocks, pruned and grown count blocks, all else weights.
@@ -239,7 +241,26 @@ def table(opt_state: Any) -> str:
     if 'exploration_rate' in numbers:
         flips += f', exploration rate {numbers["exploration_rate"]:.4f}'
     lines.append(f'{"all":32}{total:>10} {numbers["nonzeros"]:>9} {numbers["density"]:>8.2%}  {flips}')
+    lines.append(dense_leaves(opt_state))
     return '\n'.join(lines)
+
+
+def dense_leaves(opt_state: Any) -> str:
+    """The leaves that are not trained sparse, by name, as one line.
+
+    Args:
+      opt_state: as for :func:`nonzeros`.
+
+    Returns:
+      The first of their names, and how many there are.
+
+    Example:
+      >>> dense_leaves({'a': jnp.eye(4, dtype=bool), 'bias': jnp.array(True)})
+      '1 dense leaf: bias'
+    """
+    names = [name for name, mask in layers_lib.leaf_paths(masks_lib.masks_in(opt_state)) if not mask.ndim]
+    shown = ', '.join(names[:_SHOWN]) + (f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else '')
+    return f'{len(names) or "no"} dense {"leaf" if len(names) == 1 else "leaves"}' + (f': {shown}' if names else '')
 
 
 def shorten(name: str, width: int) -> str:

@@ -94,9 +94,9 @@ def operations(experiment: Experiment, state: TrainState, mean_density: dict[str
     """
     if masks is None:
         masks = jax.tree.map(lambda _: jnp.array(True), state.params)
-    count = functools.partial(stats.operations, lambda p, x: experiment.apply(p, state.model_state, x), masks)
+    count = functools.partial(stats.operations, lambda p, x: experiment.apply(p, state.model_state, x), state.params, masks)
     window = experiment.dense_gradient_steps
-    now = count(state.params, experiment.example, update_every=experiment.update_every, dense_gradient_window=window)
+    now = count(experiment.example, update_every=experiment.update_every, dense_gradient_window=window)
     layers = {}
     for layer in experiment.layers if _has_masks(state) else ():
         row, names = now.layers[layer.name], layers_lib.names_of([layer])

@@ -92,8 +92,8 @@ def test_momentum_by_neuron_gives_each_neuron_its_part():
 @pytest.mark.parametrize(
     ('setting', 'criterion', 'message'),
     [
-        ('prune', lambda: 1, 'prune: a criterion is a function of one argument'),
-        ('grow', lambda a, b: 1, 'grow: a criterion is a function of one argument'),
+        ('prune', lambda: 1, 'prune: must be a function (info: sj.criteria.LeafInfo)'),
+        ('grow', lambda a, b: 1, 'grow: must be a function (info: sj.criteria.LeafInfo)'),
         ('prune', None, 'prune=None'),
         ('prune', 'magnitud', "prune='magnitud' does not exist. Did you mean 'magnitude'"),
         ('grow', 'gradients', "grow='gradients' does not exist. Did you mean 'gradient'"),

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import nnx
 
 import sparse_jax as sj
+from sparse_jax.core import layers as layers_lib
 
 pytestmark = pytest.mark.core
 
@@ -38,11 +40,61 @@ PARAMS = {'w': jnp.ones((4, 4)), 'bias': jnp.ones(4)}
         (dict(stacked=True), 'stacked=True: must be a function'),
         (dict(distribution=['erk']), "distribution=['erk'] does not exist"),
         (dict(dense=3), 'dense=3: must be a sequence of path patterns'),
+        (dict(update_every=True), 'update_every=True: must be an integer'),
+        (dict(track_exploration='no'), "track_exploration='no': must be True or False"),
+        (dict(prune=['magnitude']), "prune=['magnitude'] does not exist. Did you mean 'magnitude'"),
+        (dict(grow={}), 'grow={} does not exist. Known: gradient'),
+        (dict(redistribute=[]), 'redistribute=[] does not exist. Known: mean_gradient'),
+        (dict(momentum={}), "momentum={}: must be the name of a field, such as 'trace'"),
+        (
+            dict(prune=lambda: 1),
+            'prune: must be a function (info: sj.criteria.LeafInfo) -> scores, but <lambda> has the signature ()',
+        ),
+        (dict(grow=lambda a, b: 1), 'grow: must be a function (info: sj.criteria.LeafInfo) -> scores'),
+        (dict(momentum=lambda: 1), 'momentum: must be a function (inner_state) -> tree like the params'),
+        (
+            dict(sparsifiable=lambda path: 1),
+            'sparsifiable: must be a function (path, leaf) -> bool, but <lambda> has the signature (path)',
+        ),
+        (dict(stacked=lambda a, b, c: 1), 'stacked: must be a function (path, leaf) -> bool'),
+        (dict(distribution=lambda layers: 1), 'distribution: must be a function (layers, density) -> counts'),
+        (dict(prune_rate=lambda: 0.1), 'prune_rate: must be a function (step) -> number'),
+        (dict(prune_rate=lambda t: 'x'), "prune_rate: the schedule must return a number, but at step 10 it returned 'x'"),
+        (dict(prune_rate=lambda t: t / 50), 'prune_rate: the schedule is 1.8 at step 90; it must be in [0, 1]'),
+        (dict(density=lambda a, b: 0.1), 'density: must be a function (step) -> number'),
+        (dict(density=lambda t: 'x'), "density: the schedule must return a number, but at step 0 it returned 'x'"),
     ],
 )
 def test_arguments(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         sj.sparsify(optax.sgd(0.1), **{**GOOD, **change})
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(grow=lambda info: 'x'), "grow: the criterion must return scores, but for 'w' it returned 'x'"),
+        (dict(grow=lambda info: None), "grow: the criterion must return scores, but for 'w' it returned None"),
+        (dict(prune=lambda info: 1.0), "prune: the criterion must return scores of the layer's shape (4, 4), but for 'w'"),
+        (dict(redistribute=lambda info: None), "redistribute: the criterion must return one number, but for 'w' it returned None"),
+        (dict(distribution=lambda layers, density: None), 'distribution returned None for layers of [16] units'),
+    ],
+)
+def test_results_of_functions_given(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tx = sj.sparsify(optax.sgd(0.1), **{**GOOD, **change})
+        jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), PARAMS)
+
+
+@pytest.mark.parametrize('value', [3, (10, 100), None])
+def test_a_rule_or_timing_of_another_type(value):
+    if value is not None:
+        with pytest.raises(ValueError, match=r'rule=.*: must be a sj.Rule'):
+            sj.sparsify(optax.sgd(0.1), rule=value)
+        with pytest.raises(ValueError, match=r'timing=.*: must be a sj.Timing'):
+            sj.sparsify(optax.sgd(0.1), density=0.5, timing=value)
+    with pytest.raises(ValueError, match=r'timing=.*: must be a sj.Timing'):
+        sj.Rule(density=0.5, timing=value)
 
 
 def test_an_inner_that_is_no_optimizer():
@@ -68,7 +120,8 @@ def test_arguments_of_methods(change, message):
 
 
 def test_no_sparsifiable_leaf():
-    with pytest.raises(ValueError, match='no leaf of params is sparsifiable'):
+    names = re.escape('they are b (float32[3]), i (int32[2, 2]), norm_scale (float32[4, 4]). By default')
+    with pytest.raises(ValueError, match=f'no leaf of params is sparsifiable: {names}'):
         sj.sparsify(optax.sgd(0.1), **GOOD).init({'norm_scale': jnp.ones((4, 4)), 'b': jnp.ones(3), 'i': jnp.ones((2, 2), int)})
 
 
@@ -114,9 +167,9 @@ def test_masks_of_other_states_trees_shapes_and_dtypes():
         sj.get_masks(optax.sgd(0.1).init(PARAMS))
     with pytest.raises(ValueError, match='holds 2 SparsifyStates'):
         sj.get_masks((state, state))
-    with pytest.raises(ValueError, match='masks has the tree'):
+    with pytest.raises(ValueError, match='masks are another tree: there is no mask for bias'):
         sj.set_masks(state, {'w': jnp.ones((4, 4), bool)})
-    with pytest.raises(ValueError, match=re.escape("masks['w'] is float32[4, 4], but must be bool[4, 4]")):
+    with pytest.raises(ValueError, match=re.escape('masks: w is float32[4, 4], but must be bool[4, 4]')):
         sj.set_masks(state, {'w': jnp.ones((4, 4)), 'bias': jnp.array(True)})
 
 
@@ -132,6 +185,41 @@ def test_default_sparsifiable_is_by_path_axes_and_dtype():
     }  # fmt: skip
     masks = sj.get_masks(sj.sparsify(optax.sgd(0.1), **GOOD).init(params))
     assert sj.layer_names(masks) == ['block/dense/kernel', 'conv1x1']
+
+
+@pytest.mark.parametrize(
+    ('path', 'sparse'),
+    [
+        ('normal_proj/kernel', True), ('rescale_head/kernel', True), ('normalizer/w', True), ('unbiased/kernel', True),
+        ('position_encoder/kernel', True), ('tokenizer/kernel', True), ('token_mixer', True), ('posterior', True),
+        ('LayerNorm_0/kernel', False), ('layernorm/w', False), ('BatchNorm2D/kernel', False), ('RMSNorm/scale', False),
+        ('embedding', False), ('Embed_0/embedding', False), ('encoder/embeddings/table', False), ('attention/bias', False),
+        ('pos', False), ('posEmb', False), ('pos_embedding', False), ('cls_token', False), ('mask_token', False), ('position', False),
+        ('encoder.norm.weight', False), ('preNorm/kernel', False),
+    ],
+)  # fmt: skip
+def test_words_of_a_path_decide(path, sparse):
+    assert layers_lib.default_sparsifiable(path, jnp.ones((4, 4))) == sparse
+
+
+def test_patterns_match_the_names_that_tables_show():
+    class Network(nnx.Module):
+        def __init__(self):
+            self.hidden, self.out = (nnx.Linear(4, 4, rngs=nnx.Rngs(0)) for _ in range(2))
+
+    model = Network()
+    tx = sj.sparsify(optax.sgd(0.1), dense=('out/kernel',), **GOOD)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    assert sj.layer_names(optimizer.opt_state) == ['hidden/kernel'] and 'hidden/kernel' in sj.stats.table(optimizer.opt_state)
+    # no nnx.as_pure: variables of either kind, by their paths
+    masks, params = sj.get_masks(optimizer.opt_state), nnx.state(model, nnx.Param)
+    with pytest.raises(ValueError, match='8 weights off the mask are not zero: hidden/kernel'):
+        sj.check_sparse(params, optimizer.opt_state)
+    nnx.update(model, sj.apply_masks(params, masks))
+    sj.check_sparse(nnx.state(model, nnx.Param), optimizer.opt_state)
+    assert (model.hidden.kernel[...] != 0).sum() == 8
+    moved = sj.set_masks(optimizer.opt_state, jax.tree.map(jnp.ones_like, nnx.as_pure(masks)))
+    assert sj.stats.density(moved) == 1
 
 
 def test_stacked_may_ask_for_the_dtype():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax import lax
 
 import sparse_jax as sj
@@ -43,7 +44,7 @@ def test_a_convolution_with_stride_and_padding(strides, padding):
     mask = _mask((3, 3, 4, 6))
     conv = lambda p, x: lax.conv_general_dilated(x, p['w'], strides, padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
     params, x = {'w': jnp.ones(mask.shape)}, jnp.ones((5, 9, 8, 4))
-    counted = sj.stats.operations(conv, {'w': jnp.asarray(mask)}, params, x)
+    counted = sj.stats.operations(conv, params, {'w': jnp.asarray(mask)}, x)
     assert counted.inference == 5 * _by_hand(mask, (9, 8), strides, padding)
     assert counted.inference_dense == 5 * _by_hand(np.ones_like(mask), (9, 8), strides, padding)
     assert 2 * counted.inference_dense == _xla_flops(conv, params, x)
@@ -55,13 +56,13 @@ def test_two_linear_layers_and_their_gradients():
     params = {'a': jnp.ones((20, 12)), 'b': jnp.ones((12, 7)), 'bias': jnp.ones(7)}
     apply = lambda p, x: jnp.tanh(x @ p['a']) @ p['b'] + p['bias']
     a, b = int(masks['a'].sum()), int(masks['b'].sum())
-    counted = sj.stats.operations(apply, masks, params, jnp.ones((10, 20)), dense_gradient_window=5, update_every=20)
+    counted = sj.stats.operations(apply, params, masks, jnp.ones((10, 20)), dense_gradient_window=5, update_every=20)
     assert counted.inference == 10 * (a + b) and counted.inference_dense == 10 * (240 + 84)
     products = 10 * (a + 2 * b) + 0.75 * 10 * (a + b) + 0.25 * 10 * (240 + 84)
     assert counted.training == pytest.approx(products + MASK_UPDATE_OPERATIONS * 324 / 20)
     assert counted.training_dense == 10 * (2 * 240 + 3 * 84)
     ones = jax.tree.map(jnp.ones_like, masks)
-    assert sj.stats.operations(apply, ones, params, jnp.ones((10, 20))).training == counted.training_dense
+    assert sj.stats.operations(apply, params, ones, jnp.ones((10, 20))).training == counted.training_dense
     assert f'{counted.training / counted.training_dense:.2%}' in counted.table()
     assert counted.log()['operations/inference'] == counted.inference
 
@@ -75,12 +76,12 @@ def test_layers_stacked_for_scan_jit_checkpoint_and_transposition():
         return jax.jit(lambda x, w: jnp.tanh(x @ w.T.astype(jnp.bfloat16)))(x, w), None
 
     apply = lambda p, x: lax.scan(layer, x, p['w'])[0]
-    counted = sj.stats.operations(apply, masks, params, jnp.ones((10, 8), jnp.bfloat16))
+    counted = sj.stats.operations(apply, params, masks, jnp.ones((10, 8), jnp.bfloat16))
     assert counted.inference == 10 * mask.sum() and counted.inference_dense == 10 * 192
     assert counted.layers['w'].input_gradient == 10 * mask[1:].sum(), 'all layers but the first need it'
     assert counted.training_dense == 10 * 64 * (3 + 3 + 2)
     shared = sj.stats.operations(
-        lambda p, x: lax.scan(lambda x, _: (x @ p['w'][0], None), x, None, length=4)[0], masks, params, jnp.ones((10, 8))
+        lambda p, x: lax.scan(lambda x, _: (x @ p['w'][0], None), x, None, length=4)[0], params, masks, jnp.ones((10, 8))
     )
     assert shared.inference == 4 * 10 * mask[0].sum()
 
@@ -89,12 +90,46 @@ def test_leaves_that_are_split_and_those_that_cannot_be_followed():
     mask = _mask((4, 12))
     masks, params, x = {'w': jnp.asarray(mask)}, {'w': jnp.ones((4, 12))}, jnp.ones((10, 4))
     fused = lambda p, x: [x @ part for part in jnp.split(p['w'], 3, axis=1)]
-    assert sj.stats.operations(fused, masks, params, x).inference == 10 * mask.sum()
+    assert sj.stats.operations(fused, params, masks, x).inference == 10 * mask.sum()
     for moved in (lambda p, x: x @ jnp.concatenate([p['w'], p['w']], axis=1), lambda p, x: x @ jnp.pad(p['w'], ((0, 0), (1, 1)))):
-        with pytest.raises(ValueError, match='w reaches a product through'):
-            sj.stats.operations(moved, masks, params, x)
+        with pytest.raises(ValueError, match=r"w reaches a product through.*dense=\('w',\)"):
+            sj.stats.operations(moved, params, masks, x)
+        as_dense = sj.stats.operations(moved, params, masks, x, dense=('w',))
+        assert as_dense.inference == as_dense.inference_dense >= 10 * 48
     with pytest.raises(ValueError, match=r'the mask of w has the shape \(2, 2\)'):
-        sj.stats.operations(fused, {'w': jnp.ones((2, 2), bool)}, params, x)
+        sj.stats.operations(fused, params, {'w': jnp.ones((2, 2), bool)}, x)
+
+
+def test_leaves_that_partition_hides_and_those_of_nnx_are_counted_alike():
+    model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(model, nnx.Param)
+    tx = sj.sparsify(optax.sgd(0.1), density=0.25, update_every=2, total_steps=10)
+    state, x = tx.init(params), jnp.ones((10, 8))
+    counted = sj.stats.operations(lambda p, x: nnx.merge(graph, p)(x), params, state, x)
+    assert counted.inference == 10 * 8 and list(counted.layers) == ['kernel']
+    assert sj.stats.memory(params, state) == sj.stats.memory(nnx.as_pure(params), nnx.as_pure(state))
+
+    params = {'w': jnp.ones((8, 4)), 'head': {'w': jnp.ones((4, 4))}}
+    tx = optax.partition({'sparse': tx, 'dense': optax.adam(0.1)}, {'w': 'sparse', 'head': 'dense'})
+    state = tx.init(params)
+    counted = sj.stats.operations(lambda p, x: x @ p['w'] @ p['head']['w'], params, state, x)
+    assert counted.inference == 10 * 8 + 10 * 16 and counted.inference_dense == 10 * 32 + 10 * 16
+    assert sj.stats.memory(params, state)['dense'] == 4 * 48
+
+
+def test_every_function_takes_params_first_and_then_masks_or_a_state():
+    params, masks = {'w': jnp.ones((4, 4))}, {'w': jnp.eye(4, dtype=bool)}
+    for call in (
+        lambda: sj.apply_masks(masks, params),
+        lambda: sj.stats.memory(masks, params),
+        lambda: sj.stats.operations(lambda p: p['w'] @ p['w'], masks, params),
+        lambda: sj.stats.density(params),
+        lambda: sj.stats.density(optax.adam(0.1).init(params)),
+    ):
+        with pytest.raises(ValueError, match='masks'):
+            call()
+    with pytest.raises(ValueError, match=r'there is no mask for b and masks without params for c'):
+        sj.apply_masks({'a': params['w'], 'b': params['w']}, {'a': masks['w'], 'c': masks['w']})
 
 
 def test_products_without_a_masked_leaf_are_counted_apart():
@@ -106,7 +141,7 @@ def test_products_without_a_masked_leaf_are_counted_apart():
         y = x @ p['w']
         return jax.nn.softmax(y @ y.T)
 
-    counted = sj.stats.operations(attention, masks, params, jnp.ones((10, 8)))
+    counted = sj.stats.operations(attention, params, masks, jnp.ones((10, 8)))
     assert counted.other_forward == 10 * 64 + 10 * 10 * 8
     assert counted.other_backward == 10 * 64 + 2 * 10 * 10 * 8
     assert counted.inference == 10 * 8 + counted.other_forward
@@ -115,14 +150,14 @@ def test_products_without_a_masked_leaf_are_counted_apart():
 def test_a_condition_counts_its_dearest_branch_and_a_while_loop_is_refused():
     masks, params = {'w': jnp.eye(4, dtype=bool)}, {'w': jnp.ones((4, 4))}
     branches = lambda p, x: lax.cond(x.sum() > 0, lambda: x @ p['w'] @ p['w'], lambda: x @ p['w'])
-    assert sj.stats.operations(branches, masks, params, jnp.ones((2, 4))).inference == 16
+    assert sj.stats.operations(branches, params, masks, jnp.ones((2, 4))).inference == 16
     loop = lambda p, x: lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ p['w'], x)
     with pytest.raises(ValueError, match='products stand in a while_loop'):
-        sj.stats.operations(loop, masks, params, jnp.ones((2, 4)))
+        sj.stats.operations(loop, params, masks, jnp.ones((2, 4)))
     with pytest.raises(ValueError, match='dense_gradient_window=1 needs update_every'):
-        sj.stats.operations(branches, masks, params, jnp.ones((2, 4)), dense_gradient_window=1)
-    with pytest.raises(ValueError, match='the first of apply_fn'):
-        sj.stats.operations(branches, masks, jnp.ones((2, 4)))
+        sj.stats.operations(branches, params, masks, jnp.ones((2, 4)), dense_gradient_window=1)
+    with pytest.raises(ValueError, match='expected the state of an optimizer with sparsify.*, or its masks, but w is float32'):
+        sj.stats.operations(branches, masks, params, jnp.ones((2, 4)))
 
 
 def test_grouped_and_dilated_convolutions_agree_with_xla():
@@ -131,7 +166,7 @@ def test_grouped_and_dilated_convolutions_agree_with_xla():
     grouped = lambda p, x: lax.conv_general_dilated(
         x, p['w'], (1, 1), 'SAME', rhs_dilation=(2, 2), feature_group_count=2, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
     )
-    assert 2 * sj.stats.operations(grouped, masks, params, x).inference == _xla_flops(grouped, params, x)
+    assert 2 * sj.stats.operations(grouped, params, masks, x).inference == _xla_flops(grouped, params, x)
 
 
 def test_summary_and_table_of_a_run():
@@ -154,7 +189,9 @@ def test_summary_and_table_of_a_run():
     ever = sum((masks[name] | np.asarray(first[name])).sum() for name in masks)
     assert numbers['exploration_rate'] == pytest.approx(ever / 144)
     table = sj.stats.table(state)
-    assert len(table.splitlines()) == 5 and 'blocks[1]' in table and 'exploration rate' in table
+    assert (
+        len(table.splitlines()) == 6 and 'blocks[1]' in table and 'exploration rate' in table and table.endswith('no dense leaves')
+    )
     assert sj.layer_names(state) == ['blocks[0]', 'blocks[1]', 'head']
     assert sj.stats.density(state) == sj.stats.density(state.masks) == 29 / 144
     assert sj.stats.dead_neurons(state) == sj.stats.dead_neurons(state.masks, stacked)
