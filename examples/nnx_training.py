@@ -37,8 +37,7 @@ optimizer = nnx.Optimizer(model, sj.sparse_momentum(0.05, density=0.1, update_ev
 
 def apply_masks(model, optimizer):
     """Sets the model's weights to exact zeros off the masks."""
-    opt_state = nnx.as_pure(optimizer.opt_state)  # plain arrays in place of nnx variables
-    nnx.update(model, sj.apply_masks(nnx.as_pure(nnx.state(model, nnx.Param)), sj.get_masks(opt_state)))
+    nnx.update(model, sj.apply_masks(nnx.state(model, nnx.Param), sj.get_masks(optimizer.opt_state)))
 
 
 apply_masks(model, optimizer)
@@ -55,8 +54,7 @@ def step(model, optimizer, batch):
 for batch in data.batches(digits, batch_size=100, seed=0, num_batches=steps):
     step(model, optimizer, batch)
 
-opt_state = nnx.as_pure(optimizer.opt_state)
-sj.check_sparse(nnx.as_pure(nnx.state(model, nnx.Param)), opt_state)
-print(sj.stats.table(opt_state))
+sj.check_sparse(nnx.state(model, nnx.Param), optimizer.opt_state)
+print(sj.stats.table(optimizer.opt_state))
 accuracy = jnp.mean(jnp.argmax(model(jax.device_put(digits.test.inputs)), axis=-1) == digits.test.labels)
 print(f'test accuracy {accuracy:.1%}')

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import pathlib
 import shutil
@@ -22,6 +23,7 @@ from sparse_jax.train.evaluate import PARTS, evaluate_part
 from sparse_jax.train.result import REPORT, finish
 from sparse_jax.train.run import Run, check_identity, prepare
 
+_LOG = logging.getLogger('sparse_jax')
 _NOT_SHARED = 'is not the same folder on all hosts: give one on a file system that they share.'
 
 
@@ -100,6 +102,10 @@ def _train(run: Run) -> dict[str, Any]:
     init = devices.jit(experiment.init, devices.state_shardings)
     key = jax.random.key(config.seed)
     restored = checkpoints.restore_newest(devices.shapes, experiment.layer_codes)
+    if hosts.is_host0() and config.sparsity.method != 'dense':
+        _LOG.info(
+            'sparse: %s; %s', ', '.join(layer.name for layer in experiment.layers), stats.dense_leaves(devices.shapes.opt_state)
+        )
     start, state, seconds = restored or (0, init(key), 0.0)
     try:
         kernels = kernel_choice.LayerKernels(config, experiment, folder, start, devices)

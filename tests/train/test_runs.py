@@ -79,6 +79,7 @@ def test_a_run_leaves_its_files_and_prints_its_result(undisturbed):
     )
     assert result['test_accuracy'] > 0.9 and result['seconds'] > 0 and result['steps_per_second'] > 0
     assert 'test accuracy' in done.stdout and '13,310' in done.stdout and 'step 1000/1000' in done.stderr
+    assert 'sparse: fc1/kernel, fc2/kernel, fc3/kernel; 3 dense leaves: fc1/bias, fc2/bias, fc3/bias' in done.stderr
     assert (folder / 'report.png').read_bytes().startswith(b'\x89PNG') and (folder / 'run.json').exists()
     rows = metrics.read(folder)
     updates = [row for row in rows if 'flips' in row]
