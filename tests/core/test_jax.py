@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import sparse_jax as sj
 
+pytestmark = pytest.mark.core
+
 TIMES = dict(update_every=2, total_steps=20)
 METHODS = ('sparse_momentum', 'set', 'rigl', 'snfs', 'dsr', 'static', 'gmp', 'granet')
 PARAMS = {
@@ -59,7 +61,7 @@ INNER = {
 }
 CASES = [
     pytest.param(1, 'sparse_momentum', 'sgd', marks=pytest.mark.slow),
-    (4, 'sparse_momentum', 'sgd'),
+    pytest.param(4, 'sparse_momentum', 'sgd', marks=pytest.mark.slow),
     pytest.param(1, 'sparse_momentum', 'adam', marks=pytest.mark.slow),
     *(pytest.param(4, method, 'sgd', marks=pytest.mark.slow) for method in METHODS[1:]),
     *(pytest.param(4, 'sparse_momentum', inner, marks=pytest.mark.slow) for inner in ('adam', 'adafactor', 'lion')),
@@ -87,11 +89,14 @@ def test_a_state_straight_from_init_lies_like_its_weights(num_devices, method, i
         assert compilations['sparse'] <= compilations['plain']
 
 
+@pytest.mark.parametrize('num_devices', [1, 4])
 @pytest.mark.parametrize('method', METHODS)
-def test_types_on_a_mesh_of_one_device(method):
-    _, params = _placed(1)
+def test_a_step_returns_the_types_of_a_new_state(method, num_devices):
+    _, params = _placed(num_devices)
     tx = _make(method)
     state = tx.init(params)
+    for tree in (state.masks, state.grown, *state.method_state.values()):
+        assert all(tree[path].sharding.is_equivalent_to(params[path].sharding, 2) for path in 'ab')
     after = jax.jit(tx.update).trace(params, state, params).out_info[1]
     assert jax.tree.map(jax.typeof, state) == jax.tree.map(
         lambda x: jax.core.ShapedArray(x.shape, x.dtype, sharding=x.sharding), after
@@ -171,7 +176,7 @@ def test_budgets_of_large_networks_are_exact_under_a_float32_schedule():
 # --- an ensemble
 
 
-def test_an_ensemble_keeps_the_condition_and_draws_masks_of_its_own():
+def _ensemble():
     make = lambda seed: _make('sparse_momentum', seed=seed)
     members = 3
     params = jax.tree.map(lambda p: jnp.stack([p] * members), PARAMS)
@@ -180,10 +185,21 @@ def test_an_ensemble_keeps_the_condition_and_draws_masks_of_its_own():
     states = states._replace(count=jnp.int32(0))
     axes = jax.tree.map(lambda _: 0, states)._replace(count=None)
     step = jax.jit(jax.vmap(make(0).update, in_axes=(0, axes, 0), out_axes=(0, axes)))
+    return make, members, params, states, step
+
+
+def test_an_ensemble_keeps_the_condition_and_draws_masks_of_its_own():
+    _, members, params, states, step = _ensemble()
     assert ' cond[' in str(step.trace(params, states, params).jaxpr)
     assert not (states.masks['a'][0] == states.masks['a'][1]).all(), 'members share their first masks'
+    assert states.masks['a'].sum((1, 2)).tolist() == [16] * members
     with pytest.raises(ValueError, match=r'Those of an ensemble: jax.vmap\(sj.apply_masks\)'):
         sj.apply_masks(params, states.masks)
+
+
+@pytest.mark.slow
+def test_members_of_an_ensemble_move_as_each_would_alone():
+    make, members, params, states, step = _ensemble()
     new, after = jax.vmap(sj.apply_masks)(params, states.masks), states
     for _ in range(2):
         updates, after = step(params, after, new)

@@ -1,6 +1,7 @@
 """Every transformation of optax and optax.contrib inside sparsify: it works and grows where gradients are large, or it is refused."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from tests.core import optimizers
 
 CASES = optimizers.cases()
 WORK = [name for name, case in CASES.items() if not case.refused]
+pytestmark = pytest.mark.core
+
 SETTINGS = dict(density=0.5, update_every=4, total_steps=1000)
 STEPS = 4
 
@@ -46,12 +49,18 @@ def test_refused_with_the_reason(name):
         tx.init(CASES[name].params)
 
 
+def _is_a_part(name: str) -> bool:
+    rate = inspect.signature(optimizers.public()[name]).parameters.get('learning_rate') if name in optimizers.public() else None
+    return rate is None and name not in ('optax.chain', 'optax.masked', 'optax.partition', 'optax.trace')
+
+
 @functools.cache
 def _masks():
     return sj.sparsify(optax.sgd(0.1), **SETTINGS).init(optimizers.PARAMS).masks
 
 
-@pytest.mark.parametrize('name', WORK)
+# quick: those that people name; slow: what they are made of
+@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.slow) if _is_a_part(n) else n for n in WORK])
 def test_momentum_rises_with_the_gradient(name):
     """What growth and redistribution read of an optimizer never falls where gradients rise, within a layer and between layers."""
     case = CASES[name]
@@ -79,7 +88,7 @@ def test_momentum_rises_with_the_gradient(name):
     assert mean['b'] <= 1.01 * mean['a'], 'the layer of smaller gradients has the larger share'
 
 
-@pytest.mark.parametrize('make', [optax.contrib.adopt, optax.lars])
+@pytest.mark.parametrize('make', [optax.contrib.adopt, pytest.param(optax.lars, marks=pytest.mark.slow)])
 def test_growth_and_shares_follow_the_gradients(make):
     """The update itself, for an optimizer whose mu is normalized already, and one that scales layers apart."""
     params = optimizers.PARAMS
