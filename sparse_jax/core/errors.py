@@ -1,7 +1,9 @@
 """One message for every name that does not exist."""
 
 import difflib
+import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterable
 
 
@@ -44,3 +46,9 @@ def check_takes(setting: str, function: Callable, signature: str) -> None:
     except TypeError:
         name = getattr(function, '__name__', repr(function))
         raise ValueError(f'{setting}: must be a function {signature}, but {name} has the signature {given}.') from None
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """Logs what works, but not as its user may think, once a process."""
+    logging.getLogger('sparse_jax').warning('%s', message)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sparse_jax.core import errors
+
 _FINAL = 0.005  # the original's eta_min
 
 
@@ -150,6 +152,11 @@ class Timing:
         if window < 0 or count < 0:
             raise ValueError(
                 f'needs_dense_gradient: window={window!r} and count={count!r} must be at least 0 (window None: always).'
+            )
+        if window >= self.update_every:
+            errors.say_once(
+                f'window={window} steps of dense gradients before each mask update, of which there is one every {self.update_every}: all '
+                'gradients are dense, and no weight gradient is sparse. Take a shorter window, or update masks less often.'
             )
         step = count + 1
         next_update = -(-max(step, self.start_step + 1) // self.update_every) * self.update_every  # this step or a later one

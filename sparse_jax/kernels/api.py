@@ -1,6 +1,7 @@
 """Sparse matrix product and convolution with their gradients, over any backend."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -77,7 +78,7 @@ def _apply(x, w, pattern, geometry, dense_gradient, implementation):
     arguments.check_zeros(w, pattern)
     shape = x.shape
     if w.ndim == 2 or (w.shape[:2] == (1, 1) and geometry == Geometry()):  # one tap: a matrix product of all pixels
-        x, w = x.reshape(-1, 1, 1, shape[-1]), w.reshape(1, 1, *w.shape[-2:])
+        x, w = x.reshape(math.prod(shape[:-1]), 1, 1, shape[-1]), w.reshape(1, 1, *w.shape[-2:])
     empty = 0 in (x.size, *geometry.output_shape(x.shape, w.shape))
     choice = backend.choose(implementation, x.dtype, pattern, empty=empty)
     if pattern.observer is not None:

@@ -19,7 +19,8 @@ def check_product(name: str, x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array, 
     """ValueError unless x, w of so many axes and its pattern fit together."""
     where = f' (layer {pattern.name})' if isinstance(pattern, Pattern) and pattern.name else ''
     if not isinstance(pattern, Pattern):
-        raise ValueError(f'{name}: pattern must come from make_pattern, got {type(pattern).__name__}.')
+        dense = ' A leaf whose pattern is None is dense: multiply with jnp.dot or kernels.convolve.' if pattern is None else ''
+        raise ValueError(f'{name}: pattern must come from make_pattern, got {type(pattern).__name__}.{dense}')
     if w.ndim != axes or tuple(w.shape) != tuple(pattern.shape):
         raise ValueError(f'{name}: w has shape {tuple(w.shape)}, its pattern is of shape {tuple(pattern.shape)}{where}.')
     split = pattern.split

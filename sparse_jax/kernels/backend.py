@@ -6,7 +6,6 @@ up to which blocks were measured to win there, on a CPU the density alone. A run
 """
 
 import contextlib
-import functools
 import importlib
 import logging
 from collections.abc import Iterator, Mapping
@@ -160,7 +159,7 @@ def choose(implementation: str | None, dtype, pattern: Pattern, *, empty: bool) 
         )
     if named or target.platform() != 'cpu':
         layer = f' {pattern.name}' if pattern.name else ''
-        _warn_once(f"sparse_jax: the reference multiplies{layer} instead of '{choice.implementation}': {reason}.")
+        errors.say_once(f"sparse_jax: the reference multiplies{layer} instead of '{choice.implementation}': {reason}.")
     return Choice('reference', reason)
 
 
@@ -186,7 +185,7 @@ def _by_rule(pattern: Pattern) -> Choice:
     crossover = store.crossover(kind, pattern.granularity)
     if crossover is None:
         how = ' measure them with python -m benchmarks.gpu,' if platform == 'gpu' else ''
-        _warn_once(
+        errors.say_once(
             f'sparse_jax: {pattern.granularity} were not measured on {kind}, so that sparse products are masked dense ones:{how} name the '
             'implementation, or train with sparsity.kernels=auto, which measures the layers of a run.'
         )
@@ -234,8 +233,3 @@ def fastest(seconds: Mapping[str, float]) -> Choice:
     """
     name = min(seconds, key=lambda name: seconds[name] * (0.95 if name == 'dense' else 1))
     return Choice(name, ', '.join(f'{name} {1e3 * value:.2f} ms' for name, value in seconds.items()))
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    _LOG.warning('%s', message)

@@ -199,7 +199,13 @@ def make_patterns(
 
     def make(path, mask):
         rows, unit = layers.get(path, (False, None))
-        if unit is None or np.ndim(mask) - rows not in (2, 4) or named.get(path) == 'dense':
+        if unit is None or named.get(path) == 'dense':
+            return None
+        if np.ndim(mask) - rows not in (2, 4):
+            axes = f'{np.ndim(mask)} axes' + (', one of them of layers' if rows else '')
+            errors.say_once(
+                f'make_patterns: {path} has {axes}: it is no matrix and no 2D convolution, and stays dense (pattern None).'
+            )
             return None
         old = before.get(path)
         kept = {}

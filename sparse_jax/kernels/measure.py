@@ -187,7 +187,7 @@ def _measured_once(call: Call, density: float, dense_gradient: bool) -> dict[str
         call.input_gradient,
     ]
     key = json.dumps([machine, *what, density, dense_gradient, list(names)])
-    if seconds := _read().get(key):
+    if (seconds := _read().get(key)) and seconds.keys() == set(names):
         return seconds
     seconds = measure(call, density, dense_gradient=dense_gradient)
     store.write(_FILE, _read() | {key: seconds})
@@ -199,5 +199,5 @@ def _plain(value):
 
 
 def _read() -> dict[str, dict[str, float]]:
-    numbers = lambda row: isinstance(row, dict) and row and all(isinstance(s, float) and math.isfinite(s) for s in row.values())
+    numbers = lambda row: isinstance(row, dict) and row and all(isinstance(s, float) and 0 < s < math.inf for s in row.values())
     return {key: row for key, row in store.read(_FILE).items() if numbers(row)}

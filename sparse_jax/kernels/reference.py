@@ -36,7 +36,9 @@ def convolve_dense(x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
     strides, padding, dilation = geometry
     if w.shape[:2] == (1, 1) and padding == ((0, 0), (0, 0)):  # XLA's convolution of one tap takes three times as long on CPU
         x = x[:, :: strides[0], :: strides[1]]
-        return (x.reshape(-1, x.shape[-1]) @ w[0, 0]).reshape(*x.shape[:-1], w.shape[-1])  # [..., in] would be transposed for dw
+        return (x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) @ w[0, 0]).reshape(
+            *x.shape[:-1], w.shape[-1]
+        )  # [..., in] would be transposed for dw
     outputs = geometry.output_shape(x.shape, w.shape)
     few = x.shape[1] * x.shape[2] <= _FEW_PIXELS and outputs[1] * outputs[2] <= 4 * _FEW_PIXELS  # each is written out below
     if not few or target.platform() != 'cpu':

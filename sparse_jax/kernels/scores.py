@@ -1,5 +1,6 @@
 """How large the dense weight gradient is in each block, for growth by blocks without a dense gradient in memory."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -66,7 +67,7 @@ def block_scores(
     granularity.unit_shape(w_shape)  # ValueError for a block larger than the weight
     if len(w_shape) == 2:
         geometry, full = Geometry(), (1, 1, *w_shape)
-        x, dy = x.reshape(-1, 1, 1, x.shape[-1]), dy.reshape(-1, 1, 1, dy.shape[-1])
+        x, dy = (a.reshape(math.prod(a.shape[:-1]), 1, 1, a.shape[-1]) for a in (x, dy))
     else:
         geometry, full = arguments.geometry_of('block_scores', x.shape, w_shape, strides, padding, dilation), w_shape
     if geometry.output_shape(x.shape, full) != dy.shape:

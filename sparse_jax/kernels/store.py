@@ -23,9 +23,12 @@ def rounded(density: float) -> float:
 
 
 def read(name: str) -> dict[str, Any]:
-    """What is kept under this name; nothing where the file is absent or damaged, since it can be measured again."""
+    """What is kept under this name; nothing where the file is absent, damaged or not this user's, since it can be measured again."""
+    path = compiler.cache_folder() / name
+    if not compiler.is_trusted(path):
+        return {}
     try:
-        content = json.loads((compiler.cache_folder() / name).read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -33,9 +36,8 @@ def read(name: str) -> dict[str, Any]:
 
 def write(name: str, content: dict[str, Any]) -> None:
     """Whole or not at all. Of two processes that write at once one wins, and the other's is measured again some time."""
-    path = compiler.cache_folder() / name
     with contextlib.suppress(OSError):  # a cache that cannot be written costs a measurement next time
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = compiler.make_cache_folder() / name
         handle, partial = tempfile.mkstemp(dir=path.parent, suffix='.json.partial')
         try:
             with os.fdopen(handle, 'w') as file:
@@ -47,13 +49,16 @@ def write(name: str, content: dict[str, Any]) -> None:
 
 def crossover(device: str, granularity: Granularity) -> float | None:
     """Up to which density the kernels were measured to be the faster ones on this kind of device; None: it was not measured."""
-    return read(_CROSSOVERS).get(device, {}).get(_sides(granularity))
+    of_device = read(_CROSSOVERS).get(device)
+    density = of_device.get(_sides(granularity)) if isinstance(of_device, dict) else None
+    return density if isinstance(density, float) and 0 < density <= 1 else None
 
 
 def write_crossover(device: str, granularity: Granularity, density: float) -> None:
     """Keeps what :func:`crossover` gives."""
     content = read(_CROSSOVERS)
-    content.setdefault(device, {})[_sides(granularity)] = rounded(density)
+    of_device = content.get(device)
+    content[device] = (of_device if isinstance(of_device, dict) else {}) | {_sides(granularity): rounded(density)}
     write(_CROSSOVERS, content)
 
 

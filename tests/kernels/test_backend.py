@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sparse_jax import kernels
+from sparse_jax.core import errors
 from sparse_jax.core.granularity import Block, Unstructured
 from sparse_jax.kernels import backend, measure, store
 from sparse_jax.kernels.reference import Geometry
@@ -72,7 +73,7 @@ def test_unknown_names_are_told():
 
 
 def _fresh():
-    backend._warn_once.cache_clear()
+    errors.say_once.cache_clear()
 
 
 def _by_rule(density, granularity, units=4096):

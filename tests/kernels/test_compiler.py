@@ -7,6 +7,9 @@ import sys
 
 import pytest
 
+import sparse_jax as sj
+from sparse_jax.kernels import store
+from sparse_jax.kernels.cpu import compiler
 from sparse_jax.kernels.cpu import operations as cpu
 
 needs_compiler = pytest.mark.skipif(bool(cpu.unavailable()), reason='needs a C++ compiler: install g++ or clang++')
@@ -37,6 +40,9 @@ def test_two_processes_build_the_cache_at_once_and_threads_change_no_bit(tmp_pat
 _ONE = """
 import numpy as np, jax.numpy as jnp, sys
 from sparse_jax import kernels
+import sparse_jax as sj
+from sparse_jax.kernels import store
+from sparse_jax.kernels.cpu import compiler
 from sparse_jax.kernels.cpu import operations as cpu
 w = jnp.eye(4)
 print(kernels.sparse_dot(2 * w, w, kernels.make_pattern(np.eye(4, dtype=bool), implementation='cpu'))[3, 3], cpu.unavailable())
@@ -92,3 +98,64 @@ def test_a_cache_that_cannot_be_written_costs_a_compilation_only(tmp_path):
     (tmp_path / 'file').write_text('')
     output, problems = _process('-c', _ONE, SPARSE_JAX_CACHE=str(tmp_path / 'file' / 'cache'), **QUICK).communicate(timeout=300)
     assert output.split() == ['2.0'] and problems.count('they are compiled for this process alone') == 1
+
+
+_PLANTED = """
+import pathlib, sys
+from sparse_jax.kernels import store
+from sparse_jax.kernels.cpu import compiler
+folder = pathlib.Path(sys.argv[1])
+source = folder.parent / 'planted.c'
+source.write_text('#include <stdio.h>\\n__attribute__((constructor)) void run(void) { fclose(fopen("%s", "w")); }' % sys.argv[2])
+library = folder / f'kernels-{compiler.key()}.so'
+compiler._run([*compiler._compiler(), '-x', 'c', '-shared', '-fPIC', str(source), '-o', str(library)])
+library.write_bytes(library.read_bytes() + compiler.hashlib.sha256(library.read_bytes()).digest())
+(folder / 'measured.json').write_text('{"planted": 1}')
+"""
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize('how', ['another user', 'writable file'])
+def test_planted_code_is_not_loaded(tmp_path, how):
+    """A user without a home: the folder in the temporary directory has a name that anybody can know, and make first."""
+    if how == 'another user' and os.getuid() != 0:
+        pytest.skip('only the superuser can give a folder to another user: run the tests as root, as CI does')
+    folder, ran = tmp_path / 'cache', tmp_path / 'it_ran'
+    folder.mkdir()
+    own = dict(SPARSE_JAX_CACHE=str(folder), **QUICK)
+    planting = _process('-c', _PLANTED, str(folder), str(ran), **own)
+    assert planting.communicate(timeout=300) is not None and planting.returncode == 0
+    (library,) = folder.glob('*.so')
+    if how == 'another user':
+        for path in (library, folder / 'measured.json', folder):
+            os.chown(path, 65534, 65534)
+    else:
+        library.chmod(0o666)
+    output, problems = _process('-c', _ONE, **own).communicate(timeout=300)
+    assert output.split() == ['2.0'] and not ran.exists(), problems
+    assert ('it belongs to another user' in problems) == (how == 'another user')
+    read = _process('-c', "from sparse_jax.kernels import store; print(store.read('measured.json'))", **own).communicate(
+        timeout=300
+    )
+    assert read[0].strip() == ('{}' if how == 'another user' else "{'planted': 1}"), read
+
+
+def test_the_cache_is_for_its_user_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv('SPARSE_JAX_CACHE', str(tmp_path / 'a' / 'cache'))
+    assert compiler.make_cache_folder().stat().st_mode & 0o777 == 0o700
+    compiler.cache_folder().chmod(0o777)
+    store.write('numbers.json', {'a': 1.0})
+    assert compiler.cache_folder().stat().st_mode & 0o022 == 0 and store.read('numbers.json') == {'a': 1.0}
+    (compiler.cache_folder() / 'numbers.json').chmod(0o666)
+    assert store.read('numbers.json') == {}
+
+
+@pytest.mark.parametrize('density', ['0.2', -1.0, 7.0, None, [0.2]])
+def test_a_stored_crossover_is_a_density_or_nothing(tmp_path, monkeypatch, density):
+    monkeypatch.setenv('SPARSE_JAX_CACHE', str(tmp_path))
+    block = sj.granularity.Block(64, 64)
+    store.write('crossovers.json', {'H100': {'64x64': density}, 'A100': 3})
+    assert store.crossover('H100', block) is None and store.crossover('A100', block) is None
+    store.write_crossover('A100', block, 0.2)
+    assert store.crossover('A100', block) == 0.2

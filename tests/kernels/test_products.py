@@ -1,5 +1,6 @@
 """Sparse products against float64, their patterns, the measured choice and the window of dense gradients."""
 
+import dataclasses
 import json
 
 import jax
@@ -25,6 +26,50 @@ needs_compiler = pytest.mark.skipif(bool(cpu.unavailable()), reason='needs a C++
 def test_products_and_both_gradients_equal_float64(case, seed, implementation):
     _, wrong = kernel_cases.errors(case, implementation, seed)
     assert max(wrong) < 2e-6
+
+
+@needs_compiler
+@pytest.mark.parametrize('case', kernel_cases.EXTREMES, ids=str)
+def test_extreme_extents_equal_float64(case):
+    _, wrong = kernel_cases.errors(case, 'cpu')
+    assert max(wrong) < 2e-6
+
+
+@needs_compiler
+@pytest.mark.parametrize('extents', [(0, 4, 4, 3, 5), (2, 0, 4, 3, 5), (2, 4, 0, 3, 5), (2, 4, 4, 0, 5), (2, 4, 4, 3, 0)], ids=str)
+def test_arrays_without_elements_have_the_results_of_the_reference(extents):
+    n, height, width, inputs, outputs = extents
+    mask = np.ones((3, 3, inputs, outputs), bool)
+    pattern, geometry = kernels.make_pattern(np.ones((3, 3, 3, 5), bool)), reference.Geometry((1, 1), ((1, 1), (1, 1)))
+    x, w = jnp.ones((n, height, width, inputs)), jnp.asarray(mask, jnp.float32)
+    y = cpu.forward(x, w, pattern, geometry)
+    np.testing.assert_array_equal(y, np.zeros(geometry.output_shape(x.shape, w.shape)))
+    np.testing.assert_array_equal(cpu.input_gradient(y, w, pattern, geometry, x.shape), np.zeros(x.shape))
+    np.testing.assert_array_equal(cpu.weight_gradient(x, y, pattern, geometry, w.shape), np.zeros(w.shape))
+
+
+@needs_compiler
+@pytest.mark.parametrize('block', [None, (4, 4)])
+def test_lists_that_do_not_belong_to_the_weight_are_told(block):
+    mask = np.kron(np.random.default_rng(0).random((4, 4)) < 0.5, np.ones((4, 4))) > 0
+    pattern = kernels.make_pattern(mask, block=block)
+    indices, pointers = np.asarray(pattern.transposed_indices), np.asarray(pattern.transposed_pointers)
+    wrong = {
+        'too few pointers': dict(transposed_pointers=pointers[:-2]),
+        'its pointers leave its indices': dict(transposed_indices=indices[: pointers[-1] - 1]),
+        'an index lies beyond': dict(transposed_indices=indices + 17),
+    }
+    w, x = jnp.asarray(mask, jnp.float32), jnp.ones((40, 16))
+    product = jax.jit(lambda x, w, p: kernels.sparse_dot(x, w, p, implementation='cpu'))
+    gradient = jax.jit(jax.grad(lambda w, x, p: product(x, w, p).sum()))
+    for message, lists in {**wrong, 'an index lies beyond ': dict(transposed_indices=indices - 17)}.items():
+        damaged = dataclasses.replace(pattern, **{name: jnp.asarray(array) for name, array in lists.items()})
+        for run in (lambda p: product(x, w, p), lambda p: gradient(w, x, p)):
+            with pytest.raises(
+                jax.errors.JaxRuntimeError, match=f'the pattern does not belong to this weight: .*{message.strip()}'
+            ):
+                jax.block_until_ready(run(damaged))
+    np.testing.assert_allclose(product(x, w, pattern), x @ w, rtol=1e-5)
 
 
 @needs_compiler

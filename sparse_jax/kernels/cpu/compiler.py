@@ -14,6 +14,7 @@ import pathlib
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 
@@ -37,6 +38,29 @@ def cache_folder() -> pathlib.Path:
         return (pathlib.Path(base) if base else pathlib.Path.home() / '.cache') / 'sparse_jax'
     except RuntimeError:  # a user without a home, as in containers
         return pathlib.Path(tempfile.gettempdir()) / f'sparse_jax-{os.getuid()}'
+
+
+def is_trusted(path: pathlib.Path) -> bool:
+    """Whether this user (or root) owns a file and the folder it is in, and nobody else may write to them: what others could have put there is
+    neither loaded nor believed."""
+    try:
+        found = [path.stat(), path.parent.stat()]
+    except OSError:
+        return False
+    return all(status.st_uid in (os.getuid(), 0) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) for status in found)
+
+
+def make_cache_folder() -> pathlib.Path:
+    """The cache's folder, for this user alone; OSError where it cannot be made, or is another user's."""
+    folder = cache_folder()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid():
+        raise PermissionError('it belongs to another user; name a folder of your own in SPARSE_JAX_CACHE')
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):  # made by an older version, or under another umask
+        folder.chmod(0o700)
+    return folder
 
 
 @functools.cache
@@ -123,14 +147,14 @@ def library() -> ctypes.CDLL:
     folder = cache_folder()
     path = folder / f'kernels-{key()}.so'
     try:
-        if _intact(path):
+        if is_trusted(path) and _intact(path):
             return ctypes.CDLL(str(path))
         _logger.info('sparse_jax: compiling the CPU kernels, once (some seconds).')
         with tempfile.TemporaryDirectory() as temporary:
             fresh = pathlib.Path(temporary) / path.name
             _compile(fresh)
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                make_cache_folder()
                 _keep(fresh, path)
             except OSError as error:  # read-only or full
                 message = 'sparse_jax: %s cannot keep the compiled CPU kernels (%s); they are compiled for this process alone.'

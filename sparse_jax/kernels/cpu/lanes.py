@@ -44,12 +44,12 @@ def to_lanes(x: jax.Array) -> jax.Array:
     >>> to_lanes(jnp.zeros((32, 8, 8, 3))).shape
     (2, 8, 8, 3, 16)
     """
-    return jnp.moveaxis(x.reshape(-1, BATCH, *x.shape[1:]), 1, -1)
+    return jnp.moveaxis(x.reshape(len(x) // BATCH, BATCH, *x.shape[1:]), 1, -1)
 
 
 def from_lanes(x: jax.Array) -> jax.Array:
     """The inverse of :func:`to_lanes`."""
-    return jnp.moveaxis(x, -1, 1).reshape(-1, *x.shape[1:-1])
+    return jnp.moveaxis(x, -1, 1).reshape(len(x) * BATCH, *x.shape[1:-1])
 
 
 def convolve_by_lanes(

@@ -3,14 +3,17 @@
 import functools
 import itertools
 import logging
+import math
+import os
 from collections.abc import Callable, Sequence
+from platform import libc_ver
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax.core import target
+from sparse_jax.core import errors, target
 from sparse_jax.core.granularity import Granularity, Unstructured
 from sparse_jax.kernels.cpu import compiler
 from sparse_jax.kernels.pattern import Pattern
@@ -18,6 +21,9 @@ from sparse_jax.kernels.reference import Geometry
 
 _logger = logging.getLogger('sparse_jax')
 _HANDLERS = ('forward', 'input_gradient', 'weight_gradient', 'pool', 'pool_gradient')
+# launch.MALLOC: that module restarts Python before anything imports jax, as this one does
+MALLOC = ':'.join(f'glibc.malloc.{name}' for name in ('mmap_max=0', 'trim_threshold=1000000000000', 'arena_max=1', 'hugetlb=1'))
+_LARGE = 2**22  # elements of an array
 LISTS = object()  # where a pattern's lists stand among the operands
 
 
@@ -57,6 +63,11 @@ def unsupported(dtype, granularity: Granularity) -> str:
 def call(name: str, shapes: Sequence[tuple[int, ...]], *operands, pattern: Pattern | None, geometry: Geometry):
     """Results of these shapes from a kernel; a pattern of None: the weight is dense, and the images must lie by lanes."""
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    if max(map(math.prod, shapes)) >= _LARGE and _malloc_returns_memory():
+        errors.say_once(
+            'CPU kernels: malloc maps large arrays anew in each step, which can cost a quarter of it. Start Python with '
+            f'GLIBC_TUNABLES={MALLOC} in the environment, as launch.py does.'
+        )
     empty = jnp.zeros(0, jnp.int32)
     # by input, also for the product by output: the order in which the weight lies in memory
     lists = (empty, empty) if pattern is None else (pattern.transposed_indices, pattern.transposed_pointers)
@@ -64,6 +75,12 @@ def call(name: str, shapes: Sequence[tuple[int, ...]], *operands, pattern: Patte
     numbers = (*geometry.strides, *(low for low, _ in geometry.padding), *geometry.dilation, *sides)
     arguments = [lists if operand is LISTS else [operand] for operand in operands]
     return kernel(name, results, geometry=np.array(numbers, np.int64))(*itertools.chain(*arguments))
+
+
+@functools.cache
+def _malloc_returns_memory() -> bool:
+    """Whether this is glibc's malloc, as it comes."""
+    return libc_ver()[0] == 'glibc' and 'GLIBC_TUNABLES' not in os.environ and 'LD_PRELOAD' not in os.environ
 
 
 def kernel(name: str, results: Any, **attributes) -> Callable[..., Any]:

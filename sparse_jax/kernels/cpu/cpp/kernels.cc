@@ -55,10 +55,10 @@ using F32 = ffi::Buffer<ffi::F32>;
 using S32 = ffi::Buffer<ffi::S32>;
 using Numbers = ffi::Span<const int64_t>;
 
-// A kernel's list; none where the kernel is dense and all of it is used.
+// A kernel's list; without pointers where the kernel is dense and all of it is used.
 List list_of(const S32& index, const S32& pointer, const Image& inputs, const Image& outputs, Numbers numbers, bool transposed) {
-  const int32_t* indices = index.element_count() ? index.typed_data() : nullptr;
-  return {indices, pointer.typed_data(), inputs.channels, outputs.channels, numbers[6], numbers[7], transposed};
+  return {index.typed_data(), pointer.typed_data(), int64_t(index.element_count()), int64_t(pointer.element_count()),
+          inputs.channels, outputs.channels, numbers[6], numbers[7], transposed};
 }
 
 // [mean, scale, bias][channels], or nothing.
@@ -69,8 +69,8 @@ Activation activation_of(const F32& numbers, int64_t channels) {
 }
 
 Pass forward_pass(const Geometry& g, const Image& from, const Image& to) {
-  Pass pass{forward_axis(to.height, g.taps_y, g.stride_y, g.pad_y, g.dilation_y),
-            forward_axis(to.width, g.taps_x, g.stride_x, g.pad_x, g.dilation_x)};
+  Pass pass{forward_axis(to.height, from.height, g.taps_y, g.stride_y, g.pad_y, g.dilation_y),
+            forward_axis(to.width, from.width, g.taps_x, g.stride_x, g.pad_x, g.dilation_x)};
   choose_patch(pass, from);
   return pass;
 }
@@ -79,6 +79,12 @@ void forward(ffi::ThreadPool& pool, const F32& x, const F32& activation, const F
              const F32& residual, F32& y, F32& statistics, Numbers numbers) {
   const Geometry g = geometry_of(w.dimensions(), numbers);
   const Image from = image_of(x.dimensions()), to = image_of(y.dimensions());
+  if (y.element_count() == 0 || x.element_count() == 0 || w.element_count() == 0) {
+    std::fill_n(statistics.typed_data(), statistics.element_count(), 0.0f);
+    if (residual.element_count()) std::copy_n(residual.typed_data(), y.element_count(), y.typed_data());
+    else std::fill_n(y.typed_data(), y.element_count(), 0.0f);
+    return;
+  }
   const List list = list_of(index, pointer, from, to, numbers, false);
   const Pass pass = forward_pass(g, from, to);
   const int64_t tiles = pass.tiles(from.units());
@@ -119,6 +125,11 @@ void input_gradient(ffi::ThreadPool& pool, const F32& dy, const F32& x, const F3
                     const S32& pointer, F32& dx, F32& gradients, Numbers numbers) {
   const Geometry g = geometry_of(w.dimensions(), numbers);
   const Image from = image_of(dy.dimensions()), to = image_of(dx.dimensions());
+  if (dy.element_count() == 0 || dx.element_count() == 0 || w.element_count() == 0) {
+    std::fill_n(dx.typed_data(), dx.element_count(), 0.0f);
+    std::fill_n(gradients.typed_data(), gradients.element_count(), 0.0f);
+    return;
+  }
   const List list = list_of(index, pointer, to, from, numbers, true);
   const Activation f = activation_of(activation, to.channels);
   const Source source{dy.typed_data(), from, {}};
@@ -126,8 +137,9 @@ void input_gradient(ffi::ThreadPool& pool, const F32& dy, const F32& x, const F3
   const Sums sums = zero_sums(lease, f.mean ? to.channels : 0);
   for (int64_t py = 0; py < g.stride_y; py++)
     for (int64_t px = 0; px < g.stride_x; px++) {
-      Pass pass{backward_axis(to.height, py, g.taps_y, g.stride_y, g.pad_y, g.dilation_y),
-                backward_axis(to.width, px, g.taps_x, g.stride_x, g.pad_x, g.dilation_x)};
+      Pass pass{backward_axis(to.height, from.height, py, g.taps_y, g.stride_y, g.pad_y, g.dilation_y),
+                backward_axis(to.width, from.width, px, g.taps_x, g.stride_x, g.pad_x, g.dilation_x)};
+      if (pass.y.count == 0 || pass.x.count == 0) continue;  // a stride beyond the image
       choose_patch(pass, from);
       const int64_t tiles = pass.tiles(from.units());
       const Pieces pieces(pool, tiles, from.by_lanes ? std::min(tiles, kParts) : tiles, to.channels);
@@ -142,11 +154,13 @@ void input_gradient(ffi::ThreadPool& pool, const F32& dy, const F32& x, const F3
 
 void pool_maxima(ffi::ThreadPool& pool, const F32& x, const F32& activation, F32& y, Numbers window) {
   const Pool shape{image_of(x.dimensions()), image_of(y.dimensions()), window[0], window[1]};
+  shape.check();
   pool_forward(pool, shape, activation_of(activation, shape.from.channels), x.typed_data(), y.typed_data());
 }
 
 void pool_gradient(ffi::ThreadPool& pool, const F32& x, const F32& activation, const F32& dy, F32& dx, F32& gradients, Numbers window) {
   const Pool shape{image_of(x.dimensions()), image_of(dy.dimensions()), window[0], window[1]};
+  shape.check();
   const Activation f = activation_of(activation, shape.from.channels);
   Lease lease;
   const Sums sums = zero_sums(lease, f.mean ? shape.from.channels : 0);
@@ -162,9 +176,13 @@ void dense_weight_gradient(ffi::ThreadPool& pool, const Geometry& g, const Pass&
   const int64_t block = dense_block(pass, inputs), blocks = (inputs + block - 1) / block;
   const int64_t width = 2 * kPanel, ranges = (outputs + width - 1) / width;
   std::vector<int32_t> offset;
+  // Taps that never meet the image have the gradient 0; they are computed at another tap's place.
+  auto meets = [&](int64_t t) { return pass.y.tap[t / g.taps_x] >= 0 && pass.x.tap[t % g.taps_x] >= 0; };
   for (int64_t c = 0; c < block; c++)
-    for (int64_t t = 0; t < taps; t++)
-      offset.push_back(int32_t(c * positions + (pass.y.tap[t / g.taps_x] * pass.window_columns + pass.x.tap[t % g.taps_x]) * pass.groups));
+    for (int64_t t = 0; t < taps; t++) {
+      const int64_t place = meets(t) ? pass.y.tap[t / g.taps_x] * pass.window_columns + pass.x.tap[t % g.taps_x] : 0;
+      offset.push_back(int32_t(c * positions + place * pass.groups));
+    }
   parallel_for(pool, blocks * ranges, [&](int64_t i) {
     const int64_t first = i / ranges * block, length = std::min(block, inputs - first), pairs = length * taps;
     const int64_t low = i % ranges * width, high = std::min(outputs, low + width), panels = (high - low + kPanel - 1) / kPanel;
@@ -186,20 +204,24 @@ void dense_weight_gradient(ffi::ThreadPool& pool, const Geometry& g, const Pass&
       });
     }
     for (int64_t k = 0; k < pairs; k++)
-      for (int64_t o = low; o < high; o++)
-        dw[(k % taps * inputs + first + k / taps) * outputs + o] = sums[((o - low) / kPanel * pairs + k) * kPanel + (o - low) % kPanel];
+      for (int64_t o = low; o < high; o++) {
+        const float sum = sums[((o - low) / kPanel * pairs + k) * kPanel + (o - low) % kPanel];
+        dw[(k % taps * inputs + first + k / taps) * outputs + o] = meets(k % taps) ? sum : 0.0f;
+      }
   });
 }
 
 void weight_gradient(ffi::ThreadPool& pool, const F32& x, const F32& activation, const F32& dy, const S32& index, const S32& pointer,
                      F32& dw, Numbers numbers) {
   const Geometry g = geometry_of(dw.dimensions(), numbers);
+  if (x.element_count() == 0 || dy.element_count() == 0 || dw.element_count() == 0)
+    return void(std::fill_n(dw.typed_data(), dw.element_count(), 0.0f));
   const Source source{x.typed_data(), image_of(x.dimensions()), activation_of(activation, image_of(x.dimensions()).channels)};
   const Source gradient{dy.typed_data(), image_of(dy.dimensions()), {}};
   const Image &from = source.image, &to = gradient.image;
   const List list = list_of(index, pointer, from, to, numbers, false);
   const Pass pass = forward_pass(g, from, to);
-  if (!list.index) return dense_weight_gradient(pool, g, pass, source, gradient, dw.typed_data());
+  if (list.dense()) return dense_weight_gradient(pool, g, pass, source, gradient, dw.typed_data());
   const int64_t positions = pass.positions(), tiles = pass.tiles(from.units()), parts = std::min(tiles, kGradientParts);
   const Pieces pieces(pool, tiles, parts, to.channels);
   Lease plan_scratch, partial_scratch;
@@ -253,6 +275,8 @@ ffi::Error guarded(F body) {
     body();
   } catch (const std::bad_alloc&) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "sparse_jax: no memory for the kernel's scratch");
+  } catch (const std::invalid_argument& error) {
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument, error.what());
   }
   return ffi::Error::Success();
 }

@@ -1,6 +1,9 @@
 // The nonzeros of one pass, in the order in which they are used.
 #pragma once
 
+#include <stdexcept>
+#include <string>
+
 #include "tiles.h"
 
 namespace sparse_jax {
@@ -9,9 +12,18 @@ namespace sparse_jax {
 // output * taps + tap, in ascending order. That is nearly the order in which the dense kernel lies in memory, from which values are read.
 struct List {
   const int32_t *index, *pointer;
+  int64_t indices, pointers;  // their lengths
   int64_t inputs, outputs, block_rows, block_columns;
   bool transposed;  // whether inputs are the destination
+
+  bool dense() const { return pointers == 0; }
+  int64_t rows() const { return (inputs + block_rows - 1) / block_rows; }
 };
+
+// A list that does not belong to the kernel would have the loops below write beyond their arrays.
+inline void check(bool fits, const char* what) {
+  if (!fits) throw std::invalid_argument(std::string("sparse_jax: the pattern does not belong to this weight: ") + what);
+}
 
 // One nonzero: where its operands start in the packed window, in vectors, and its value or its place in the dense kernel.
 struct Entry {
@@ -38,7 +50,7 @@ struct Pieces {
   int64_t tiles, parts, ranges, width, rows;
 
   Pieces(const ffi::ThreadPool& pool, int64_t tiles, int64_t parts, int64_t rows) : tiles(tiles), parts(parts), rows(rows) {
-    const int64_t wanted = parts >= 2 * pool.num_threads() ? 1 : (pool.num_threads() + parts - 1) / parts;
+    const int64_t wanted = parts == 0 || parts >= 2 * pool.num_threads() ? 1 : (pool.num_threads() + parts - 1) / parts;
     width = std::max<int64_t>(2 * kLanes, (rows + wanted * kLanes - 1) / (wanted * kLanes) * kLanes);
     ranges = (rows + width - 1) / width;
   }
@@ -69,17 +81,23 @@ struct Operand {
 };
 inline constexpr int32_t kNoTap = INT32_MIN;
 
-// Calls visit(operand) for each nonzero of an input channel.
-template <typename F>
+// Calls visit(operand) for each nonzero of an input channel. CHECKED: the first time that the list is read.
+template <bool CHECKED, typename F>
 inline void for_nonzeros(const List& list, const Operand* operands, int64_t taps, int64_t input, F visit) {
   const int64_t unit = input / list.block_rows, size = list.block_columns;
-  const int32_t *k = list.index + list.pointer[unit], *end = list.index + list.pointer[unit + 1];
+  const int64_t from = list.pointer[unit], to = list.pointer[unit + 1];
+  if (CHECKED) check(0 <= from && from <= to && to <= list.indices, "its pointers leave its indices");
+  const uint32_t places = uint32_t((list.outputs + size - 1) / size * taps);
+  const int32_t *k = list.index + from, *end = list.index + to;
   if (size == 1) {
-    for (; k != end; k++)
+    for (; k != end; k++) {
+      if (CHECKED && uint32_t(*k) >= places) check(false, "an index lies beyond its outputs and taps");
       if (operands[*k].offset != kNoTap) visit(operands[*k]);
+    }
     return;
   }
   for (; k != end; k++) {
+    if (CHECKED && uint32_t(*k) >= places) check(false, "an index lies beyond its outputs and taps");
     const int64_t first = *k / taps * size, tap = *k % taps;
     for (int64_t o = first; o < std::min(first + size, list.outputs); o++)
       if (operands[o * taps + tap].offset != kNoTap) visit(operands[o * taps + tap]);
@@ -91,8 +109,10 @@ inline Plan make_plan(ffi::ThreadPool& pool, const List& list, const Pass& pass,
   Plan plan;
   plan.rows = list.transposed ? list.inputs : list.outputs;
   const int64_t sources = list.transposed ? list.outputs : list.inputs, positions = pass.positions();
-  const double nonzeros = double(list.pointer[(list.inputs + list.block_rows - 1) / list.block_rows]) * double(list.block_rows * list.block_columns);
+  check(list.pointers > list.rows(), "it has too few pointers for its inputs");
+  const double nonzeros = double(list.pointer[list.rows()]) * double(list.block_rows * list.block_columns);
   plan.block = block_channels(pass, sources, nonzeros / (double(plan.rows) * double(sources)));
+  if (positions >= INT32_MAX / plan.block) throw std::bad_alloc();  // offsets in the window are int32
   plan.blocks = (sources + plan.block - 1) / plan.block;
   plan.start.assign(plan.blocks * plan.rows + 1, 0);
 
@@ -118,7 +138,7 @@ inline Plan make_plan(ffi::ThreadPool& pool, const List& list, const Pass& pass,
   };
   parallel_for(pool, chunks, [&](int64_t part) {
     for (int64_t input = part * chunk; input < std::min(list.inputs, (part + 1) * chunk); input++)
-      for_nonzeros(list, operands, taps, input, [&](const Operand& operand) { plan.start[slot(input, part, operand.target) + 1]++; });
+      for_nonzeros<true>(list, operands, taps, input, [&](const Operand& operand) { plan.start[slot(input, part, operand.target) + 1]++; });
   });
   for (int64_t i = 0; i < plan.blocks * plan.rows; i++) plan.start[i + 1] += plan.start[i];
   plan.entries = scratch.get<Entry>(plan.start.back() + 1);
@@ -130,7 +150,7 @@ inline Plan make_plan(ffi::ThreadPool& pool, const List& list, const Pass& pass,
         for (int64_t i = 0; i < targets; i++) cursor[i] = plan.start[slot(input, part, int32_t(i))];
       const int32_t offset = list.transposed ? 0 : int32_t((input - part * chunk) * positions);
       const int64_t place = input * list.outputs;
-      for_nonzeros(list, operands, taps, input, [&](const Operand& operand) {
+      for_nonzeros<false>(list, operands, taps, input, [&](const Operand& operand) {
         Entry& entry = plan.entries[cursor[operand.target]++];
         entry.offset = operand.offset + offset;
         if (values)

@@ -1,6 +1,8 @@
 // Maxima over windows that do not overlap, of images by lanes, after normalisation and ReLU; and their gradient.
 #pragma once
 
+#include <stdexcept>
+
 #include "finish.h"
 
 namespace sparse_jax {
@@ -12,6 +14,10 @@ struct Pool {
   int64_t rows, columns;
 
   int64_t window() const { return rows * columns; }
+  void check() const {
+    if (rows < 1 || columns < 1 || window() > kMaxWindow || to.height > from.height / rows || to.width > from.width / columns)
+      throw std::invalid_argument("sparse_jax: no such pooling window");
+  }
   // Where the pixels of a window begin, row by row.
   void sources(int64_t unit, int64_t row, int64_t column, int64_t* out) const {
     for (int64_t r = 0; r < rows; r++)

@@ -65,11 +65,11 @@ inline void product(ffi::ThreadPool& pool, const List& list, const Pass& pass, c
   Lease plan_scratch;
   Plan plan;
   DensePlan dense;
-  if (list.index)
+  if (!list.dense())
     plan = make_plan(pool, list, pass, g, w, plan_scratch);
   else
     dense = make_dense_plan(pool, list, pass, g, w, plan_scratch);
-  const int64_t positions = pass.positions(), block = list.index ? plan.block : dense.block;
+  const int64_t positions = pass.positions(), block = list.dense() ? dense.block : plan.block;
   const int64_t channels = from.image.channels, blocks = (channels + block - 1) / block, stride = row_stride(pass);
   parallel_for(pool, pieces.count(), [&](int64_t i) {
     const int64_t first = pieces.first(i), last = pieces.last(i);
@@ -81,7 +81,7 @@ inline void product(ffi::ThreadPool& pool, const List& list, const Pass& pass, c
       dispatch(pass, [&](auto rows, auto columns, auto s) {
         for (int64_t b = 0; b < blocks; b++) {
           pack(from.data, from.image, from.activation, places.source, positions, b * block, std::min(channels, (b + 1) * block), window);
-          if (list.index) {
+          if (!list.dense()) {
             Ahead ahead(from, pass, places.source, (b + 1) * block, std::min(channels, (b + 2) * block), last - first);
             for (int64_t r = first; r < last; r++, ahead.some())
               if (b == 0 || plan.begin(b, r) != plan.end(b, r))

@@ -34,7 +34,7 @@ struct Geometry {
 // One pass: outputs at first + i * step for i < count, reading source pixels from i * stride + origin on.
 struct Axis {
   int64_t count, first, step, stride, origin, window;
-  std::vector<int64_t> tap;  // offset of each tap in the window; -1: not in this pass
+  std::vector<int64_t> tap;  // offset of each tap in the window; -1: not in this pass, or never on the source
 };
 
 struct Pass {
@@ -74,26 +74,36 @@ inline void choose_patch(Pass& pass, const Image& from) {
   pass.window_columns = (pass.patch_columns - 1) * pass.x.stride + pass.x.window;
 }
 
-inline Axis forward_axis(int64_t count, int64_t taps, int64_t stride, int64_t pad, int64_t dilation) {
-  Axis axis{count, 0, 1, stride, -pad, (taps - 1) * dilation + 1, {}};
-  for (int64_t k = 0; k < taps; k++) axis.tap.push_back(k * dilation);
+// Puts the taps' offsets into the smallest window that holds those that ever meet the source: `shift` is where a tap of the first output
+// reads, INT64_MAX that of one that is not in this pass. The others would read nothing but zeros around the image.
+inline void choose_window(Axis& axis, const std::vector<int64_t>& shift, int64_t source) {
+  int64_t low = INT64_MAX, high = INT64_MIN;
+  auto meets = [&](int64_t s) { return s != INT64_MAX && s < source && s + (axis.count - 1) * axis.stride >= 0; };
+  for (int64_t s : shift)
+    if (meets(s)) low = std::min(low, s), high = std::max(high, s);
+  if (low > high) low = high = 0;
+  for (int64_t s : shift) axis.tap.push_back(meets(s) ? s - low : -1);
+  axis.origin = low;
+  axis.window = high - low + 1;
+}
+
+inline Axis forward_axis(int64_t count, int64_t source, int64_t taps, int64_t stride, int64_t pad, int64_t dilation) {
+  Axis axis{count, 0, 1, stride, 0, 1, {}};
+  std::vector<int64_t> shift;
+  for (int64_t k = 0; k < taps; k++) shift.push_back(k * dilation - pad);
+  choose_window(axis, shift, source);
   return axis;
 }
 
 // Input pixel phase + i * stride gets what outputs (phase + i * stride + pad - k * dilation) / stride made of it, where that divides.
-inline Axis backward_axis(int64_t pixels, int64_t phase, int64_t taps, int64_t stride, int64_t pad, int64_t dilation) {
+inline Axis backward_axis(int64_t pixels, int64_t source, int64_t phase, int64_t taps, int64_t stride, int64_t pad, int64_t dilation) {
   Axis axis{(pixels - phase + stride - 1) / stride, phase, stride, 1, 0, 1, {}};
-  int64_t low = INT64_MAX, high = INT64_MIN;
+  std::vector<int64_t> shift;
   for (int64_t k = 0; k < taps; k++) {
-    const int64_t shift = phase + pad - k * dilation;
-    const bool reaches = ((shift % stride) + stride) % stride == 0;
-    axis.tap.push_back(reaches ? shift / stride : INT64_MAX);
-    if (reaches) low = std::min(low, shift / stride), high = std::max(high, shift / stride);
+    const int64_t numerator = phase + pad - k * dilation;
+    shift.push_back(numerator % stride == 0 ? numerator / stride : INT64_MAX);
   }
-  if (low > high) low = high = 0;
-  for (auto& t : axis.tap) t = t == INT64_MAX ? -1 : t - low;
-  axis.origin = low;
-  axis.window = high - low + 1;
+  choose_window(axis, shift, source);
   return axis;
 }
 
