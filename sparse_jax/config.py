@@ -15,8 +15,21 @@ from typing import Any, NamedTuple
 from sparse_jax.core import errors
 
 
+class _Section:
+    """Settings that cannot be misspelt: a name that does not exist is refused where it is set."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        known = {field.name for field in dataclasses.fields(self)}  # pyright: ignore[reportArgumentType]
+        prefix = 'config.' if type(self) is Config else f'config.{type(self).__name__.lower()}.'
+        if name not in known:
+            raise ValueError(f'{prefix}{name} does not exist.{errors.did_you_mean(name, sorted(known))}')
+        if isinstance(section := getattr(self, name, None), _Section) and type(value) is not type(section):
+            raise ValueError(f'{prefix}{name}={value!r}: is a group of settings, of which each is set by its own name.')
+        object.__setattr__(self, name, value)
+
+
 @dataclasses.dataclass
-class Model:
+class Model(_Section):
     name: str = 'lenet300'  # Network to train.
     dtype: str = 'float32'  # Type to compute in; parameters are float32 in any case.
     # Memory layout of images between convolutions: channels last, in lanes for the C++ kernels, or auto, the faster one where it runs.
@@ -31,7 +44,7 @@ class Model:
 
 
 @dataclasses.dataclass
-class Data:
+class Data(_Section):
     name: str = 'mnist'  # Data set; text reads the files of data.dir, stdlib the sources of Python's standard library.
     dir: str = 'data/mnist'  # Folder with the data set's files; unused by data sets that come with a package.
     batch_size: int = 100  # Examples a training step, over all devices.
@@ -46,7 +59,7 @@ class Data:
 
 
 @dataclasses.dataclass
-class Optimizer:
+class Optimizer(_Section):
     name: str = 'sgd'  # Optimizer that the sparse method wraps.
     learning_rate: float = 0.1  # Learning rate at the start, or at the end of the warm-up.
     # Schedule of the learning rate: step multiplies it by decay_factor every decay_every steps, cosine ends at final_factor.
@@ -64,7 +77,7 @@ class Optimizer:
 
 
 @dataclasses.dataclass
-class Sparsity:
+class Sparsity(_Section):
     method: str = 'sparse_momentum'  # Sparse training method; dense trains the dense twin, everything else equal.
     density: float = 0.05  # Fraction of the sparse layers' weights that exist; with gmp and granet, at the end of their schedule.
     initial_density: float = 0.5  # GraNet: density at the start of its schedule.
@@ -92,7 +105,7 @@ class Sparsity:
 
 
 @dataclasses.dataclass
-class Train:
+class Train(_Section):
     epochs: int = 100  # Passes over the training data; unused where train.steps is set.
     steps: int = 0  # Length of the training in steps; 0: train.epochs decides.
     eval_every: int = 0  # Steps between evaluations; 0: one epoch.
@@ -104,13 +117,13 @@ class Train:
 
 
 @dataclasses.dataclass
-class Checkpoint:
+class Checkpoint(_Section):
     every: int = 1000  # Steps between checkpoints; the last step always has one.
     keep: int = 2  # Number of checkpoints to keep, the newest.
 
 
 @dataclasses.dataclass
-class Mesh:  # data=1 and model=1 use one device, even where there are more
+class Mesh(_Section):  # data=1 and model=1 use one device, even where there are more
     data: int = -1  # Devices that a batch is divided over, at least 1; -1: all that mesh.model leaves.
     model: int = 1  # Devices that layers are divided over, at least 1; -1: all that mesh.data leaves.
     layout: str = 'data'  # Which weights are divided, and along which axes of the mesh.
@@ -118,13 +131,13 @@ class Mesh:  # data=1 and model=1 use one device, even where there are more
 
 
 @dataclasses.dataclass
-class Log:
+class Log(_Section):
     every: int = 100  # Steps between lines of training metrics.
     tensorboard: bool = False  # Write TensorBoard event files too; needs the extra `tensorboard`.
 
 
 @dataclasses.dataclass
-class Config:
+class Config(_Section):
     """All settings of one experiment."""
 
     seed: int = 0  # Seed of the parameters, the masks and the order of the data.
@@ -229,6 +242,8 @@ _RANGES = {
     'train.average_decay': _BELOW_1,
     'checkpoint.every': _AT_LEAST_1,
     'checkpoint.keep': _AT_LEAST_1,
+    'mesh.data': _Range('at least 1, or -1', lambda v: v >= 1 or v == -1),
+    'mesh.model': _Range('at least 1, or -1', lambda v: v >= 1 or v == -1),
     'log.every': _AT_LEAST_1,
 }
 
@@ -288,7 +303,7 @@ def override(config: Config, name: str, value: str) -> None:
 
 
 def validate(config: Config) -> None:
-    """Checks every number's range, and that no setting is changed that has no effect.
+    """Checks every setting's type, every number's range, and that no setting is changed that has no effect.
 
     Args:
       config: the settings.
@@ -303,8 +318,15 @@ def validate(config: Config) -> None:
       ValueError: config.seed=-1: must be in [0, 2^31).
     """
     flat, default = flatten(config), flatten(Config())
+    for name, value in flat.items():
+        kind = _kind(name, default[name])
+        fits = type(value) in ((int, float) if kind is float else (kind,)) or (value is None and name in _OPTIONAL)
+        if not fits:
+            raise ValueError(f'config.{name}={value!r}: must be {_KINDS[kind]}.')
+        if isinstance(value, int) and abs(value) >= 2**31:
+            raise ValueError(f'config.{name}={value}: must be below 2^31.')
     for name, allowed in _RANGES.items():
-        if (flat[name] is None and name not in _OPTIONAL) or not allowed.holds(flat[name]):
+        if not allowed.holds(flat[name]):
             raise ValueError(f'config.{name}={flat[name]!r}: must be {allowed.words}.')
     for names, chooser, choices in _ONLY_FOR:
         for name in names:

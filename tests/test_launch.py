@@ -164,6 +164,39 @@ def test_wrong_input(flags, message, tmp_path):
     assert not workdir.exists(), 'a file was made'
 
 
+@pytest.mark.parametrize(
+    ('line', 'message'),
+    [
+        ('config.sparsity.densty = 0.1', "config.sparsity.densty does not exist. Did you mean 'density'"),
+        ('config.densty = 0.1', 'config.densty does not exist.'),
+        ('config.sparsity = 0.1', 'config.sparsity=0.1: is a group of settings'),
+        ("config.optimizer.nesterov = 'False'", "config.optimizer.nesterov='False': must be true or false"),
+        ("config.sparsity.density = '0.1'", "config.sparsity.density='0.1': must be a number"),
+        ('config.train.steps = 100.0', 'config.train.steps=100.0: must be a whole number'),
+        ('config.train.steps = True', 'config.train.steps=True: must be a whole number'),
+        ('config.mesh.data = None', 'config.mesh.data=None: must be a whole number'),
+        ('config.mesh.data = 0', 'config.mesh.data=0: must be at least 1, or -1'),
+        ('config.train.steps = 2**31', 'config.train.steps=2147483648: must be below 2^31'),
+        ('config.log.every = 10**400', 'must be below 2^31'),
+        ('config.model.name = 3', 'config.model.name=3: must be text'),
+    ],
+)
+def test_wrong_settings_in_a_config_file(line, message, tmp_path):
+    text = (ROOT / 'configs' / 'mnist_lenet300.py').read_text()
+    (tmp_path / 'own.py').write_text(text.replace('    return config', f'    {line}\n    return config'))
+    done = launcher.launch(f'--config={tmp_path / "own.py"}:offline', f'--workdir={tmp_path / "run"}')
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().split('\n')
+    assert len(lines) == 1 and lines[0].startswith('error: ') and message in lines[0], done.stderr
+    assert not (tmp_path / 'run').exists()
+
+
+def test_every_number_has_a_range():
+    for name, value in config_lib.flatten(config_lib.Config()).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            assert name in config_lib._RANGES, name
+
+
 def test_text_that_is_not_utf8(tmp_path):
     (tmp_path / 'good.txt').write_text('some text ' * 1000)
     (tmp_path / 'bad.txt').write_bytes(b'some text \xff')
