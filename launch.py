@@ -12,8 +12,8 @@
     python launch.py --list_settings   # every setting, with --config=... as that config has it
 
 Any setting can be changed on the command line, for example --config.sparsity.density=0.1. Rerunning the same command resumes from the
-last checkpoint; in a finished workdir it prints the result. Exit codes: 0 done; 2 wrong input (do not restart); 70 failed; 75 stopped by
-SIGTERM after saving (restart).
+last checkpoint; in a finished workdir it prints the result. Exit codes: 0 done; 2 wrong input (do not restart); 70 failed (restart);
+75 stopped by SIGTERM or Ctrl-C after saving (restart); 78 failed and would fail again, as with a loss of NaN (do not restart).
 """
 
 import difflib
@@ -162,8 +162,14 @@ def main(argv) -> int:
     except hosts.Preempted as error:
         print(error, file=sys.stderr)
         return 75
+    except KeyboardInterrupt:
+        print('interrupted: nothing was saved since the last checkpoint.', file=sys.stderr)
+        hosts.exit_now(130)
+    except train.NonFiniteError as error:
+        print(f'error: {error}', file=sys.stderr)
+        hosts.exit_now(78)
     except Exception as error:
-        if not isinstance(error, train.NonFiniteError | hosts.Unreachable):
+        if not isinstance(error, hosts.Unreachable):
             traceback.print_exc()
         print(f'error: {error}', file=sys.stderr)
         if _DISTRIBUTED.value:

@@ -232,6 +232,8 @@ class Checkpoints:
             version, expected, seconds = meta['format'], meta['fingerprint'], meta['seconds']
             if 1 < version <= FORMAT and meta['checksum'] != _checksum(meta):
                 raise DamagedError('its record is not what was saved')
+            if meta['batches'] != step:  # the position in the data, which counts the steps
+                raise DamagedError(f'it is of step {meta["batches"]}, whatever its folder is called')
         except Exception as error:  # orbax and tensorstore raise many kinds
             raise DamagedError(f'{where} is damaged ({_reason(error)}): {remedy}') from error
         if version not in _READ:
@@ -303,6 +305,11 @@ class Checkpoints:
             old.rename(new)
         self._manager.reload()
         return new.name
+
+    def wait(self) -> None:
+        """Waits for the last save, whatever became of it."""
+        with contextlib.suppress(Exception):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the last save, and raises if it failed."""

@@ -216,23 +216,29 @@ def assert_equal_on_all_hosts(values: Mapping[str, Any]) -> None:
 
 
 class Preemption:
-    """Whether the run was told to stop, by SIGTERM to any host. All hosts ask after each step, and get the same answer."""
+    """Whether the run was told to stop, by SIGTERM to any host. All hosts ask after each step, and get the same answer.
+
+    One process alone stops at Ctrl-C too; at a second one at once.
+    """
 
     def __enter__(self):
-        self._signalled, self._before = False, None
-        self._alone = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
-        if self._alone:
-            self._before = signal.signal(signal.SIGTERM, self._note)
+        self.signal, self._signalled, self._before = 'SIGTERM', False, {}
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _note(self, number, frame) -> None:
-        del number, frame
-        self._signalled = True
+        del frame
+        if number == signal.SIGINT and self._signalled:
+            raise KeyboardInterrupt
+        self.signal, self._signalled = signal.Signals(number).name, True
+        if number == signal.SIGINT:
+            print('stopping after this step, which is saved; Ctrl-C once more ends at once.', file=sys.stderr)
 
     def reached(self, step: int) -> bool:
         """Whether to stop after this step, which must be the same on all hosts."""
         return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else self._signalled
 
     def __exit__(self, *_) -> None:
-        if self._alone:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

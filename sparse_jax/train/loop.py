@@ -113,8 +113,17 @@ def _train(run: Run) -> dict[str, Any]:
             state, seconds = _train_loop(run, checkpoints, kernels, state, start, seconds, preemption)
             checkpoints.close()
         return finish(run, state, seconds, start)
+    except NonFiniteError as error:
+        raise NonFiniteError(f'{error} {_saved(checkpoints)} The same command would end here again.') from None
     except ValueError as error:  # no longer the input's fault
         raise RuntimeError(f'the run failed: {error}') from error
+
+
+def _saved(checkpoints: checkpoint.Checkpoints) -> str:
+    """What a run that cannot go on leaves, in one sentence."""
+    checkpoints.wait()
+    step = checkpoints.latest_step()
+    return 'Nothing had been saved.' if step is None else f'The checkpoint of step {step} is intact.'
 
 
 def _train_loop(
@@ -159,7 +168,8 @@ def _train_loop(
                 checkpoints.save(step, state, seconds + time.perf_counter() - begin)
             if stopping:
                 checkpoints.close()
-                raise hosts.Preempted(f'stopped by SIGTERM after step {step}, which is saved: the same command goes on from there.')
+                by = preemption.signal
+                raise hosts.Preempted(f'stopped by {by} after step {step}, which is saved: the same command goes on from there.')
     finally:
         log.close()
     return state, seconds + time.perf_counter() - begin
@@ -259,9 +269,7 @@ class _StepMetrics:
             self._pending = None
             fetched = {k: float(v) for k, v in jax.device_get(values).items()}
             if not math.isfinite(fetched['loss']):
-                raise NonFiniteError(
-                    f'the loss is {fetched["loss"]} at step {step}: lower optimizer.learning_rate. The last checkpoint is intact.'
-                )
+                raise NonFiniteError(f'the loss is {fetched["loss"]} at step {step}: lower optimizer.learning_rate.')
             self._collected.append(fetched)
 
     def means(self) -> dict[str, float]:

@@ -20,6 +20,7 @@ from sparse_jax import config as config_lib
 from sparse_jax.runtime import workdir
 from sparse_jax.train import metrics
 from sparse_jax.train import run as run_lib
+from sparse_jax.train.loop import NonFiniteError
 from sparse_jax.train.result import headline
 
 _LOG = logging.getLogger('sparse_jax')
@@ -124,10 +125,15 @@ def raise_failed(outcome: Mapping[str, Any]) -> None:
 
     Args:
       outcome: from :func:`run`.
+
+    Raises:
+      NonFiniteError: where each of them would fail again.
+      RuntimeError: for others.
     """
     if failed := outcome['failed']:
         total = outcome['done'] + outcome['skipped'] + len(failed)
-        raise RuntimeError(f'{len(failed)} of {total} runs failed, the others are done:\n' + '\n'.join(failed))
+        kind = NonFiniteError if outcome['would_fail_again'] else RuntimeError
+        raise kind(f'{len(failed)} of {total} runs failed, the others are done:\n' + '\n'.join(failed))
 
 
 def _points(folder: pathlib.Path) -> list[str]:
@@ -181,7 +187,8 @@ def run_all(tasks: Mapping[pathlib.Path, Sequence[str]], jobs: int, logs: pathli
       logs: folder for what the runs print.
 
     Returns:
-      ``done`` and ``skipped``, numbers of runs, and ``failed``, a message for each that did.
+      ``done`` and ``skipped``, numbers of runs, ``failed``, a message for each that did, and ``would_fail_again``, whether a restart
+      would change nothing about any of those.
     """
     left = [path for path in tasks if not (path / 'result.json').exists()]
     cores: list[int | None] = [None] * jobs
@@ -196,6 +203,7 @@ def run_all(tasks: Mapping[pathlib.Path, Sequence[str]], jobs: int, logs: pathli
             with (logs / f'{path.name}.txt').open('w') as log:
                 first = [sys.executable, '-c', _START, str(os.getpid()), '' if core is None else str(core)]
                 code = subprocess.run([*first, *tasks[path]], stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+            codes.append(code)
             if code == 0:
                 return path, None
             lines = [line for line in (logs / f'{path.name}.txt').read_text().splitlines() if line.strip()]
@@ -206,7 +214,7 @@ def run_all(tasks: Mapping[pathlib.Path, Sequence[str]], jobs: int, logs: pathli
         finally:
             cores.append(core)
 
-    failed = []
+    failed, codes = [], []
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool, _Progress(len(tasks), len(left)) as show:
         futures = [pool.submit(start, path) for path in left]
         try:
@@ -217,7 +225,8 @@ def run_all(tasks: Mapping[pathlib.Path, Sequence[str]], jobs: int, logs: pathli
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return {'done': len(left) - len(failed), 'skipped': len(tasks) - len(left), 'failed': failed}
+    final = all(code in (0, 2, 78) for code in codes)
+    return {'done': len(left) - len(failed), 'skipped': len(tasks) - len(left), 'failed': failed, 'would_fail_again': final}
 
 
 class _Progress:

@@ -72,6 +72,19 @@ def test_a_flipped_bit_in_any_file_is_never_restored(two_steps, tmp_path):
     assert len(files) > 5 and back >= 3, (len(files), back)
 
 
+def test_a_renamed_step_is_not_believed(two_steps, tmp_path):
+    folder = tmp_path / 'renamed'
+    shutil.copytree(two_steps, folder)
+    (folder / '2').rename(folder / '1000')
+    checkpoints = checkpoint.Checkpoints(folder)
+    step, state, _ = checkpoints.restore_newest(jax.eval_shape(lambda: _tree(1)))
+    checkpoints.close()
+    assert step == 1 and _bits(state) == _bits(_tree(1)) and (folder / '1000.corrupt').exists()
+    checkpoints = checkpoint.Checkpoints(two_steps, read_only=True)
+    assert checkpoints.restore(2, jax.eval_shape(lambda: _tree(1)))[1] == 1.5
+    checkpoints.close()
+
+
 @abandons_reads
 def test_never_a_silent_fresh_start(two_steps, tmp_path):
     folder = tmp_path / 'both'

@@ -118,8 +118,9 @@ def test_a_hung_host_is_not_waited_for(tmp_path):
 
 
 @pytest.mark.slow
-def test_one_process_alone_stops_and_goes_on(tmp_path):
-    """SIGTERM without --distributed; that a resumed run has the bits of an undisturbed one is tested in test_train.py."""
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_one_process_alone_stops_and_goes_on(number, tmp_path):
+    """SIGTERM or Ctrl-C without --distributed; that a resumed run has the bits of an undisturbed one is tested in test_train.py."""
     flags = ('--config=configs/mnist_lenet300.py:offline', '--config.train.steps=1000', '--config.log.every=10', '--config.sparsity.kernels=dense')  # fmt: skip
     folder = tmp_path / 'stopped'
     command = [sys.executable, 'launch.py', *flags, f'--workdir={folder}']
@@ -129,12 +130,40 @@ def test_one_process_alone_stops_and_goes_on(tmp_path):
     while figures.last_step(folder) < 100:
         assert process.poll() is None
         time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 75 and 'the same command goes on from there' in said.splitlines()[-1]
+    assert process.returncode == 75 and f'stopped by {number.name} after step' in said and 'Traceback' not in said
+    assert 'the same command goes on from there' in said.splitlines()[-1]
     done = subprocess.run(command, cwd=ROOT, env=_environment(JAX_NUM_CPU_DEVICES='1'), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads((folder / 'run.json').read_text())['resumed_at'] == int(said.split('after step ')[1].split(',')[0]) < 1000
+
+
+def test_a_second_interrupt_ends_at_once(capsys):
+    with hosts.Preemption() as preemption:
+        assert not preemption.reached(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert preemption.reached(1) and preemption.signal == 'SIGINT' and 'Ctrl-C once more' in capsys.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.slow
+def test_an_interrupt_before_the_first_step_is_one_line(tmp_path):
+    command = [sys.executable, 'launch.py', '--config=configs/mnist_lenet300.py:offline', f'--workdir={tmp_path / "run"}']
+    process = subprocess.Popen(command, cwd=ROOT, env=_environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not (tmp_path / 'run' / 'config.json').exists():
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert 'Traceback' not in said
+    if 'stopping after this step' in said:  # it was quicker
+        assert process.returncode == 75
+    else:
+        assert process.returncode == 130 and said.splitlines()[-1].startswith('interrupted: ')
 
 
 @pytest.mark.parametrize(
