@@ -28,7 +28,7 @@ INNER = {
     'lion': (lambda: optax.lion(0.02), 'inner'),
     'rmsprop': (lambda: optax.rmsprop(0.02), 'own'),
     'rmsprop momentum': (lambda: optax.rmsprop(0.01, momentum=0.9), 'inner'),
-    'novograd': (lambda: optax.novograd(0.01), 'inner'),
+    'novograd': (lambda: optax.novograd(0.01), 'own'),
     'adafactor': (lambda: optax.adafactor(0.01), 'own'),
     'muon': (lambda: optax.contrib.muon(0.01), 'own'),
     'clip and adam': (lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.01)), 'inner'),

@@ -212,7 +212,7 @@ def main() -> None:
     if reason := cpu.unavailable():
         sys.exit(reason)
     digest = hashlib.sha256()
-    for case in CASES:
+    for case in [*CASES, *EXTREMES]:
         for seed in range(2):
             got, wrong = errors(case, 'cpu', seed)
             assert max(wrong) < 2e-6, (case, wrong)
