@@ -224,7 +224,9 @@ class Preemption:
     def __enter__(self):
         self.signal, self._signalled, self._before = 'SIGTERM', False, {}
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+            # a process in the background, which a shell has told to ignore Ctrl-C, goes on ignoring it
+            numbers = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def _note(self, number, frame) -> None:

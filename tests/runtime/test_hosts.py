@@ -117,8 +117,17 @@ def test_a_hung_host_is_not_waited_for(tmp_path):
         assert code not in (0, 2, 75) and run.processes[1].poll() is None, 'the stopped one is still there, stopped'
 
 
+@pytest.fixture
+def interruptible():
+    """Tests may run in the background, where a shell has SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.usefixtures('interruptible')
 def test_one_process_alone_stops_and_goes_on(number, tmp_path):
     """SIGTERM or Ctrl-C without --distributed; that a resumed run has the bits of an undisturbed one is tested in test_train.py."""
     flags = ('--config=configs/mnist_lenet300.py:offline', '--config.train.steps=1000', '--config.log.every=10', '--config.sparsity.kernels=dense')  # fmt: skip
@@ -139,6 +148,7 @@ def test_one_process_alone_stops_and_goes_on(number, tmp_path):
     assert json.loads((folder / 'run.json').read_text())['resumed_at'] == int(said.split('after step ')[1].split(',')[0]) < 1000
 
 
+@pytest.mark.usefixtures('interruptible')
 def test_a_second_interrupt_ends_at_once(capsys):
     with hosts.Preemption() as preemption:
         assert not preemption.reached(1)
@@ -151,6 +161,7 @@ def test_a_second_interrupt_ends_at_once(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('interruptible')
 def test_an_interrupt_before_the_first_step_is_one_line(tmp_path):
     command = [sys.executable, 'launch.py', '--config=configs/mnist_lenet300.py:offline', f'--workdir={tmp_path / "run"}']
     process = subprocess.Popen(command, cwd=ROOT, env=_environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
