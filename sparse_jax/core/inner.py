@@ -104,7 +104,8 @@ def _momentum(fields: list[dict[str, Any]], states: list[int], shapes: list[tupl
     """The option for ``momentum.find``, from what reaches each leaf of the new state; the fields hold the numbers of its leaves."""
     num_params = len(of_params)
     gradients = 2 * _elementwise(num_params)  # through a reduction
-    for field in fields:
+    fields = [field for field in fields if 'trace' in field or 'mu' in field]
+    for field in fields if len(fields) == 1 else ():  # of several none is taken
         name = 'trace' if 'trace' in field else 'mu'
         for k, i in enumerate(jax.tree.leaves(field.get(name))):
             if num_params > 1 and states[i] & gradients == 2 << 2 * k:  # of its own gradient alone

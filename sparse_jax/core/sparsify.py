@@ -71,7 +71,8 @@ def sparsify(
     Under ``optax.inject_hyperparams`` name all arguments but the learning rate in ``static_args``, or inject into ``inner``.
 
     Args:
-      inner: any optax transformation.
+      inner: an optax transformation. Those that keep weights of their own, or evaluate at others, are refused by ``init``, and so are leaves
+        that it freezes (see docs/optimizers.md).
       density: share of the sparse leaves' weights (in blocks: units) that exist, in (0, 1], the total is exact; or a schedule of t.
       update_every: steps between mask updates.
       total_steps: length of the training, in steps; the prune rate is annealed over it.
@@ -92,8 +93,8 @@ def sparsify(
       dense: path patterns (``*`` matches anything) of leaves that stay dense and count in no budget, such as a first or last layer.
       stacked: which leaves hold layers along their first axis, by (path, leaf); each slice is a layer of its own. None: none.
       momentum: where the inner state keeps its momentum: a NamedTuple field's name, or a function of the inner state. None: it is
-        found (``trace``; Adam's ``mu / (sqrt(nu) + 1e-8)``; ``mu``), and where there is none, or several, an average of the
-        gradients with decay 0.9 is kept beside it, as with ``'gradient_average'`` in any case.
+        found (``trace``; Adam's ``mu / (sqrt(nu) + 1e-8)``; ``mu``), and where there is none, or several, or one that is scaled layer by
+        layer, an average of the gradients with decay 0.9 is kept beside it, as with ``'gradient_average'`` in any case.
       track_exploration: whether to keep which weights have ever been active, for ``sj.stats.exploration_rate``; a byte a weight.
       seed: of the first masks and of random criteria: an integer, or a typed random key that nothing else uses.
       rule: a :class:`sparse_jax.Rule` in place of all arguments above but ``inner``.

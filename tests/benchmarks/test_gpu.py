@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.gpu import check, kernels, model
+from sparse_jax.core import errors
 from sparse_jax.core.granularity import Block
 from sparse_jax.kernels import lowering_for
 from sparse_jax.kernels.gpu import config as config_lib
@@ -154,7 +155,7 @@ def test_the_best_configs_are_kept_for_this_kind_of_device(tmp_path, monkeypatch
 )
 def test_a_kept_config_with_other_fields_counts_as_not_measured(entry, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv('SPARSE_JAX_CACHE', str(tmp_path))
-    config_lib._warn_once.cache_clear()
+    errors.say_once.cache_clear()
     arguments = ('forward', _LAYER.x, _LAYER.w, (64, 64), jnp.bfloat16)
     (tmp_path / 'gpu_configs.json').write_text(json.dumps({'cpu': {config_lib.key(*arguments): entry}, 'NVIDIA H100': {'a': {}}}))
     for _ in range(2):

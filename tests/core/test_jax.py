@@ -138,7 +138,9 @@ def test_strict_modes(mode, method):
     with MODES[mode]():
         tx = _make(method)
         state = tx.init(PARAMS)
-        jax.jit(tx.update).trace(PARAMS, state, sj.apply_masks(PARAMS, state.masks))
+        updates, after = jax.jit(tx.update).trace(PARAMS, state, sj.apply_masks(PARAMS, state.masks)).out_info
+    types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert types(updates) == types(PARAMS) and types(after) == types(state)
 
 
 @pytest.mark.slow

@@ -107,6 +107,17 @@ def test_growth_and_shares_follow_the_gradients(make):
     assert sum(sj.stats.nonzeros(state).values()) == 256
 
 
+def test_of_several_momenta_none_is_taken():
+    """Whatever each of them is: one that is normalized already, and one that is not."""
+    inner = optax.chain(optax.contrib.scale_by_adopt(), optax.scale_by_lion(), optax.scale(-1e-3))
+    params = optimizers.PARAMS
+    tx = sj.sparsify(inner, **SETTINGS)
+    state = tx.init(params)
+    assert list(state.method_state) == ['gradient_average']
+    _, state = jax.eval_shape(tx.update, params, state, params)
+    assert list(state.method_state) == ['gradient_average']
+
+
 def test_an_optimizer_that_remembers_its_start_is_given_sparse_params():
     params = {'w': jax.random.normal(jax.random.key(1), (16, 16))}
     for make in (optax.contrib.dog, optax.contrib.dowg, optax.contrib.prodigy):

@@ -120,7 +120,7 @@ library.write_bytes(library.read_bytes() + compiler.hashlib.sha256(library.read_
 def test_planted_code_is_not_loaded(tmp_path, how):
     """A user without a home: the folder in the temporary directory has a name that anybody can know, and make first."""
     if how == 'another user' and os.getuid() != 0:
-        pytest.skip('only the superuser can give a folder to another user: run the tests as root, as CI does')
+        pytest.skip('only the superuser can give a folder to another user: run make test-slow as root, as in a container')
     folder, ran = tmp_path / 'cache', tmp_path / 'it_ran'
     folder.mkdir()
     own = dict(SPARSE_JAX_CACHE=str(folder), **QUICK)

@@ -1,8 +1,6 @@
 """Tile sizes of the kernels: by a rule, or as they were measured on the device."""
 
 import dataclasses
-import functools
-import logging
 import math
 from typing import Any
 
@@ -10,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from sparse_jax.core import errors
 from sparse_jax.kernels import device, store
-
-_LOG = logging.getLogger('sparse_jax')
 
 ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]  # an accumulator in registers
 SHARED_MEMORY = 232_448  # bytes that a program may have on Hopper
@@ -171,7 +168,9 @@ def measured() -> dict[str, Config]:
         return {}
     stored = _stored()
     if None in stored.values():
-        _warn_once()
+        errors.say_once(
+            f'sparse_jax: {_FILE} has tile sizes of another version, which are ignored: run python -m benchmarks.gpu again.'
+        )
     return {name: config for name, config in stored.items() if config}
 
 
@@ -192,11 +191,6 @@ def _parse(fields: Any) -> Config | None:
     names = {field.name for field in dataclasses.fields(Config)}
     valid = isinstance(fields, dict) and fields.keys() == names and all(type(size) is int for size in fields.values())
     return Config(**fields) if valid else None
-
-
-@functools.cache
-def _warn_once() -> None:
-    _LOG.warning('sparse_jax: %s has tile sizes of another version, which are ignored: run python -m benchmarks.gpu again.', _FILE)
 
 
 def swizzled(dtype, *columns: int) -> tuple:
