@@ -76,10 +76,8 @@ def like_params(masks: Masks, params: Any) -> Masks:
     missing = [path for path, _ in of_params if path not in dict(named) and not any(under(path, prefix) for prefix in cover)]
     extra = [path for path, mask in named if not _is_masked_node(mask) and path not in dict(of_params)]
     if missing or extra:
-        parts = [
-            f'{what} {", ".join(paths)}' for what, paths in (('no mask for', missing), ('masks without params for', extra)) if paths
-        ]
-        raise ValueError(f'masks are another tree: there is {" and ".join(parts)}.')
+        parts = [f'no {what} for {", ".join(paths)}' for what, paths in (('mask', missing), ('params', extra)) if paths]
+        raise ValueError(f'masks are another tree: {"; ".join(parts)}.')
     return masks
 
 

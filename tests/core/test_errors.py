@@ -167,7 +167,7 @@ def test_masks_of_other_states_trees_shapes_and_dtypes():
         sj.get_masks(optax.sgd(0.1).init(PARAMS))
     with pytest.raises(ValueError, match='holds 2 SparsifyStates'):
         sj.get_masks((state, state))
-    with pytest.raises(ValueError, match='masks are another tree: there is no mask for bias'):
+    with pytest.raises(ValueError, match='masks are another tree: no mask for bias'):
         sj.set_masks(state, {'w': jnp.ones((4, 4), bool)})
     with pytest.raises(ValueError, match=re.escape('masks: w is float32[4, 4], but must be bool[4, 4]')):
         sj.set_masks(state, {'w': jnp.ones((4, 4)), 'bias': jnp.array(True)})

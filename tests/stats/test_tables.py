@@ -128,7 +128,7 @@ def test_every_function_takes_params_first_and_then_masks_or_a_state():
     ):
         with pytest.raises(ValueError, match='masks'):
             call()
-    with pytest.raises(ValueError, match=r'there is no mask for b and masks without params for c'):
+    with pytest.raises(ValueError, match=r'masks are another tree: no mask for b; no params for c'):
         sj.apply_masks({'a': params['w'], 'b': params['w']}, {'a': masks['w'], 'c': masks['w']})
 
 
