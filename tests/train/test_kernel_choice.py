@@ -232,7 +232,7 @@ def test_a_setting_that_may_be_none():
     with pytest.raises(ValueError, match='is not a whole number'):
         config_lib.override(config, 'sparsity.dense_gradient_window', 'all')
     config.train.steps = None  # type: ignore[assignment]
-    with pytest.raises(ValueError, match='config.train.steps=None: must be at least 0'):
+    with pytest.raises(ValueError, match='config.train.steps=None: must be a whole number'):
         config_lib.validate(config)
 
 
