@@ -9,7 +9,7 @@ from scipy import stats
 
 from sparse_jax.core import methods
 from sparse_jax.report import published
-from sparse_jax.report.collect import Run, settings_of
+from sparse_jax.report.collect import Run, in_words, settings_of
 
 
 class Group(NamedTuple):
@@ -90,7 +90,7 @@ def tables(runs: Sequence[Run]) -> list[Table]:
         ]
         rows = []
         for identity, same in zip(identities, groups.values(), strict=True):
-            settings = ', '.join(f'{name.rpartition(".")[2]}={identity[name]}' for name in varying if name in identity)
+            settings = ', '.join(in_words(name, identity[name]) for name in varying if name in identity)
             density = 1.0 if identity['method'] == 'dense' else float(identity['sparsity.density'])
             rows.append(Group(identity['method'], density, settings, sorted(same, key=lambda run: run.config['seed'])))
         by_name.append(Table(model, data, metric, sorted(rows, key=_order)))

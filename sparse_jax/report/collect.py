@@ -1,13 +1,13 @@
 """Runs read back from their workdirs, for reports: what is finished, and what is broken, not finished or not begun."""
 
 import json
-import math
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from sparse_jax import config as config_lib
+from sparse_jax.runtime import records
 
 
 class Run(NamedTuple):
@@ -27,9 +27,14 @@ class Problem(NamedTuple):
     reason: str
 
 
+def printable(text: str) -> str:
+    """A text in which what no page can show, such as half a character of a path that is not UTF-8, is written as an escape."""
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def relative(path: pathlib.Path, folder: pathlib.Path) -> str:
-    """A path as seen from a folder, if it is in it."""
-    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
+    """A path as seen from a folder, if it is in it, as text that can be printed."""
+    return printable(str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path))
 
 
 def collect(sources: Sequence[pathlib.Path]) -> tuple[list[Run], list[Problem]]:
@@ -51,7 +56,7 @@ def collect(sources: Sequence[pathlib.Path]) -> tuple[list[Run], list[Problem]]:
         if isinstance(run, Run):
             key = json.dumps([settings_of(run), run.config['seed']], sort_keys=True)
             if key in seen:
-                run = Problem(path, f'has the settings and the seed of {seen[key]}')
+                run = Problem(path, f'has the settings and the seed of {printable(str(seen[key]))}')
             else:
                 seen[key] = path
         (runs if isinstance(run, Run) else problems).append(run)
@@ -65,10 +70,10 @@ def _workdirs(sources: Sequence[pathlib.Path]) -> Iterator[pathlib.Path]:
     seen = set()
     for source in sources:
         for path, folders, files in os.walk(source):
-            here = [pathlib.Path(path)] if 'config.json' in files else []
+            here = [pathlib.Path(path)] if records.CONFIG in (*folders, *files) else []
             if here:
                 folders.clear()
-            elif 'sweep.json' in files:  # those of its runs that have not begun
+            elif records.SWEEP in files:  # those of its runs that have not begun
                 here = [pathlib.Path(path) / name for name in _planned(pathlib.Path(path)) if name not in folders]
             for folder in here:
                 if folder.resolve() not in seen:
@@ -79,92 +84,83 @@ def _workdirs(sources: Sequence[pathlib.Path]) -> Iterator[pathlib.Path]:
 
 def _planned(folder: pathlib.Path) -> list[str]:
     try:
-        return [name for name in _load(folder / 'sweep.json')['runs'] if isinstance(name, str)]
-    except (OSError, ValueError, KeyError, TypeError):
+        return records.read(folder / records.SWEEP)['runs']
+    except records.UnreadableError:
         return []
 
 
-def _load(path: pathlib.Path) -> dict[str, Any]:
-    content = json.loads(path.read_text())
-    if not isinstance(content, dict):
-        raise ValueError('not a JSON object')
-    return content
-
-
-def rows_of(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl, as far as they can be read."""
-    rows = []
-    try:
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get('step'), int):
-                rows.append({name: value for name, value in row.items() if _is_number(value) or _is_numbers(value)})
-    except (OSError, ValueError):
-        pass
-    return rows
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_numbers(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_number, value.values()))
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-_NEEDED = dict.fromkeys(('nonzeros', 'density', 'parameters', 'seconds', 'steps'), _is_number)
-_NEEDED |= dict.fromkeys(('model', 'data', 'method'), _is_text)
-_NUMBERS = (
-    'test_accuracy', 'eval_loss', 'validation_bits_per_byte', 'operations_training_against_dense', 'operations_inference_against_dense',
-)  # fmt: skip
-
-
-def _read(folder: pathlib.Path) -> Run | Problem:
-    if not folder.exists():
-        return Problem(folder, 'not begun')
-    try:
-        config = config_lib.identity(config_lib.Config()) | _load(folder / 'config.json')  # settings that did not exist yet
-    except (OSError, ValueError) as error:
-        return Problem(folder, f'config.json cannot be read ({error})')
-    rows = rows_of(folder / 'metrics.jsonl')
-    if not (folder / 'result.json').exists():
-        last = rows[-1]['step'] if rows else 0
-        return Problem(folder, f'not finished: its last metrics are of step {last}')
-    try:
-        result = _load(folder / 'result.json')
-    except (OSError, ValueError) as error:
-        return Problem(folder, f'result.json cannot be read ({error})')
-    result |= {key: None for key in _NUMBERS if key in result and not _is_number(result[key])}
-    result = {key: value for key, value in result.items() if value is not None}
-    missing = [key for key, is_right in _NEEDED.items() if not is_right(result.get(key))]
-    if 'test_accuracy' not in result and 'eval_loss' not in result:
-        missing.append('test_accuracy or eval_loss')
-    missing += [key for key in ('seed', 'sparsity.density') if not _is_number(config.get(key))]
-    if missing:
-        return Problem(folder, f'broken, or made by another version: it has no usable {", ".join(missing)}')
-    return Run(folder, config, result, rows, machine_of(folder))
+def rows_of(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a workdir's metrics.jsonl, as far as they can be read."""
+    return [row.values for row in records.read_rows(folder / records.METRICS)[0]]
 
 
 def machine_of(folder: pathlib.Path) -> dict[str, Any]:
     """The content of run.json; empty where it cannot be read."""
     try:
-        return _load(folder / 'run.json')
-    except (OSError, ValueError):
+        return records.read(folder / records.MACHINE)
+    except records.UnreadableError:
         return {}
 
 
+def _read(folder: pathlib.Path) -> Run | Problem:
+    if not folder.exists():
+        return Problem(folder, 'not begun')
+    name = records.CONFIG
+    try:
+        config = config_lib.identity(config_lib.Config()) | records.read(folder / name)  # settings that did not exist yet
+        if wrong := [key for key, is_right in _NEEDED.items() if not is_right(config[key])]:
+            return Problem(folder, f'{name} is broken, or made by another version: it has no usable {", ".join(wrong)}')
+        rows, name = rows_of(folder), records.RESULT
+        if not os.path.lexists(folder / name):
+            last = rows[-1]['step'] if rows else 0
+            return Problem(folder, f'not finished: its last metrics are of step {last}')
+        result = records.read(folder / name)
+    except records.UnreadableError as error:
+        return Problem(folder, f'{name} {error.reason}')
+    result = {key: value for key, value in result.items() if value is not None}
+    return Run(folder, {key: _shown(value) for key, value in config.items()}, result, rows, machine_of(folder))
+
+
+_NEEDED: dict[str, Callable[[Any], bool]] = {
+    'seed': lambda value: type(value) is int,
+    'sparsity.density': lambda value: records.is_number(value) and 0 < value <= 1,
+}
+
+
+def _shown(value: Any) -> Any:
+    return printable(value) if isinstance(value, str) else value
+
+
 def settings_of(run: Run) -> dict[str, Any]:
-    """What distinguishes a group; a dense run has no sparsity to differ in."""
+    """What distinguishes a group, in effective values; a dense run has no sparsity to differ in."""
     is_dense = run.result['method'] == 'dense'
     left_out = (
         'seed',
         'data.eval_batch_size',
         'train.eval_every',
+        'train.epochs',  # by the steps that they came to
         *(k for k in run.config if is_dense and k.startswith('sparsity.')),
     )
     settings = {k: v for k, v in run.config.items() if k not in left_out}
-    return settings | {'method': run.result['method'], 'text': run.result.get('data_fingerprint', '')}
+    effective = {'train.steps': run.result['steps'], 'method': run.result['method']}
+    return settings | effective | {'text': run.result.get('data_fingerprint', '')}
+
+
+# Values that stand for something else, in words.
+_METHODS = "the method's"
+_WORDS: dict[str, dict[Any, str]] = {
+    'model.dropout': {-1.0: "the model's"}, 'model.hidden': {0: '8/3 of the width'}, 'data.tokenizer': {'': 'bytes'},
+    'optimizer.decay_every': {0: 'never'}, 'sparsity.prune': {'': _METHODS}, 'sparsity.grow': {'': _METHODS},
+    'sparsity.redistribute': {'': _METHODS}, 'sparsity.distribution': {'': _METHODS}, 'sparsity.prune_rate': {0.0: _METHODS},
+    'sparsity.stop_step': {0: _METHODS}, 'sparsity.update_every': {0: 'an epoch'}, 'sparsity.dense': {'': "the model's"},
+    'sparsity.dense_gradient_window': {None: 'all steps'},
+}  # fmt: skip
+
+
+def in_words(name: str, value: Any) -> str:
+    """A setting as a label shows it.
+
+    >>> in_words('train.steps', 4000), in_words('sparsity.update_every', 0)
+    ('steps=4000', 'update_every=an epoch')
+    """
+    return f'{name.rpartition(".")[2]}={_WORDS.get(name, {}).get(value, value)}'

@@ -3,6 +3,7 @@
 import html
 import io
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ def _figure(draw: Callable[[Any], bool], salt: str, size: tuple[float, float]) -
     style: Any = {
         'svg.fonttype': 'none', 'svg.hashsalt': salt, 'font.size': 10, 'text.color': _INK, 'axes.labelcolor': _INK, 'axes.edgecolor': _INK,
         'xtick.color': _INK, 'ytick.color': _INK, 'axes.titlecolor': _INK, 'grid.color': _GRID, 'axes.spines.top': False,
-        'axes.spines.right': False, 'axes.grid': True, 'axes.axisbelow': True, 'legend.frameon': False, 'axes.titlesize': 10,
+        'axes.spines.right': False, 'text.parse_math': False, 'axes.grid': True, 'axes.axisbelow': True, 'legend.frameon': False, 'axes.titlesize': 10,
     }  # fmt: skip
     with mpl.rc_context(style):
         figure = Figure(figsize=size, layout='constrained')
@@ -61,10 +62,13 @@ def _figure(draw: Callable[[Any], bool], salt: str, size: tuple[float, float]) -
 
 
 def _legend(axes) -> None:
-    """Below the axes, in as many columns as the figure is wide enough for."""
-    labels = axes.get_legend_handles_labels()[1]
-    room = 15 * axes.figure.get_figwidth() / (max(map(len, labels)) + 7)  # letters
-    axes.figure.legend(loc='outside lower center', ncols=max(1, min(4, int(room))), fontsize=9)
+    """Below the axes, in as many columns as the figure is wide enough for; a label that is longer than a line takes several."""
+    handles, labels = axes.get_legend_handles_labels()
+    width = int(15 * axes.figure.get_figwidth())  # letters
+    labels = [textwrap.fill(label, width - 10) for label in labels]
+    longest = max((len(line) for label in labels for line in label.split('\n')), default=0)
+    columns = max(1, min(4, width // (longest + 7)))
+    axes.figure.legend(handles, labels, loc='outside lower center', ncols=columns, fontsize=9)
 
 
 def _scale(table: aggregate.Table) -> tuple[float, str]:
@@ -213,7 +217,7 @@ def _layer_densities(axes, group: aggregate.Group, low: float) -> bool:
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     run = group.runs[0]
-    rows = [(row['step'], row['density']) for row in run.rows if isinstance(row.get('density'), dict)]
+    rows = [(row['step'], row['density']) for row in run.rows if isinstance(row.get('density'), dict) and row['density']]
     if not rows:
         return False
     steps = [step for step, _ in rows] + [run.result['steps']]

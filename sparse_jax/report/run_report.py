@@ -1,8 +1,8 @@
 """The report on one finished run: tables, and report.png, a picture of how it learned and where its weights went."""
 
-import json
 import pathlib
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparse_jax.report import collect
+from sparse_jax.runtime import records
 from sparse_jax.train import kernel_choice
 from sparse_jax.train.console import named_table
 from sparse_jax.train.result import INPUT_COUNTS, REPORT, headline
@@ -24,10 +25,10 @@ def show(folder: pathlib.Path) -> None:
     Raises:
       ValueError: if it has no result.
     """
-    path = folder / 'result.json'
+    path = folder / records.RESULT
     if not path.exists():
         raise ValueError(f'--workdir={folder} has no result: train first, with --mode=train.')
-    result = json.loads(path.read_text())
+    result = {key: value for key, value in records.read(path).items() if value is not None}
     if not (folder / REPORT).exists():
         _draw_run(folder, result)
     if collect.machine_of(folder).get('kernels', 'auto') == 'auto':
@@ -36,15 +37,18 @@ def show(folder: pathlib.Path) -> None:
 
 
 def _draw_run(folder: pathlib.Path, result: dict[str, Any]) -> None:
-    sparse_size = sum(size for _, size in result['layers'].values())
+    sparse_size = sum(size for _, size in result.get('layers', {}).values())
     title = f'{result["model"]}, {result["method"]}: {headline(result)} with {result["nonzeros"]:,} of {sparse_size:,} weights'
-    counts = folder / INPUT_COUNTS
-    draw(
-        folder / REPORT,
-        collect.rows_of(folder / 'metrics.jsonl'),
-        title=title,
-        input_counts=np.load(counts) if counts.exists() else None,
-    )
+    draw(folder / REPORT, collect.rows_of(folder), title=textwrap.fill(title, 110), input_counts=_input_counts(folder))
+
+
+def _input_counts(folder: pathlib.Path) -> np.ndarray | None:
+    """What the run left of its input's weights; None where that is not there, or cannot be read."""
+    try:
+        counts = np.load(folder / INPUT_COUNTS)
+    except (OSError, ValueError, EOFError):
+        return None
+    return counts if counts.ndim == 2 and counts.size and counts.dtype.kind in 'iuf' else None
 
 
 def _bytes(count: float) -> str:
@@ -58,11 +62,12 @@ def print_table(result: dict[str, Any]) -> None:
       result: content of ``result.json``.
     """
     console = Console()
-    total = sum(size for _, size in result['layers'].values())
+    layers = result.get('layers', {})
+    total = sum(size for _, size in layers.values())
     table = named_table(
         f'{result["model"]}, {result["method"]}',
         ('layer', 'weights', 'nonzeros', 'density'),
-        [(name, f'{size:,}', f'{nonzeros:,}', f'{nonzeros / size:.2%}') for name, (nonzeros, size) in result['layers'].items()],
+        [(name, f'{size:,}', f'{nonzeros:,}', f'{nonzeros / size:.2%}') for name, (nonzeros, size) in layers.items()],
         width=console.width,
         total=('all of these', f'{total:,}', f'{result["nonzeros"]:,}', f'{result["density"]:.2%}'),
     )
@@ -73,22 +78,36 @@ def print_table(result: dict[str, Any]) -> None:
     facts = Table(show_header=False)
     facts.add_column()
     facts.add_column(justify='right')
-    if 'eval_loss' in result:
-        facts.add_row('validation loss, nats a token', f'{result["eval_loss"]:.4f}')
-        facts.add_row('validation, bits a byte', f'{result["validation_bits_per_byte"]:.4f}')
-        facts.add_row('validation accuracy of the next token', f'{result["validation_accuracy"]:.2%}')
-    else:
-        facts.add_row('test accuracy', f'{result["test_accuracy"]:.2%}')
+    quality = _TEXT_QUALITY if 'eval_loss' in result else _QUALITY
+    _add_rows(facts, result, quality)
     facts.add_row('parameters', f'{result["parameters"]:,}')
     facts.add_row('size dense, float32', _bytes(dense))
     facts.add_row('size sparse, float32 values + 1-bit mask', _bytes(sparse))
-    for part in ('inference', 'training'):
-        facts.add_row(f'multiply-adds of {part}, against dense', f'{result[f"operations_{part}_against_dense"]:.1%}')
-    if 'exploration_rate' in result:
-        facts.add_row('weights that have ever existed', f'{result["exploration_rate"]:.1%}')
+    _add_rows(facts, result, _COST)
     facts.add_row('steps', f'{result["steps"]:,}')
-    facts.add_row('training time', f'{result["seconds"]:.1f} s ({result["steps_per_second"]:.3g} steps/s)')
+    facts.add_row('training time', f'{result["seconds"]:.1f} s ({result["steps"] / max(result["seconds"], 1e-9):.3g} steps/s)')
     console.print(facts)
+
+
+# A row's name, the key of its number, and how that is written.
+_QUALITY = (('test accuracy', 'test_accuracy', '.2%'),)
+_TEXT_QUALITY = (
+    ('validation loss, nats a token', 'eval_loss', '.4f'),
+    ('validation, bits a byte', 'validation_bits_per_byte', '.4f'),
+    ('validation accuracy of the next token', 'validation_accuracy', '.2%'),
+)
+_COST = (
+    ('multiply-adds of inference, against dense', 'operations_inference_against_dense', '.1%'),
+    ('multiply-adds of training, against dense', 'operations_training_against_dense', '.1%'),
+    ('weights that have ever existed', 'exploration_rate', '.1%'),
+)
+
+
+def _add_rows(table: Table, result: dict[str, Any], rows: Sequence[tuple[str, str, str]]) -> None:
+    """Those numbers that the result has."""
+    for name, key, form in rows:
+        if key in result:
+            table.add_row(name, format(result[key], form))
 
 
 def _series(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[Any]]:
@@ -112,6 +131,13 @@ def draw(path: pathlib.Path, rows: list[dict[str, Any]], *, title: str, input_co
       title: heading.
       input_counts: number of weights each input pixel kept, [height, width]; None: the weights that moved are drawn instead.
     """
+    import matplotlib as mpl
+
+    with mpl.rc_context({'text.parse_math': False}):  # names are names, whatever signs they hold
+        _draw(path, rows, title, input_counts)
+
+
+def _draw(path: pathlib.Path, rows: list[dict[str, Any]], title: str, input_counts: np.ndarray | None) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -164,15 +190,15 @@ def _draw_densities(figure, axes, rows: list[dict[str, Any]]) -> None:
     import matplotlib.colors
 
     axes.set(title='density of each layer', xlabel='step')
-    steps, densities = _series(rows, 'density')
-    if not densities:
+    steps, densities = _series([row for row in rows if isinstance(row.get('density'), dict)], 'density')
+    if not densities or not densities[0]:
         axes.text(0.5, 0.5, 'dense: every weight exists', ha='center', transform=axes.transAxes)
         return
     last = max(row['step'] for row in rows)
     names = list(densities[0])
     many = len(names) > _NAMED
     for i, layer in enumerate(names):
-        values = [d[layer] for d in densities]
+        values = [d.get(layer, np.nan) for d in densities]
         look = dict(color=matplotlib.colormaps['viridis'](i / (len(names) - 1))) if many else dict(label=layer)
         axes.plot([*steps, last], [*values, values[-1]], drawstyle='steps-post', linewidth=1 if many else 1.5, **look)
     axes.set_yscale('log')

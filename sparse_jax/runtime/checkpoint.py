@@ -167,9 +167,10 @@ def _arrays(tree: Any) -> dict[str, str]:
     return {path: f'{leaf.dtype}{list(leaf.shape)}' for path, leaf in layers_lib.leaf_paths(tree)}
 
 
-def _meta(step: int, state: Any, seconds: float) -> dict[str, Any]:
+def _meta(step: int, state: Any, seconds: float, totals: dict[str, int] | None) -> dict[str, Any]:
     """What is saved beside a state, with a checksum of its own."""
     meta = {'format': FORMAT, 'batches': step, 'seconds': seconds, 'fingerprint': fingerprint(state), 'arrays': _arrays(state)}
+    meta |= {} if totals is None else {'totals': totals}
     return meta | {'checksum': _checksum(meta)}
 
 
@@ -195,10 +196,17 @@ class Checkpoints:
         """The newest complete checkpoint's step."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, seconds: float) -> None:
-        """Starts to save; writing goes on in the background, and its failure is raised by :meth:`check`."""
+    def save(self, step: int, state: Any, seconds: float, totals: dict[str, int] | None = None) -> None:
+        """Starts to save; writing goes on in the background, and its failure is raised by :meth:`check`.
+
+        Args:
+          step: steps done.
+          state: after that step.
+          seconds: that were spent on it.
+          totals: whole numbers that the run sums up over its steps, by name; :meth:`totals` gives them back.
+        """
         self.check()
-        meta = _meta(step, state, seconds)
+        meta = _meta(step, state, seconds, totals)
         self._manager.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(_packed(state)), meta=ocp.args.JsonSave(meta)), force=True
         )
@@ -209,6 +217,10 @@ class Checkpoints:
         if self._saving and not self._manager.is_saving_in_progress():
             self._saving = False
             self._manager.wait_until_finished()  # raises; orbax's check_for_errors does not, once its own thread has seen the error
+
+    def totals(self, step: int) -> dict[str, int] | None:
+        """The totals saved with a checkpoint, which has been restored and so is whole; None where it was saved without."""
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta'].get('totals')
 
     def restore(self, step: int, target: Any, layers: np.ndarray | None = None) -> tuple[Any, float]:
         """A checkpoint's state and the seconds that were spent on it.

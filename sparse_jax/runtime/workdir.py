@@ -1,8 +1,7 @@
-"""One folder, one experiment: the lock, the experiment's identity, and files that are whole or absent."""
+"""One folder, one experiment: the lock, and the experiment's identity."""
 
 import contextlib
 import fcntl
-import json
 import os
 import pathlib
 import socket
@@ -11,14 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sparse_jax import config as config_lib
-
-
-def write_json(path: pathlib.Path, content: Any) -> None:
-    """Writes a JSON file that is either whole or not there."""
-    partial = path.with_suffix('.tmp')
-    partial.write_text(json.dumps(content, indent=2) + '\n')
-    os.replace(partial, path)
-
+from sparse_jax.runtime import records
 
 # What settings that did not exist yet stood at, where that is not their default.
 _BEFORE = {'sparsity.dense_gradient_window': None}
@@ -26,13 +18,9 @@ _BEFORE = {'sparsity.dense_gradient_window': None}
 
 def differences(config: config_lib.Config, workdir: pathlib.Path) -> list[str]:
     """What distinguishes an experiment from the one in a workdir, one line a setting; empty for the same, or a new workdir."""
-    path = workdir / 'config.json'
-    if not path.exists():
+    old = _read(workdir / records.CONFIG)
+    if old is None:
         return []
-    try:
-        old = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f'{path} is not JSON ({error}): give another --workdir, or delete this one.') from error
     new = config_lib.identity(config)
     old = config_lib.identity(config_lib.Config()) | _BEFORE | old
     if config.sparsity.method == 'dense':  # has no effect there
@@ -40,14 +28,20 @@ def differences(config: config_lib.Config, workdir: pathlib.Path) -> list[str]:
     return [f'{k}: {old.get(k)!r} there, {new.get(k)!r} given' for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
 
 
+def _read(path: pathlib.Path) -> Any:
+    """What tells whose workdir this is, which nothing else can say; None where the file is not there."""
+    if not os.path.lexists(path):
+        return None
+    try:
+        return records.read(path)
+    except records.UnreadableError as error:
+        raise ValueError(f'{error}: put back what it was, or give another --workdir.') from error
+
+
 def check_data(workdir: pathlib.Path, fingerprint: str) -> None:
     """Raises ValueError where a workdir's run was begun on other data, which the settings do not tell."""
-    path = workdir / 'data.json'
-    try:
-        before = json.loads(path.read_text())['fingerprint'] if path.exists() else fingerprint
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path} cannot be read ({error}): give another --workdir, or delete this one.') from error
-    if before != fingerprint:
+    before = _read(workdir / records.DATA)
+    if before is not None and before['fingerprint'] != fingerprint:
         raise ValueError(
             f'--workdir={workdir} was begun on another text (its files, or the version of Python, have changed): give another --workdir.'
         )
@@ -61,7 +55,7 @@ def check(config: config_lib.Config, workdir: pathlib.Path) -> None:
         raise ValueError(f'--workdir={workdir} holds another experiment ({"; ".join(different)}): give another --workdir.')
     foreign = (
         workdir.exists()
-        and not (workdir / 'config.json').exists()
+        and not (workdir / records.CONFIG).exists()
         and any(p.name not in ('.lock', 'config.tmp') for p in workdir.iterdir())
     )
     if foreign:

@@ -4,7 +4,6 @@ A choice decides the last bits of a layer's values. So it is written into the wo
 of steps done, and a resumed run reads it there instead of measuring again.
 """
 
-import json
 import logging
 import math
 import pathlib
@@ -20,12 +19,11 @@ from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core import layers as layers_lib
 from sparse_jax.core import masks as masks_lib
 from sparse_jax.kernels import backend, measure, sharded
-from sparse_jax.runtime import hosts, workdir
+from sparse_jax.runtime import hosts, records
 from sparse_jax.train import devices as devices_lib
 from sparse_jax.train import state as state_lib
 from sparse_jax.train.console import named_table
 
-FILE = 'kernels.json'
 _LOG = logging.getLogger('sparse_jax')
 _MUCH = 1.5  # a density that has changed by this factor since a layer's choice is measured anew
 _SPARSE = 0.9  # above this density no sparse kernel is tried
@@ -61,6 +59,18 @@ def cut_by_mesh(config: config_lib.Config, experiment: state_lib.Experiment, dev
     return cut
 
 
+def _check_choices(path: pathlib.Path) -> None:
+    """Puts the choices of a run that goes on aside where they cannot be read; without them all is measured anew."""
+    anew = 'the kernels are chosen anew, and may round otherwise than before.'
+    if not path.exists():
+        _LOG.info('%s is not there: %s', path, anew)
+        return
+    try:
+        records.read(path)
+    except records.UnreadableError as error:
+        _LOG.warning('%s: it was put aside as %s; %s', error, records.put_aside(path), anew)
+
+
 class LayerKernels:
     """The patterns of a run, kept up to date with its masks."""
 
@@ -85,15 +95,13 @@ class LayerKernels:
                 _log_dense_layers(config, experiment, devices, self._platform)
         self._experiment = experiment
         self._examples = config.data.batch_size // config.train.accumulate
-        self._path = folder / FILE
+        self._path = folder / records.KERNELS
         self._patterns: Any = None
         self._calls: dict[str, measure.Call] | None = None
         self._history: dict[str, dict[str, Any]] = {}
-        if self._mode == 'auto' and start and self._path.exists():
-            try:
-                self._history = json.loads(self._path.read_text())
-            except ValueError as error:
-                raise ValueError(f'{self._path} cannot be read ({error}): delete it, and the kernels are chosen anew.') from error
+        if self._mode == 'auto' and start:
+            hosts.run_on_host0(_check_choices, self._path)
+            self._history = records.read(self._path) if self._path.exists() else {}
         before = sorted(int(step) for step in self._history if int(step) <= start)
         self._chosen: dict[str, Any] = {}
         for step in before:
@@ -146,7 +154,7 @@ class LayerKernels:
         if stored != rows:
             self._history[str(step)] = rows
             if hosts.is_host0():
-                workdir.write_json(self._path, self._history)
+                records.write(self._path, self._history)
 
     def _measured(self, path: str, density: float) -> dict[str, Any]:
         assert self._calls is not None
@@ -191,10 +199,15 @@ def _log_dense_layers(
 
 def print_table(folder: pathlib.Path) -> None:
     """Prints the choices of a workdir's run, each layer's last one with both times; nothing where none was made."""
-    path = folder / FILE
+    path = folder / records.KERNELS
     if not path.exists():
         return
-    history, chosen, rows = json.loads(path.read_text()), {}, []
+    try:
+        history = records.read(path)
+    except records.UnreadableError as error:
+        _LOG.warning('%s: the table of kernels is left out.', error)
+        return
+    chosen, rows = {}, []
     for step in sorted(history, key=int):
         chosen |= history[step]
     for name, row in chosen.items():

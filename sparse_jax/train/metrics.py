@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pathlib
 import sys
 from typing import Any
@@ -9,16 +10,23 @@ from typing import Any
 from rich import progress
 
 from sparse_jax import config as config_lib
+from sparse_jax.runtime import records
 
 _LOG = logging.getLogger('sparse_jax')
 
 
 class Writer:
-    """Appends dictionaries with a ``step`` to metrics.jsonl; on resume drops what is after the checkpoint."""
+    """Appends dictionaries with a ``step`` to metrics.jsonl; on resume drops what is after the checkpoint.
 
-    def __init__(self, workdir: pathlib.Path, *, step: int, tensorboard: bool):
-        path = workdir / 'metrics.jsonl'
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step] if step and path.exists() else []
+    The file is for people: nothing that a run computes depends on it. One that is damaged is told and kept aside, and its good lines go on.
+    """
+
+    def __init__(self, workdir: pathlib.Path, *, step: int, logged: int, tensorboard: bool):
+        """Args: step: of the checkpoint, 0 for a new run. logged: the last step up to it that the log has a line of."""
+        path = workdir / records.METRICS
+        kept = _kept(path, step, logged) if step else []
+        if os.path.lexists(path) and not path.is_file():
+            records.put_aside(path)
         partial = path.with_suffix('.tmp')
         partial.write_text(''.join(line + '\n' for line in kept))
         partial.replace(path)
@@ -40,11 +48,16 @@ class Writer:
             self._events.close()
 
 
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)['step']
-    except (ValueError, KeyError):  # the line that a kill cut off
-        return float('inf')
+def _kept(path: pathlib.Path, step: int, logged: int) -> list[str]:
+    """The lines up to a step; says so where some are missing."""
+    rows, wrong = records.read_rows(path)
+    kept = [row for row in rows if row.values['step'] <= step]
+    last = max((row.values['step'] for row in kept), default=0)
+    if wrong:
+        _LOG.warning('%s: %s. It was put aside as %s; what can be read of it goes on.', path, wrong, records.put_aside(path))
+    elif last < logged:
+        _LOG.warning('%s: its lines of the steps from %d to %d are lost.', path, last + 1, step)
+    return [row.text for row in kept]
 
 
 def _summary_writer(workdir: pathlib.Path):
@@ -64,8 +77,8 @@ def check_tensorboard(settings: config_lib.Log) -> None:
 
 
 def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    """All lines of a run's metrics.jsonl, as far as they can be read."""
+    return [row.values for row in records.read_rows(workdir / records.METRICS)[0]]
 
 
 class Progress:

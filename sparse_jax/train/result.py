@@ -1,7 +1,6 @@
 """What a run leaves at its end: result.json, run.json, and what the report needs of the masks."""
 
 import datetime
-import json
 import pathlib
 import platform
 import resource
@@ -14,8 +13,7 @@ import numpy as np
 
 from sparse_jax import stats
 from sparse_jax.core import masks as masks_lib
-from sparse_jax.runtime import hosts, workdir
-from sparse_jax.train import metrics
+from sparse_jax.runtime import hosts, records
 from sparse_jax.train import state as state_lib
 from sparse_jax.train.evaluate import results
 from sparse_jax.train.run import Run
@@ -31,29 +29,31 @@ def headline(result: dict[str, Any]) -> str:
     ('93.40% test accuracy', 'validation loss 1.500 nats a token, 2.164 bits a byte')
     """
     if 'eval_loss' in result:
-        return f'validation loss {result["eval_loss"]:.3f} nats a token, {result["validation_bits_per_byte"]:.3f} bits a byte'
+        bits = result.get('validation_bits_per_byte')
+        return f'validation loss {result["eval_loss"]:.3f} nats a token' + ('' if bits is None else f', {bits:.3f} bits a byte')
     return f'{result["test_accuracy"]:.2%} test accuracy'
 
 
-def finish(run: Run, state: state_lib.TrainState, seconds: float, start: int) -> dict[str, Any]:
+def finish(run: Run, state: state_lib.TrainState, seconds: float, mean_density: dict[str, float], start: int) -> dict[str, Any]:
     """Evaluates the last state, and writes what the run gives, on host 0.
 
     Args:
       run: that has ended.
       state: after its last step.
       seconds: that training took, over all restarts.
+      mean_density: of each layer, on average over the steps.
       start: the step at which this process began.
 
     Returns:
       The content of ``result.json``, on all hosts.
     """
-    result = _result(run, state, seconds)
+    result = _result(run, state, seconds, mean_density)
     hosts.run_on_host0(_write, run, result, _input_counts(run, state), start)
-    return json.loads((run.folder / 'result.json').read_text())
+    return records.read(run.folder / records.RESULT)
 
 
-def _result(run: Run, state: state_lib.TrainState, seconds: float) -> dict[str, Any]:
-    """The content of ``result.json``; what it says of the run's average is right on host 0 only, which reads the metrics."""
+def _result(run: Run, state: state_lib.TrainState, seconds: float, mean_density: dict[str, float]) -> dict[str, Any]:
+    """The content of ``result.json``; computed on all hosts, since it counts sharded masks."""
     config, experiment = run.config, run.experiment
     sizes = state_lib.sizes(experiment, state)
     result = {
@@ -68,11 +68,8 @@ def _result(run: Run, state: state_lib.TrainState, seconds: float) -> dict[str, 
         **({'data_fingerprint': run.data.fingerprint} if run.data.fingerprint else {}),
         **results(run, state),
     }
-    rows = metrics.read(run.folder) if hosts.is_host0() else []
-    # on all hosts, since it counts sharded masks; what the others make of no rows is not used
-    density = _mean_density(rows, experiment.total_steps) if rows else dict.fromkeys(sizes.layers, 1.0)
     masks = None if config.sparsity.method == 'dense' else run.devices.host(masks_lib.get_masks(state.opt_state))
-    result |= state_lib.operations(experiment, state, density, masks)
+    result |= state_lib.operations(experiment, state, mean_density, masks)
     if masks is not None:
         result['exploration_rate'] = stats.exploration_rate(state.opt_state)
     return result | {'seconds': round(seconds, 3), 'steps_per_second': round(experiment.total_steps / max(seconds, 1e-9), 3)}
@@ -81,8 +78,8 @@ def _result(run: Run, state: state_lib.TrainState, seconds: float) -> dict[str, 
 def _write(run: Run, result: dict[str, Any], input_counts: np.ndarray | None, start: int) -> None:
     if input_counts is not None:
         _write_array(run.folder / INPUT_COUNTS, input_counts)
-    workdir.write_json(run.folder / 'run.json', _machine(run, start))
-    workdir.write_json(run.folder / 'result.json', result)  # last: its presence says that the run is finished
+    records.write(run.folder / records.MACHINE, _machine(run, start))
+    records.write(run.folder / records.RESULT, result)  # last: its presence says that the run is finished
 
 
 def _write_array(path: pathlib.Path, array: np.ndarray) -> None:
@@ -107,17 +104,6 @@ def _machine(run: Run, start: int) -> dict[str, Any]:
         'jax': jax.__version__,
         'python': sys.version.split()[0],
         'max_memory_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-    }
-
-
-def _mean_density(rows: list[dict[str, Any]], total_steps: int) -> dict[str, float]:
-    """Density of each layer on average over the steps, from the lines that say what it was from a step on."""
-    changes = [(row['step'], row['density']) for row in rows if 'density' in row]
-    ends = [step for step, _ in changes[1:]] + [total_steps]
-    names = changes[0][1] if changes else {}
-    return {
-        name: sum(density[name] * (end - step) for (step, density), end in zip(changes, ends, strict=True)) / total_steps
-        for name in names
     }
 
 

@@ -15,6 +15,10 @@ from sparse_jax.core import layers as layers_lib
 from sparse_jax.core import masks as masks_lib
 
 
+class NonFiniteError(RuntimeError):
+    """The loss or a parameter is NaN or infinite: the run cannot go on."""
+
+
 class TrainState(NamedTuple):
     """Everything that a training step changes; a pytree of arrays."""
 
@@ -73,6 +77,32 @@ def sizes(experiment: Experiment, state: TrainState) -> Sizes:
         nonzeros=sum(counts),
         layers=dict(zip(names, zip(counts, full, strict=True), strict=True)),
     )
+
+
+class NonzeroSums:
+    """Each layer's nonzeros summed over the steps, in whole numbers: the run's mean density. Saved with each checkpoint."""
+
+    def __init__(self, sizes: Sizes, step: int, sums: dict[str, int] | None):
+        """Args: sizes: after `step`. sums: as saved with that step's checkpoint; None: the nonzeros have always been what they are."""
+        self._sizes, self._step = sizes, step
+        self._sums = {name: nonzeros * step for name, (nonzeros, _) in sizes.layers.items()} if sums is None else dict(sums)
+
+    def after(self, step: int) -> dict[str, int]:
+        """The sums over all steps up to this one."""
+        for name, (nonzeros, _) in self._sizes.layers.items():
+            self._sums[name] += nonzeros * (step - self._step)
+        self._step = step
+        return dict(self._sums)
+
+    def update(self, step: int, sizes: Sizes) -> None:
+        """From the step after this one on, the network has other sizes."""
+        self.after(step)
+        self._sizes = sizes
+
+    def mean_density(self) -> dict[str, float]:
+        """Of each layer, on average over the steps so far; of none, what it is."""
+        sums = {name: nonzeros for name, (nonzeros, _) in self._sizes.layers.items()} if self._step == 0 else self._sums
+        return {name: sums[name] / (size * max(self._step, 1)) for name, (_, size) in self._sizes.layers.items()}
 
 
 def _has_masks(state: TrainState) -> bool:

@@ -17,10 +17,10 @@ from rich import progress
 from rich.console import Console
 
 from sparse_jax import config as config_lib
-from sparse_jax.runtime import workdir
+from sparse_jax.runtime import records, workdir
 from sparse_jax.train import metrics
 from sparse_jax.train import run as run_lib
-from sparse_jax.train.loop import NonFiniteError
+from sparse_jax.train import state as state_lib
 from sparse_jax.train.result import headline
 
 _LOG = logging.getLogger('sparse_jax')
@@ -112,7 +112,7 @@ def run(
     with workdir.locked(folder):
         before = _points(folder)
         all_runs = [*before, *(path.name for path in runs if path.name not in before)]
-        workdir.write_json(folder / 'sweep.json', {'sweep': list(grids), 'command': list(command), 'runs': all_runs})
+        records.write(folder / records.SWEEP, {'sweep': list(grids), 'command': list(command), 'runs': all_runs})
         tasks = {}
         for path, (point, _) in runs.items():
             flags = [f'--config.{name}={value}' for name, value in point.items()]
@@ -132,15 +132,15 @@ def raise_failed(outcome: Mapping[str, Any]) -> None:
     """
     if failed := outcome['failed']:
         total = outcome['done'] + outcome['skipped'] + len(failed)
-        kind = NonFiniteError if outcome['would_fail_again'] else RuntimeError
+        kind = state_lib.NonFiniteError if outcome['would_fail_again'] else RuntimeError
         raise kind(f'{len(failed)} of {total} runs failed, the others are done:\n' + '\n'.join(failed))
 
 
 def _points(folder: pathlib.Path) -> list[str]:
     """Runs that the sweep in a folder has had so far."""
     try:
-        return list(json.loads((folder / 'sweep.json').read_text())['runs'])
-    except (OSError, ValueError, KeyError, TypeError):
+        return list(records.read(folder / records.SWEEP)['runs'])
+    except records.UnreadableError:  # it is written anew; runs that are there show themselves by their workdirs
         return []
 
 
@@ -159,7 +159,7 @@ def _check(folder: pathlib.Path, runs: Mapping[pathlib.Path, tuple[Any, config_l
     """Everything that can be wrong is found here, before a file is made; of runs that differ in the seed one is tried."""
     foreign = folder.exists() and (
         not folder.is_dir()
-        or (not (folder / 'sweep.json').exists() and any(p.name not in ('.lock', 'sweep.tmp') for p in folder.iterdir()))
+        or (not (folder / records.SWEEP).exists() and any(p.name not in ('.lock', 'sweep.tmp') for p in folder.iterdir()))
     )
     if foreign:
         raise ValueError(f'--workdir={folder} holds something else than a sweep: give a new or an empty folder.')
@@ -169,7 +169,7 @@ def _check(folder: pathlib.Path, runs: Mapping[pathlib.Path, tuple[Any, config_l
         workdir.check(config, path)
         metrics.check_tensorboard(config.log)
         settings = {name: value for name, value in config_lib.flatten(config).items() if name != 'seed'}
-        if (path / 'result.json').exists() or json.dumps(settings) in tried:
+        if records.is_whole(path / records.RESULT) or json.dumps(settings) in tried:
             continue
         tried.add(json.dumps(settings))
         source = json.dumps({name: value for name, value in settings.items() if name.startswith('data.')})
@@ -190,7 +190,7 @@ def run_all(tasks: Mapping[pathlib.Path, Sequence[str]], jobs: int, logs: pathli
       ``done`` and ``skipped``, numbers of runs, ``failed``, a message for each that did, and ``would_fail_again``, whether a restart
       would change nothing about any of those.
     """
-    left = [path for path in tasks if not (path / 'result.json').exists()]
+    left = [path for path in tasks if not records.is_whole(path / records.RESULT)]
     cores: list[int | None] = [None] * jobs
     if jobs > 1 and hasattr(os, 'sched_getaffinity'):
         mine = sorted(os.sched_getaffinity(0))
@@ -221,7 +221,7 @@ def run_all(tasks: Mapping[pathlib.Path, Sequence[str]], jobs: int, logs: pathli
             for future in concurrent.futures.as_completed(futures):
                 path, error = future.result()
                 failed += [error] if error else []
-                show(error or f'{path.name}: {headline(json.loads((path / "result.json").read_text()))}')
+                show(error or f'{path.name}: {headline(records.read(path / records.RESULT))}')
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

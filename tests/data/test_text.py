@@ -112,7 +112,7 @@ def test_the_standard_library_is_there_and_has_no_tests():
 
 
 def test_a_resumed_run_refuses_another_text(folder, tmp_path_factory):
-    from sparse_jax.runtime import workdir
+    from sparse_jax.runtime import records, workdir
 
     first = data.load('text', str(folder), validation=0.25, length=16)
     assert first.fingerprint == data.load('text', str(folder), validation=0.25, length=32).fingerprint
@@ -120,7 +120,7 @@ def test_a_resumed_run_refuses_another_text(folder, tmp_path_factory):
     changed = data.load('text', str(folder), validation=0.25, length=16)
     run = tmp_path_factory.mktemp('run')
     workdir.check_data(run, first.fingerprint)
-    workdir.write_json(run / 'data.json', {'fingerprint': first.fingerprint})
+    records.write(run / 'data.json', {'fingerprint': first.fingerprint})
     workdir.check_data(run, first.fingerprint)
     with pytest.raises(ValueError, match='was begun on another text'):
         workdir.check_data(run, changed.fingerprint)

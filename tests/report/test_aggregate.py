@@ -176,9 +176,9 @@ def test_broken_unfinished_and_mixed_workdirs(runs):
         ('b3_config', 'config.json cannot be read'),
         (
             'b4_old',
-            'broken, or made by another version: it has no usable nonzeros, density, parameters, seconds, steps, data, method',
+            'result.json is broken, or made by another version: it has no usable nonzeros, parameters, steps, density, seconds, data, method',
         ),
-        ('b6_types', 'broken, or made by another version: it has no usable nonzeros, model, test_accuracy or eval_loss'),
+        ('b6_types', 'result.json is broken, or made by another version: it has no usable nonzeros, model, test_accuracy'),
         ('b5_list', 'result.json cannot be read'),
     ):
         assert f'- `{name}`: {reason}' in markdown and name in text
@@ -214,6 +214,71 @@ def test_report_mode_from_the_launcher(runs, tmp_path):
         'report.html',
         'report.md',
     ]
+
+
+def test_whatever_a_workdir_holds_the_page_stands(runs):
+    """Fifty runs, of which many hold what no run writes: each of those is listed with its reason, or shown as it is."""
+    _write(runs / 'other' / '$x_{1$', seed=7, model='lenet$300', settings={'data.pattern': 'a\x00$\\frac', 'sparsity.dense': '$'})
+    names = {'$\\alpha$/kernel': 0.05, 'b/<kernel>': 0.05}
+    (runs / 'other' / '$x_{1$' / 'metrics.jsonl').write_text(
+        ''.join(json.dumps({'step': s, 'density': names, 'test_accuracy': 0.5}) + '\n' for s in (0, 100, 200))
+    )
+    path = runs / 'sm' / '0'
+    whole = {name: (path / name).read_text() for name in ('config.json', 'result.json', 'run.json', 'metrics.jsonl')}
+    wrong = {
+        'result.json': ['null', '[]', '""', '{}', '', '[' * 100_000, '\xff', None, whole['result.json'].replace('"test_accuracy": 0.981', '"test_accuracy": 1' + '0' * 400),
+                        whole['result.json'].replace('0.981', 'NaN'), whole['result.json'].replace('"layers": {', '"layers": {"x": 1, ')],
+        'config.json': ['null', '{"seed": "a"}', '{"sparsity.density": [0.05]}', '{"sparsity.density": -1}', '', '\xff', None],
+    }  # fmt: skip
+    harmless = {
+        'run.json': ['null', '[1]', '', '\xff', '{"max_memory_mib": "many", "device": 3}', None],
+        'metrics.jsonl': [
+            '', '\n\n', 'null\n[]\n', '{"step": 1', '\xff\xfe\n', '{"step": -1}\n', '{"step": 1e400, "loss": 1}\n', '{"step": 0, "density": {}}\n',
+            '{"step": 0, "density": 3, "test_accuracy": {"a": 1}}\n' * 2,
+            '{"step": 0, "density": {"a": 0.0}}\n{"step": 5, "density": {"b": 1}}\n', '{"step": 0, "density": {"\\ud800": 1}}\n', None,
+        ],
+    }  # fmt: skip
+    listed = {}
+    for kind, contents in (wrong | harmless).items():
+        for number, content in enumerate(contents):
+            folder = runs / 'broken' / f'{kind}{number}'
+            _write(folder, seed=10 + len(listed), accuracy=0.981)
+            listed[folder.name] = kind in wrong
+            (folder / kind).unlink()
+            if content is None:
+                (folder / kind).mkdir()
+            else:
+                (folder / kind).write_bytes(content.encode('latin-1'))
+    undecodable = runs / b'\xff\xfe'.decode(errors='surrogateescape')
+    _write(undecodable, seed=9)
+    (undecodable / 'result.json').write_text('null')
+    write_report(runs)
+    _, content = _page(runs)
+    markdown = (runs / 'report.md').read_text()
+    for name, is_wrong in listed.items():
+        assert (f'`broken/{name}`: {name.rstrip("0123456789")} ' in markdown) == is_wrong, name
+    assert r'`\udcff\udcfe`: result.json cannot be read' in markdown
+    finished = 6 + 1 + len(listed) - sum(listed.values())
+    assert f'{finished} finished runs' in content and len(listed) + 8 == 44
+    assert r'$\alpha$' in content, 'a name is shown as it is, and is no formula'
+
+
+def test_labels_are_effective_values_and_whole(tmp_path):
+    _write(tmp_path / 'a', settings={'train.steps': '4000'}, steps=4000)
+    _write(tmp_path / 'b', seed=1, steps=4000)  # as many by its epochs
+    long = ','.join(f'layers/attention/query{i}/*' for i in range(8))
+    _write(tmp_path / 'c', settings={'train.steps': '400', 'sparsity.update_every': '7', 'sparsity.dense': long})
+    (table,) = aggregate.tables(collect([tmp_path])[0])
+    assert {group.label: len(group.runs) for group in table.groups} == {
+        "sparse_momentum (dense=the model's, update_every=an epoch, steps=4000)": 2,
+        f'sparse_momentum (dense={long}, update_every=7, steps=400)': 1,
+    }
+    write_report(tmp_path)
+    checker, content = _page(tmp_path)
+    figures = re.findall(r'<svg.*?</svg>', content, re.DOTALL)
+    texts = [line for figure in figures for line in re.findall(r'<text[^>]*>(.*?)</text>', figure, re.DOTALL)]
+    assert max(map(len, texts)) < 75 and any(text.endswith('5%') and 'steps=400' in text for text in texts), texts
+    checker.feed('')
 
 
 def test_published_numbers():

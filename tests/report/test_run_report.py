@@ -35,6 +35,7 @@ def _result(layers):
     nonzeros = sum(count for count, _ in layers.values())
     result = {
         'model': 'm',
+        'data': 'mnist',
         'method': 'set',
         'layers': layers,
         'nonzeros': nonzeros,
@@ -83,7 +84,7 @@ def test_a_finished_workdir_is_shown_and_drawn_once(tmp_path, capsys):
 
 def test_metrics_after_the_checkpoint_and_a_line_cut_off_are_dropped(tmp_path):
     (tmp_path / 'metrics.jsonl').write_text('{"step": 100, "loss": 1.0}\n{"step": 200, "loss": 0.5}\n{"step": 3')
-    writer = metrics.Writer(tmp_path, step=100, tensorboard=False)
+    writer = metrics.Writer(tmp_path, step=100, logged=100, tensorboard=False)
     writer.write(200, {'loss': 0.25, 'density': {'a': 0.5}})
     writer.close()
     assert metrics.read(tmp_path) == [{'step': 100, 'loss': 1.0}, {'step': 200, 'loss': 0.25, 'density': {'a': 0.5}}]

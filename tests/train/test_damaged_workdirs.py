@@ -1,0 +1,133 @@
+"""A run in a workdir whose files were lost, cut or overwritten: its result depends on checkpoints alone."""
+
+import json
+import logging
+import shutil
+
+import pytest
+
+from configs import mnist_lenet300
+from sparse_jax import config as config_lib
+from sparse_jax import train
+from sparse_jax.report import run_report
+from sparse_jax.runtime import workdir
+from sparse_jax.train import metrics
+
+
+def _config(**settings):
+    config = mnist_lenet300.get_config('offline')
+    config.mesh.data, config.data.batch_size = 1, 20
+    config.train.steps, config.sparsity.update_every, config.log.every = 8, 3, 2
+    config.checkpoint.every, config.checkpoint.keep = 4, 2
+    config.sparsity.kernels = 'auto'
+    for name, value in settings.items():
+        section, field = name.split('__')
+        setattr(getattr(config, section), field, value)
+    return config
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('run') / 'finished'
+    return folder, train.train(_config(), folder)
+
+
+def _without_times(result):
+    return {name: value for name, value in result.items() if 'second' not in name}
+
+
+def _cut_off(folder):
+    """As if the run had been killed after step 4."""
+    shutil.rmtree(folder / 'checkpoints' / '8')
+    (folder / 'result.json').unlink()
+
+
+@pytest.mark.parametrize('lost', ['metrics and kernels', 'result'])
+def test_the_result_is_that_of_the_undisturbed_run(lost, finished, tmp_path, caplog):
+    folder = tmp_path / 'run'
+    shutil.copytree(finished[0], folder, ignore=shutil.ignore_patterns('.lock'))
+    if lost == 'result':
+        (folder / 'result.json').write_text('{"model": "len')
+        told = ['result.json cannot be read: it was put aside as result.json.corrupt, and is made anew']
+    else:
+        _cut_off(folder)
+        (folder / 'metrics.jsonl').unlink()
+        (folder / 'kernels.json').write_text('{"0": []}')
+        told = [
+            'its lines of the steps from 1 to 4 are lost',
+            'it was put aside as kernels.json.corrupt; the kernels are chosen anew',
+        ]
+    with caplog.at_level(logging.WARNING, 'sparse_jax'):
+        result = train.train(_config(), folder)
+    assert all(text in caplog.text for text in told), caplog.text
+    assert _without_times(result) == _without_times(finished[1])
+    assert _without_times(json.loads((folder / 'result.json').read_text())) == _without_times(finished[1])
+    assert metrics.read(folder)[-1]['step'] == 8
+    run_report.show(folder)
+
+
+@pytest.mark.parametrize(('content', 'told', 'steps'), [
+    (None, 'its lines of the steps from 1 to 4 are lost', []),
+    (b'', 'its lines of the steps from 1 to 4 are lost', []),
+    (b'{"step": 2, "loss": 1.0}\n{"st', 'its lines of the steps from 3 to 4 are lost', [2]),
+    (b'{"step": 4, "loss": 1.0}\n{"step": 6, "loss": 1.0}\n{"st', '', [4]),
+    (b'\xff\xfe\n{"step": 4, "loss": 1.0}\n', 'line 1 holds no metrics of a step. It was put aside as metrics.jsonl.corrupt;', [4]),
+    (b'{"step": 2}\nnull\n[]\n{"step": "4"}\n', 'line 2 holds no metrics of a step. It was put aside as', [2]),
+    ('folder', 'metrics.jsonl: it is a folder. It was put aside as metrics.jsonl.corrupt', []),
+])  # fmt: skip
+def test_a_damaged_log_is_told_and_kept_aside(content, told, steps, tmp_path, caplog):
+    path = tmp_path / 'metrics.jsonl'
+    if content == 'folder':
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    writer = metrics.Writer(tmp_path, step=4, logged=4, tensorboard=False)
+    writer.write(6, {'loss': 2.0})
+    writer.close()
+    assert [row['step'] for row in metrics.read(tmp_path)] == [*steps, 6]
+    assert told in caplog.text and bool(told) == bool(caplog.text)
+    if 'put aside' in told:
+        aside = tmp_path / 'metrics.jsonl.corrupt'
+        assert aside.is_dir() if content == 'folder' else aside.read_bytes() == content
+
+
+def test_the_mean_density_is_summed_over_the_steps_and_saved(finished, tmp_path):
+    """Against the densities in the undisturbed log, by hand; a budget that moves between layers makes them unequal."""
+    rows = [row for row in metrics.read(finished[0]) if 'density' in row]
+    assert [row['step'] for row in rows] == [0, 3, 6]
+    weights = {'fc1/kernel': 784 * 300, 'fc2/kernel': 300 * 100, 'fc3/kernel': 100 * 10}
+    mean = {name: sum(row['density'][name] * steps for row, steps in zip(rows, (3, 3, 2), strict=True)) / 8 for name in weights}
+    assert len({round(row['density']['fc3/kernel'], 6) for row in rows}) > 1
+    dense = sum(weights.values())
+    forward = sum(round(size * mean[name]) for name, size in weights.items())
+    inputs = sum(round(size * mean[name]) for name, size in weights.items() if name != 'fc1/kernel')
+    training_dense = 3 * dense - weights['fc1/kernel']
+    of_weights = dense * 3 / 3  # a window as long as the interval: dense gradients in every step
+    assert finished[1]['operations_training_against_dense'] == pytest.approx((forward + inputs + of_weights) / training_dense)
+
+
+@pytest.mark.parametrize('name', ['config.json', 'data.json'])
+@pytest.mark.parametrize('content', ['null', '[]', '', '\x00', '"text"', '{"seed": {}, "fingerprint": 3}', 'folder'])
+def test_what_says_whose_workdir_it_is_cannot_be_made_anew(name, content, tmp_path):
+    (tmp_path / 'config.json').write_text(json.dumps(config_lib.identity(_config())))
+    (tmp_path / name).unlink(missing_ok=True)
+    if content == 'folder':
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_text(content)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(
+        ValueError, match=rf'{name} (cannot be read \(|is broken, or made by another version: ).*put back what it was'
+    ):
+        workdir.check(_config(), tmp_path)
+        workdir.check_data(tmp_path, 'abc')
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_result_that_cannot_be_read_and_no_checkpoint_is_one_error(tmp_path):
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    (folder / 'config.json').write_text(json.dumps(config_lib.identity(_config())))
+    (folder / 'result.json').write_text('[]')
+    with pytest.raises(ValueError, match=r'result.json cannot be read \(it is not a JSON object\)'):
+        train.train(_config(), folder)
