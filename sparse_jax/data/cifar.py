@@ -103,13 +103,13 @@ def _read_unpacked(folder: pathlib.Path, archive: Archive) -> dict[str, tuple[st
         path = folder / archive.folder / part
         if not path.is_file():
             raise ValueError(f'{path} is missing: unpack {archive.name} again.')
-        contents[part] = str(path), path.read_bytes()
+        contents[part] = str(path), files_lib.read(path)
     return contents
 
 
 def _read_packed(path: pathlib.Path, archive: Archive) -> dict[str, tuple[str, bytes]]:
     """Like `_read_unpacked`, from the archive itself, whose checksum is verified first."""
-    content = path.read_bytes()
+    content = files_lib.read(path)
     files_lib.check_md5(content, archive.md5, str(path), 'delete it and set data.download=True, or put the right file there.')
     contents = {}
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:

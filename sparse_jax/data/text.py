@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sparse_jax.data import files as files_lib
+
 END = 256  # the token after each file where tokens are bytes
 _FILES_PER_BATCH = 64  # files passed to the tokenizer in one call
 
@@ -85,7 +87,7 @@ def split(paths: Sequence[pathlib.Path], validation: float) -> tuple[list[pathli
 
 def read(path: pathlib.Path) -> bytes:
     """Reads a file's bytes; raises ValueError with file and offset if they are not UTF-8."""
-    content = path.read_bytes()
+    content = files_lib.read(path)
     try:
         content.decode()
     except UnicodeDecodeError as error:

@@ -29,7 +29,7 @@ def read(name: str) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -183,6 +183,10 @@ def _fields(needed: dict[str, Callable[[Any], bool]], optional: dict[str, Callab
     return wrong
 
 
+def _each(names: tuple[str, ...], is_right: Callable[[Any], bool]) -> dict[str, Callable[[Any], bool]]:
+    return dict.fromkeys(names, is_right)
+
+
 def _config(content: dict[str, Any]) -> str:
     unusable = [name for name, value in content.items() if not (_is_text(name) and _is_setting(value))]
     return f'it has no usable {unusable[0]!r}' if unusable else ''
@@ -201,21 +205,19 @@ def _result(content: dict[str, Any]) -> str:
 
 
 _RESULT_FIELDS = _fields(
-    dict.fromkeys(('nonzeros', 'parameters', 'steps'), _is_count)
-    | dict.fromkeys(('density', 'seconds'), is_number)
-    | dict.fromkeys(('model', 'data', 'method'), _is_text),
-    dict.fromkeys(('test_accuracy', 'eval_loss', 'validation_bits_per_byte', 'validation_accuracy'), is_number)
-    | dict.fromkeys(('operations_training_against_dense', 'operations_inference_against_dense'), is_number)
-    | dict.fromkeys(('exploration_rate', 'steps_per_second'), is_number)
+    _each(('nonzeros', 'parameters', 'steps'), _is_count)
+    | _each(('density', 'seconds'), is_number)
+    | _each(('model', 'data', 'method'), _is_text),
+    _each(('test_accuracy', 'eval_loss', 'validation_bits_per_byte', 'validation_accuracy'), is_number)
+    | _each(('operations_training_against_dense', 'operations_inference_against_dense'), is_number)
+    | _each(('exploration_rate', 'steps_per_second'), is_number)
     | {'layers': _are_layers, 'data_fingerprint': _is_text},
 )
 _WRONG: dict[str, Callable[[dict[str, Any]], str]] = {
     CONFIG: _config,
     DATA: _fields({'fingerprint': _is_text}, {}),
     KERNELS: _kernels,
-    MACHINE: _fields(
-        {}, dict.fromkeys(('device', 'kernels', 'jax'), _is_text) | dict.fromkeys(('max_memory_mib', 'resumed_at'), _is_count)
-    ),
+    MACHINE: _fields({}, _each(('device', 'kernels', 'jax'), _is_text) | _each(('max_memory_mib', 'resumed_at'), _is_count)),
     RESULT: _result,
     SWEEP: _fields({'runs': _is_texts}, {}),
 }

@@ -31,7 +31,10 @@ def load_data(config: config_lib.Config) -> data_lib.Dataset:
     """The data set that a config names."""
     d = config.data
     text: dict[str, Any] = dict(pattern=d.pattern, tokenizer=d.tokenizer, length=d.length)
-    return data_lib.load(d.name, d.dir, download=d.download, validation=d.validation, augment=d.augment, **text)
+    try:
+        return data_lib.load(d.name, d.dir, download=d.download, validation=d.validation, augment=d.augment, **text)
+    except OSError as error:
+        raise ValueError(f'config.data.dir={d.dir!r} cannot be read ({error.strerror}): give another folder.') from error
 
 
 def create_experiment(config: config_lib.Config, data: data_lib.Dataset) -> state_lib.Experiment:

@@ -4,6 +4,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import re
 import struct
 import threading
 
@@ -91,6 +92,32 @@ def test_damaged_and_missing_files(served, tmp_path):
     plain.write_bytes(b'hello, world')
     with pytest.raises(ValueError, match='not an IDX file'):
         mnist.load(folder, files)
+
+
+@pytest.mark.parametrize('victim', ['train-labels-idx1-ubyte', 't10k-images-idx3-ubyte'])
+@pytest.mark.parametrize(('content', 'message'), [
+    (None, 'cannot be read (Is a directory)'),
+    (_idx(np.zeros((0, 28, 28))), 'has no examples'),
+    (_idx(np.zeros(0)), 'has no examples'),
+    (struct.pack('>HBB4I', 0, 8, 4, *[2**16] * 4), 'is truncated or too long'),  # 2^64 bytes, which are 0 in 64 bits
+    (struct.pack('>HBB3I', 0, 8, 3, *[2**32 - 1] * 3), 'is truncated or too long'),
+    (struct.pack('>HBB64I', 0, 8, 64, *[1] * 64) + b'\1', 'is truncated or too long'),
+    (_idx(np.zeros((3, 2))), 'do not belong together'),
+])  # fmt: skip
+def test_files_of_no_examples_of_other_kinds_or_no_files(victim, content, message, tmp_path):
+    """Each is told with its name before anything is made of it: also the test set, which is read at the end of a training only."""
+    for part, count in (('train', 50), ('t10k', 20)):
+        (tmp_path / f'{part}-images-idx3-ubyte').write_bytes(_idx(np.zeros((count, 28, 28))))
+        (tmp_path / f'{part}-labels-idx1-ubyte').write_bytes(_idx(np.zeros(count)))
+    mnist.load(tmp_path)
+    (tmp_path / victim).unlink()
+    if content is None:
+        (tmp_path / victim).mkdir()
+    else:
+        (tmp_path / victim).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        mnist.load(tmp_path)
+    assert str(tmp_path) in str(error.value) and (victim in str(error.value) or 'together' in message)
 
 
 def test_published_checksums_are_complete():
