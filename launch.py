@@ -22,7 +22,6 @@ import logging
 import os
 import pathlib
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -90,9 +89,10 @@ _PROCESSES = flags.DEFINE_integer('num_processes', None, 'With --coordinator: nu
 _PROCESS = flags.DEFINE_integer('process_id', None, 'With --coordinator: number of this process, from 0.')
 _INITIALIZATION = flags.DEFINE_integer('initialization_timeout', 120, 'Seconds to wait for all hosts to come (120).', 1)
 _HEARTBEAT = flags.DEFINE_integer('heartbeat_timeout', 30, 'Seconds until a silent host counts as dead (30).', 1)
+_DEBUG = flags.DEFINE_boolean('debug', False, 'Show the tracebacks and notes of libraries where a run fails.')
 _OF_MODES = (_CONFIG, _WORKDIR, _SWEEP, _JOBS, _RUNS)
 _OF_HOSTS = (_COORDINATOR, _PROCESSES, _PROCESS, _INITIALIZATION, _HEARTBEAT)
-_FLAGS = (_CONFIG, _WORKDIR, _MODE, _LIST_SETTINGS, _SWEEP, _JOBS, _RUNS, _LOWER_ONLY, _DISTRIBUTED, *_OF_HOSTS)
+_FLAGS = (_CONFIG, _WORKDIR, _MODE, _LIST_SETTINGS, _SWEEP, _JOBS, _RUNS, _LOWER_ONLY, _DEBUG, _DISTRIBUTED, *_OF_HOSTS)
 
 
 def _has_accelerator() -> bool:
@@ -115,9 +115,10 @@ def main(argv) -> int:
     absl_logging.set_verbosity(absl_logging.WARNING)  # of jax, orbax and matplotlib
     logging.getLogger('sparse_jax').setLevel(logging.INFO)
     from sparse_jax import train  # after the flags: a wrong flag is told at once
-    from sparse_jax.runtime import hosts
+    from sparse_jax.runtime import failures, hosts
 
     folder = pathlib.Path(_WORKDIR.value or '')
+    failures.prepare(debug=_DEBUG.value)
     try:
         if _DISTRIBUTED.value:
             cluster = hosts.arguments(
@@ -169,17 +170,13 @@ def main(argv) -> int:
         print(f'error: {error}', file=sys.stderr)
         hosts.exit_now(78)
     except Exception as error:
-        if not isinstance(error, hosts.Unreachable):
-            traceback.print_exc()
-        print(f'error: {error}', file=sys.stderr)
-        if _DISTRIBUTED.value:
-            hosts.exit_now(70)  # not waiting for a peer that may be dead
-        return 70
+        failures.show(error, debug=_DEBUG.value)
+        hosts.exit_now(70)  # not waiting for a peer that may be dead, nor for what libraries print at their end
     return 0
 
 
 def _wrong_input(error) -> int:
-    print(f'error: {error}', file=sys.stderr)
+    print(f'error: {str(error) or type(error).__name__}', file=sys.stderr)
     return 2
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 
 import jax
@@ -42,3 +43,11 @@ def pytest_configure(config):
 def _parsed_flags():
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(['tests'])
+
+
+@pytest.fixture
+def interruptible():
+    """Tests may run in the background, where a shell has SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -66,7 +66,7 @@ def read_idx(path: pathlib.Path, md5: str | None = None) -> np.ndarray:
     shape = struct.unpack(f'>{content[3]}I', content[4:header]) if len(content) >= header else ()
     if len(content) != header + math.prod(shape) or not 0 < len(shape) <= 3:
         raise ValueError(f'{path} is truncated or too long: {len(content)} bytes for an array of shape {shape}. Replace it.')
-    if shape[0] == 0:
+    if len(content) == header:
         raise ValueError(f'{path} has no examples. Replace it.')
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 

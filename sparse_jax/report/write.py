@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from sparse_jax.report import aggregate
 from sparse_jax.report.collect import Problem, collect, relative
 from sparse_jax.report.page import page
+from sparse_jax.runtime import workdir
 
 
 def write_report(folder: pathlib.Path, sources: Sequence[pathlib.Path] = ()) -> dict[str, pathlib.Path]:
@@ -21,6 +22,7 @@ def write_report(folder: pathlib.Path, sources: Sequence[pathlib.Path] = ()) -> 
     Raises:
       ValueError: if there is no run, or the folder cannot be written.
     """
+    workdir.check_name(folder)
     for flag, source in [('--runs', source) for source in sources] or [('--workdir', folder)]:
         if not source.is_dir():
             raise ValueError(f'{flag}={source} is not a folder: give the folder of a run, of a sweep, or of several.')

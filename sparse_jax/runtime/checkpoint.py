@@ -11,6 +11,7 @@ import json
 import logging
 import pathlib
 import zlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -23,10 +24,15 @@ from jax.sharding import PartitionSpec as P
 
 from sparse_jax.core import layers as layers_lib
 from sparse_jax.core.masks import SparsifyState
+from sparse_jax.runtime import failures
 
 FORMAT = 3
 _READ = (1, 2, 3)
 _LOG = logging.getLogger('sparse_jax')
+
+
+class SaveError(RuntimeError):
+    """A checkpoint that could not be written."""
 
 
 class DamagedError(ValueError):
@@ -182,7 +188,7 @@ class Checkpoints:
     """The checkpoints of one run."""
 
     def __init__(self, folder: pathlib.Path, *, keep: int = 1, read_only: bool = False):
-        self._folder, self._saving = folder, False
+        self._folder, self._saving = folder, None  # the step that is being saved
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
@@ -207,16 +213,28 @@ class Checkpoints:
         """
         self.check()
         meta = _meta(step, state, seconds, totals)
-        self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(_packed(state)), meta=ocp.args.JsonSave(meta)), force=True
-        )
-        self._saving = True
+        self._saving = step
+        content = ocp.args.Composite(state=ocp.args.StandardSave(_packed(state)), meta=ocp.args.JsonSave(meta))
+        with self._told():
+            self._manager.save(step, args=content, force=True)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Errors of the save that is going on, of whatever kind, as one."""
+        try:
+            yield
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            step, self._saving = self._saving, None
+            raise SaveError(
+                f'the checkpoint of step {step} could not be saved in {self._folder} ({failures.reason(error)}).'
+            ) from error
 
     def check(self) -> None:
-        """Raises what went wrong with the last save, as soon as it is known."""
-        if self._saving and not self._manager.is_saving_in_progress():
-            self._saving = False
-            self._manager.wait_until_finished()  # raises; orbax's check_for_errors does not, once its own thread has seen the error
+        """Raises SaveError where the last save went wrong, as soon as it is known."""
+        if self._saving is not None and not self._manager.is_saving_in_progress():
+            with self._told():
+                self._manager.wait_until_finished()  # raises; orbax's check_for_errors does not, once its own thread has seen the error
+            self._saving = None
 
     def totals(self, step: int) -> dict[str, int] | None:
         """The totals saved with a checkpoint, which has been restored and so is whole; None where it was saved without."""
@@ -247,7 +265,7 @@ class Checkpoints:
             if meta['batches'] != step:  # the position in the data, which counts the steps
                 raise DamagedError(f'it is of step {meta["batches"]}, whatever its folder is called')
         except Exception as error:  # orbax and tensorstore raise many kinds
-            raise DamagedError(f'{where} is damaged ({_reason(error)}): {remedy}') from error
+            raise DamagedError(f'{where} is damaged ({failures.reason(error)}): {remedy}') from error
         if version not in _READ:
             raise ValueError(
                 f'{where} has format {version}, this version reads {" and ".join(map(str, _READ))}: use the version that wrote it, or {remedy}'
@@ -261,7 +279,7 @@ class Checkpoints:
             stored = held if version == 1 else _target_of_packed(held)
             state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(stored)))['state']
         except Exception as error:
-            raise DamagedError(f'{where} is damaged ({_reason(error)}): {remedy}') from error
+            raise DamagedError(f'{where} is damaged ({failures.reason(error)}): {remedy}') from error
         if version > 1:
             state = _unpacked(state, held)
         if fingerprint(state) != expected:
@@ -324,11 +342,8 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for the last save, and raises if it failed."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        """Waits for the last save, and raises SaveError if it failed."""
+        with self._told():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
         self._manager.close()
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().split('\n')[0][:200] or type(error).__name__

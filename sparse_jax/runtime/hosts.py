@@ -1,9 +1,11 @@
 """Many hosts: how they find each other, agree on what is wrong, and stop together. All of it works on one host too."""
 
+import ipaddress
 import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -82,6 +84,34 @@ def arguments(
     return options
 
 
+def bind_address(coordinator: str) -> str | None:
+    """Where process 0 should listen, so that only those reach it who reach the address that was given; JAX alone would take all interfaces.
+
+    Args:
+      coordinator: host:port of process 0.
+
+    Returns:
+      IP address and port; None where the host is no address of this machine, as behind a translation of addresses, or is a name that
+      means other machines on them (many give their own name the address 127.0.1.1): then on all interfaces.
+
+    Example:
+      >>> bind_address('127.0.0.1:6002'), bind_address('192.0.2.1:6002')
+      ('127.0.0.1:6002', None)
+    """
+    host, _, port = coordinator.rpartition(':')
+    host = host.strip('[]')
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as listener:
+            listener.bind(where)
+    except OSError:
+        return None
+    address = str(where[0])
+    if ipaddress.ip_address(address.partition('%')[0]).is_loopback and host not in ('localhost', address):
+        return None
+    return f'[{address}]:{port}' if family == socket.AF_INET6 else f'{address}:{port}'
+
+
 def _checked(address, count, index, source: str) -> dict[str, Any]:
     host, colon, port = (address or '').rpartition(':')
     if not (host and colon and port.isdigit()):
@@ -110,6 +140,8 @@ def initialize(cluster: dict[str, Any], *, initialization_timeout: int = 120, he
     )
     if 'coordinator_address' in cluster:
         options['cluster_detection_method'] = 'deactivate'
+        if cluster.get('process_id') == 0:
+            options['coordinator_bind_address'] = bind_address(cluster['coordinator_address'])
     where = cluster.get('coordinator_address', 'the coordinator')
     # When time is up, jaxlib aborts the process with a page of C++: this timer is earlier, and prints one line.
     in_time = threading.Timer(initialization_timeout, _not_in_time, (where, initialization_timeout))
@@ -221,6 +253,10 @@ class Preemption:
     One process alone stops at Ctrl-C too; at a second one at once.
     """
 
+    def __init__(self, told: str = 'stopping after this step, which is saved; Ctrl-C once more ends at once.', act=lambda: None):
+        """Args: told: what Ctrl-C is answered. act: called at each signal."""
+        self._told, self._act = told, act
+
     def __enter__(self):
         self.signal, self._signalled, self._before = 'SIGTERM', False, {}
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
@@ -235,7 +271,8 @@ class Preemption:
             raise KeyboardInterrupt
         self.signal, self._signalled = signal.Signals(number).name, True
         if number == signal.SIGINT:
-            print('stopping after this step, which is saved; Ctrl-C once more ends at once.', file=sys.stderr)
+            print(self._told, file=sys.stderr)
+        self._act()
 
     def reached(self, step: int) -> bool:
         """Whether to stop after this step, which must be the same on all hosts."""

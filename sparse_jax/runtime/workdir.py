@@ -6,7 +6,7 @@ import os
 import pathlib
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from sparse_jax import config as config_lib
@@ -47,8 +47,23 @@ def check_data(workdir: pathlib.Path, fingerprint: str) -> None:
         )
 
 
+def check_name(workdir: pathlib.Path) -> None:
+    """Raises ValueError where no folder can have this name, or it cannot be looked at."""
+    try:
+        str(workdir).encode()
+        workdir.stat()
+    except UnicodeEncodeError as error:
+        raise ValueError(f'--workdir={str(workdir)!a} is not UTF-8, which checkpoints need: give another name.') from error
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # such as one that is too long, or has a zero in it
+        reason = getattr(error, 'strerror', None) or error
+        raise ValueError(f'--workdir={str(workdir)!a} cannot be used ({reason}): give another folder.') from error
+
+
 def check(config: config_lib.Config, workdir: pathlib.Path) -> None:
     """Raises ValueError where a workdir cannot be used for this experiment. Makes nothing."""
+    check_name(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f'--workdir={workdir} is a file: give a folder, or a name that does not exist yet.')
     if different := differences(config, workdir):
@@ -63,11 +78,14 @@ def check(config: config_lib.Config, workdir: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(workdir: pathlib.Path) -> Iterator[None]:
+def locked(workdir: pathlib.Path) -> Iterator[Callable[[], bool]]:
     """Takes the folder for this process; the lock goes with the process, however it ends.
 
     Args:
       workdir: the folder; made if need be.
+
+    Yields:
+      A function that tells whether the folder is still what it was: False where it was removed, renamed or replaced.
 
     Raises:
       ValueError: if another process has it.
@@ -87,7 +105,14 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         handle.write(f'{socket.gethostname()} {os.getpid()} {time.time_ns()}\n')
         handle.flush()
         os.fsync(handle.fileno())
-        yield
+        yield lambda: _is_there(workdir / '.lock', os.fstat(handle.fileno()))
+
+
+def _is_there(path: pathlib.Path, before: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), before)
+    except OSError:
+        return False
 
 
 def holder(workdir: pathlib.Path) -> str:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from sparse_jax import config as config_lib
-from sparse_jax.runtime import checkpoint, hosts
+from sparse_jax.runtime import checkpoint, hosts, workdir
 from sparse_jax.train import state as state_lib
 from sparse_jax.train.run import Run, check_identity, prepare
 
@@ -76,6 +76,7 @@ def evaluate(config: config_lib.Config, folder: pathlib.Path) -> dict[str, Any]:
     Raises:
       ValueError: if there is no checkpoint, or it is damaged, or of another experiment.
     """
+    workdir.check_name(folder)
     if not (folder / 'checkpoints').is_dir():
         raise ValueError(f'--workdir={folder} has no checkpoint: train first, with --mode=train.')
     hosts.run_on_all_hosts(check_identity, config, folder)

@@ -6,7 +6,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -47,8 +47,8 @@ def train(config: config_lib.Config, folder: pathlib.Path) -> dict[str, Any]:
     run = prepare(config, folder)
     if config.sparsity.kernels != 'auto':  # by which layers that the mesh cuts are dense
         hosts.run_on_all_hosts(kernel_choice.cut_by_mesh, config, run.experiment, run.devices)
-    with _locked(run):
-        return _train(run)
+    with _locked(run) as is_held:
+        return _train(run, is_held)
 
 
 def _has_result(folder: pathlib.Path) -> bool:
@@ -73,11 +73,14 @@ def _read_result(folder: pathlib.Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _locked(run: Run) -> Iterator[None]:
-    """Host 0 holds the workdir's lock, and all hosts have checked the workdir once more, now that nobody else can write there."""
+def _locked(run: Run) -> Iterator[Callable[[], bool]]:
+    """Host 0 holds the workdir's lock, and all hosts have checked the workdir once more, now that nobody else can write there.
+
+    Gives a function that tells whether the workdir is still there; on other hosts it always says so.
+    """
     is_new = not run.folder.exists()
     with contextlib.ExitStack() as stack:
-        hosts.run_on_host0(lambda: stack.enter_context(workdir.locked(run.folder)))
+        is_held = hosts.run_on_host0(lambda: stack.enter_context(workdir.locked(run.folder)))
         holder = hosts.broadcast_from_host0(workdir.holder, run.folder)
         try:
             hosts.run_on_all_hosts(_check_locked, run, holder)
@@ -85,7 +88,7 @@ def _locked(run: Run) -> Iterator[None]:
             if hosts.is_host0() and is_new:
                 shutil.rmtree(run.folder)
             raise
-        yield
+        yield is_held or (lambda: True)
 
 
 def _check_locked(run: Run, holder: str) -> None:
@@ -105,7 +108,7 @@ def _begin(run: Run) -> None:
         report.unlink()
 
 
-def _train(run: Run) -> dict[str, Any]:
+def _train(run: Run, is_held: Callable[[], bool]) -> dict[str, Any]:
     """Trains in the workdir, from its newest checkpoint or from the start."""
     config, folder, experiment, devices = run.config, run.folder, run.experiment, run.devices
     hosts.run_on_host0(_begin, run)
@@ -124,11 +127,13 @@ def _train(run: Run) -> dict[str, Any]:
     try:
         kernels = kernel_choice.LayerKernels(config, experiment, folder, start, devices)
         with hosts.Preemption() as preemption:
-            state, seconds = _train_loop(run, checkpoints, kernels, state, start, seconds, sums, preemption)
+            state, seconds = _train_loop(run, checkpoints, kernels, state, start, seconds, sums, preemption, is_held)
             checkpoints.close()
         return finish(run, state, seconds, sums.mean_density(), start)
     except state_lib.NonFiniteError as error:
         raise state_lib.NonFiniteError(f'{error} {_saved(checkpoints)} The same command would end here again.') from None
+    except checkpoint.SaveError as error:
+        raise checkpoint.SaveError(f'{error} {_saved(checkpoints)} Where that is mended, the same command goes on.') from error
     except ValueError as error:  # no longer the input's fault
         raise RuntimeError(f'the run failed: {error}') from error
 
@@ -149,6 +154,7 @@ def _train_loop(
     seconds: float,
     sums: state_lib.NonzeroSums,
     preemption: hosts.Preemption,
+    is_held: Callable[[], bool],
 ) -> tuple[state_lib.TrainState, float]:
     """Trains from the step after `start` to the last one; returns the state and the seconds spent on it since step 0."""
     config, experiment, devices = run.config, run.experiment, run.devices
@@ -179,6 +185,11 @@ def _train_loop(
             if step % eval_every == 0 or step == last:
                 log.evaluation(step, part, evaluate_part(run, evaluate, state, part, patterns))
             stopping = preemption.reached(step) and step < last
+            if not is_held():
+                raise RuntimeError(
+                    f'--workdir={run.folder} was removed, renamed or replaced while the run was going: stopped at step {step}, of which '
+                    'nothing is saved. Put it back, and the same command goes on from its last checkpoint.'
+                )
             if stopping or step % config.checkpoint.every == 0 or step == last:
                 if not all_finite(state.params):
                     raise state_lib.NonFiniteError(f'a parameter is not finite after step {step}: lower optimizer.learning_rate.')

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import copy
+import hashlib
 import itertools
 import json
 import logging
@@ -17,13 +18,14 @@ from rich import progress
 from rich.console import Console
 
 from sparse_jax import config as config_lib
-from sparse_jax.runtime import records, workdir
+from sparse_jax.runtime import hosts, records, workdir
 from sparse_jax.train import metrics
 from sparse_jax.train import run as run_lib
 from sparse_jax.train import state as state_lib
 from sparse_jax.train.result import headline
 
 _LOG = logging.getLogger('sparse_jax')
+_NAME_BYTES = 200
 
 # A run ends with the sweep, however that ends (Linux: PR_SET_PDEATHSIG), and stays on its cores. Done in the child's first moments and not
 # between fork and exec, as forking a process with jax's threads is unsafe.
@@ -76,8 +78,17 @@ def names(points: Sequence[Mapping[str, str]]) -> list[str]:
     >>> names([{'sparsity.density': '0.1', 'seed': '0'}])
     ['seed=0,sparsity.density=0.1']
     """
-    clean = lambda value: value.replace('/', '_').replace(':', '_').replace('*', '_')
-    return [','.join(f'{name}={clean(point[name])}' for name in sorted(point)) for point in points]
+    clean = lambda value: ''.join('_' if c in '/:*' or not c.isprintable() else c for c in value)
+    return [_short(','.join(f'{name}={clean(point[name])}' for name in sorted(point))) for point in points]
+
+
+def _short(name: str) -> str:
+    """A name that file systems take, of 255 bytes with an ending: what is cut off is told apart by a hash."""
+    encoded = name.encode()
+    if len(encoded) <= _NAME_BYTES:
+        return name
+    digest = hashlib.sha256(encoded).hexdigest()[:16]
+    return f'{encoded[: _NAME_BYTES - len(digest) - 1].decode(errors="ignore")}~{digest}'
 
 
 def run(
@@ -157,6 +168,7 @@ def _with(config: config_lib.Config, point: Mapping[str, str]) -> config_lib.Con
 
 def _check(folder: pathlib.Path, runs: Mapping[pathlib.Path, tuple[Any, config_lib.Config]]) -> None:
     """Everything that can be wrong is found here, before a file is made; of runs that differ in the seed one is tried."""
+    workdir.check_name(folder)
     foreign = folder.exists() and (
         not folder.is_dir()
         or (not (folder / records.SWEEP).exists() and any(p.name not in ('.lock', 'sweep.tmp') for p in folder.iterdir()))
@@ -189,6 +201,9 @@ def run_all(tasks: Mapping[pathlib.Path, Sequence[str]], jobs: int, logs: pathli
     Returns:
       ``done`` and ``skipped``, numbers of runs, ``failed``, a message for each that did, and ``would_fail_again``, whether a restart
       would change nothing about any of those.
+
+    Raises:
+      Preempted: at SIGTERM or Ctrl-C, which are passed on to the runs as SIGTERM, after they have ended.
     """
     left = [path for path in tasks if not records.is_whole(path / records.RESULT)]
     cores: list[int | None] = [None] * jobs
@@ -202,11 +217,17 @@ def run_all(tasks: Mapping[pathlib.Path, Sequence[str]], jobs: int, logs: pathli
         try:
             with (logs / f'{path.name}.txt').open('w') as log:
                 first = [sys.executable, '-c', _START, str(os.getpid()), '' if core is None else str(core)]
-                code = subprocess.run([*first, *tasks[path]], stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+                process = subprocess.Popen([*first, *tasks[path]], stdout=log, stderr=subprocess.STDOUT)
+                running.add(process)
+                if preemption.reached(0):  # while it was being started
+                    process.terminate()
+                code = process.wait()
+                running.discard(process)
             codes.append(code)
             if code == 0:
                 return path, None
-            lines = [line for line in (logs / f'{path.name}.txt').read_text().splitlines() if line.strip()]
+            printed = (logs / f'{path.name}.txt').read_text(errors='replace')
+            lines = [line for line in printed.splitlines() if line.strip()]
             return (
                 path,
                 f'{path.name} ended with {code}: {lines[-1] if lines else "it printed nothing"} (see {logs / path.name}.txt)',
@@ -214,17 +235,35 @@ def run_all(tasks: Mapping[pathlib.Path, Sequence[str]], jobs: int, logs: pathli
         finally:
             cores.append(core)
 
-    failed, codes = [], []
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool, _Progress(len(tasks), len(left)) as show:
-        futures = [pool.submit(start, path) for path in left]
+    def stop() -> None:
+        for future in futures:
+            future.cancel()
+        for process in list(running):
+            process.terminate()
+
+    failed, codes, futures, running = [], [], [], set[subprocess.Popen]()
+    preemption = hosts.Preemption('stopping the runs, which save where they are; Ctrl-C once more ends at once.', stop)
+    with preemption, concurrent.futures.ThreadPoolExecutor(jobs) as pool, _Progress(len(tasks), len(left)) as show:
+        futures += [pool.submit(start, path) for path in left]
         try:
             for future in concurrent.futures.as_completed(futures):
+                if future.cancelled() or preemption.reached(0):
+                    continue
                 path, error = future.result()
                 failed += [error] if error else []
                 show(error or f'{path.name}: {headline(records.read(path / records.RESULT))}')
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for future in futures:
+                future.cancel()
+            for process in list(running):
+                process.kill()
             raise
+    if preemption.reached(0):
+        done = sum(records.is_whole(path / records.RESULT) for path in tasks)
+        raise hosts.Preempted(
+            f'stopped by {preemption.signal}: {done} of {len(tasks)} runs are done, and what was running has saved where it was: the same '
+            'command goes on from there.'
+        )
     final = all(code in (0, 2, 78) for code in codes)
     return {'done': len(left) - len(failed), 'skipped': len(tasks) - len(left), 'failed': failed, 'would_fail_again': final}
 

@@ -117,14 +117,6 @@ def test_a_hung_host_is_not_waited_for(tmp_path):
         assert code not in (0, 2, 75) and run.processes[1].poll() is None, 'the stopped one is still there, stopped'
 
 
-@pytest.fixture
-def interruptible():
-    """Tests may run in the background, where a shell has SIGINT ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.usefixtures('interruptible')
@@ -262,6 +254,32 @@ print(jax.process_index(), jax.process_count(), jax.local_device_count(), jax.de
         for own in environments
     ]
     assert [p.communicate(timeout=120)[0].split() for p in processes] == [['0', '2', '2', '4'], ['1', '2', '2', '4']]
+
+
+@pytest.mark.slow
+def test_the_coordinator_listens_on_the_address_it_was_given_and_no_other(tmp_path):
+    port = _port()
+    flags = (f'--coordinator=127.0.0.1:{port}', '--num_processes=2', '--process_id=0', '--initialization_timeout=30')
+    command = [sys.executable, 'launch.py', '--config=configs/mnist_lenet300.py:offline', '--distributed', *flags]
+    process = subprocess.Popen([*command, f'--workdir={tmp_path / "run"}'], cwd=ROOT, env=_environment(), stderr=subprocess.DEVNULL)
+    listening = []
+    while not listening and process.poll() is None:
+        time.sleep(0.05)
+        for table in ('/proc/net/tcp', '/proc/net/tcp6'):
+            rows = [line.split() for line in pathlib.Path(table).read_text().splitlines()[1:]]
+            listening += [row[1].split(':')[0] for row in rows if row[3] == '0A' and int(row[1].split(':')[1], 16) == port]
+    process.kill()
+    process.wait()
+    assert listening == ['0100007F']  # 127.0.0.1, as the kernel writes it
+
+
+def test_where_the_coordinator_listens():
+    assert hosts.bind_address('localhost:80') in ('127.0.0.1:80', '[::1]:80') and hosts.bind_address('[::1]:80') in (
+        '[::1]:80',
+        None,
+    )
+    assert hosts.bind_address('192.0.2.7:80') is None, 'an address of another machine'
+    assert hosts.bind_address('no.such.host.invalid:80') is None
 
 
 def test_what_jax_is_told():

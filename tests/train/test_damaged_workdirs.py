@@ -2,7 +2,13 @@
 
 import json
 import logging
+import os
+import pathlib
+import re
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -10,8 +16,11 @@ from configs import mnist_lenet300
 from sparse_jax import config as config_lib
 from sparse_jax import train
 from sparse_jax.report import run_report
+from sparse_jax.report.write import write_report
 from sparse_jax.runtime import workdir
 from sparse_jax.train import metrics
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def _config(**settings):
@@ -104,6 +113,78 @@ def test_the_mean_density_is_summed_over_the_steps_and_saved(finished, tmp_path)
     training_dense = 3 * dense - weights['fc1/kernel']
     of_weights = dense * 3 / 3  # a window as long as the interval: dense gradients in every step
     assert finished[1]['operations_training_against_dense'] == pytest.approx((forward + inputs + of_weights) / training_dense)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_is_one_line_and_the_last_checkpoint_goes_on(tmp_path):
+    """A limit on the size of files is as a full disk to whoever writes: what the system says is told, and nothing after it."""
+    command = [sys.executable, 'launch.py', '--config=configs/mnist_lenet300.py:offline', f'--workdir={tmp_path / "run"}']
+    command += ['--config.train.steps=4', '--config.checkpoint.every=2', '--config.sparsity.kernels=dense']
+    environment = os.environ | {'JAX_ENABLE_COMPILATION_CACHE': 'false'}  # which would complain too
+    limited = ['bash', '-c', 'ulimit -f 64; exec "$@"', 'bash', *command]
+    done = subprocess.run(limited, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stderr.strip().split('\n') if not re.match(r'I\d{4} ', line)]
+    assert done.returncode == 70 and len(lines) == 1, done.stderr
+    assert re.match(
+        r'error: the checkpoint of step 2 could not be saved in .*checkpoints \(File too large\)\. Nothing had been saved\.',
+        lines[0],
+    )
+    shown = subprocess.run([*limited, '--debug'], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert shown.returncode == 70 and 'Traceback' in shown.stderr
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('what', ['removed', 'renamed', 'replaced'])
+def test_a_workdir_that_goes_away_is_told_when_it_does(what, tmp_path):
+    folder = tmp_path / 'run'
+    command = [sys.executable, 'launch.py', '--config=configs/mnist_lenet300.py:offline', f'--workdir={folder}']
+    command += ['--config.sparsity.kernels=dense', '--config.log.every=1', '--config.checkpoint.every=50']
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not (folder / 'checkpoints' / '50' / 'commit_success.txt').exists():
+        assert process.poll() is None
+        time.sleep(0.002)
+    folder.rename(tmp_path / 'elsewhere')
+    if what == 'removed':
+        shutil.rmtree(tmp_path / 'elsewhere', ignore_errors=True)
+    elif what == 'replaced':
+        folder.mkdir()
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 70 and 'Traceback' not in said, said
+    assert re.search(
+        r'error: .*(was removed, renamed or replaced while the run was going|could not be saved)', said.strip().splitlines()[-1]
+    ), said
+    if what == 'renamed':
+        shutil.rmtree(folder, ignore_errors=True)
+        (tmp_path / 'elsewhere').rename(folder)
+        done = subprocess.run([*command, '--mode=evaluate'], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_lock_knows_whether_its_folder_is_still_there(tmp_path):
+    folder = tmp_path / 'run'
+    with workdir.locked(folder) as is_held:
+        assert is_held()
+        folder.rename(tmp_path / 'elsewhere')
+        assert not is_held()
+        shutil.copytree(tmp_path / 'elsewhere', folder)
+        assert not is_held(), 'a copy is another folder'
+        shutil.rmtree(folder)
+        (tmp_path / 'elsewhere').rename(folder)
+        assert is_held()
+
+
+@pytest.mark.parametrize(('name', 'message'), [
+    ('x' * 300, r"'.*x' cannot be used \(File name too long\)"),
+    ('\udcff', r"'.*\\udcff' is not UTF-8"),
+    ('a\0b', r"'.*a\\x00b' cannot be used \(embedded null byte\)"),
+])  # fmt: skip
+def test_names_that_no_workdir_can_have(name, message, tmp_path):
+    for check in (lambda folder: train.train(_config(), folder), lambda folder: train.evaluate(_config(), folder), write_report):
+        with pytest.raises(ValueError, match=f'--workdir={message}'):
+            check(tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('name', ['config.json', 'data.json'])

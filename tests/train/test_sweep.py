@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from benchmarks.reliability import figures
 from sparse_jax import config as config_lib
 from sparse_jax.report.write import write_report
 from sparse_jax.train import sweep
@@ -76,6 +77,37 @@ def test_a_sweep_that_is_killed_and_started_again_runs_nothing_twice_and_misses_
 
     changed = _launch(folder, *GRIDS, '--config.optimizer.momentum=0.5')
     assert changed.returncode == 2 and 'holds another experiment (optimizer.momentum: 0.9 there, 0.5 given)' in changed.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.usefixtures('interruptible')
+def test_a_sweep_that_is_stopped_has_its_runs_save_and_goes_on(number, tmp_path):
+    folder = tmp_path / 'sweep'
+    flags = ('--sweep=seed=0,1,2', '--jobs=2', '--config.train.steps=3000', '--config.checkpoint.every=100000')
+    process = subprocess.Popen(_command(folder, *flags), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not all(figures.last_step(folder / f'seed={seed}') >= 100 for seed in (0, 1)):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 75 and 'Traceback' not in said, said
+    assert f'stopped by {number.name}: 0 of 3 runs are done, and what was running has saved where it was' in said.splitlines()[-1]
+    for seed in (0, 1):
+        assert any((folder / f'seed={seed}' / 'checkpoints').glob('[0-9]*')), 'it had saved nothing before'
+    assert not (folder / 'seed=2').exists() and not _finished(folder)
+    again = _launch(folder, *flags)
+    assert again.returncode == 0, again.stderr
+    assert all(json.loads((folder / f'seed={seed}' / 'run.json').read_text())['resumed_at'] >= 100 for seed in (0, 1))
+
+
+def test_long_names_are_cut_and_told_apart():
+    patterns = [f'{"layers/attention/query/kernel " * 20}{i}' for i in range(2)]
+    points = [{'sparsity.dense': pattern, 'seed': '0'} for pattern in patterns]
+    first, second = sweep.names(points)
+    assert first != second and max(map(len, (first.encode(), second.encode()))) <= 200
+    assert first.startswith('seed=0,sparsity.dense=layers_attention_query_kernel')
+    assert sweep.names(points) == [first, second] and sweep.names([{'data.dir': 'a\udcff\n'}]) == ['data.dir=a__']
 
 
 @pytest.mark.slow
