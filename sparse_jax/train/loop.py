@@ -1,6 +1,7 @@
 """Trains an experiment in a workdir: begins or resumes, shows progress, saves checkpoints, and ends with result.json."""
 
 import contextlib
+import functools
 import logging
 import os
 import pathlib
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 from sparse_jax import config as config_lib
 from sparse_jax import data as data_lib
 from sparse_jax import stats
-from sparse_jax.runtime import checkpoint, hosts, records, workdir
+from sparse_jax.runtime import checkpoint, hosts, memory, records, workdir
+from sparse_jax.train import devices as devices_lib
 from sparse_jax.train import kernel_choice
 from sparse_jax.train import state as state_lib
 from sparse_jax.train.evaluate import PARTS, evaluate_part
@@ -115,7 +117,7 @@ def _train(run: Run, is_held: Callable[[], bool]) -> dict[str, Any]:
     if hosts.is_host0():
         devices.print_table()
     checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', keep=config.checkpoint.keep)
-    init = devices.jit(experiment.init, devices.state_shardings)
+    init = devices.jit(experiment.init, devices.state_shardings, compiler_options=memory.frugal_compiler_options())
     key = jax.random.key(config.seed)
     restored = checkpoints.restore_newest(devices.shapes, experiment.layer_codes)
     if hosts.is_host0() and config.sparsity.method != 'dense':
@@ -160,22 +162,24 @@ def _train_loop(
     config, experiment, devices = run.config, run.experiment, run.devices
     size, last = config.data.batch_size, experiment.total_steps
     out = devices.replicated if devices.mesh is None else (devices.state_shardings, devices.replicated)
-    train_step = devices.jit(experiment.train_step, out, donate_argnums=0, static_argnames='dense_gradients')
+    train_step, update_step = _programs(devices, experiment, out)
     evaluate, all_finite = devices.jit(experiment.evaluate), devices.jit(_all_finite)
     part = next(part for part in PARTS if len(getattr(run.data, part).labels))
     eval_every = config.train.eval_every or experiment.steps_per_epoch
     batches = _batches(run, start)
-    log = Log(run, state, start)
+    log, settling = Log(run, state, start), memory.Settling()
     patterns = kernels.patterns(start, state)
     begin = time.perf_counter()
     log.begin()
     try:
         for step in range(start + 1, last + 1):
-            dense = experiment.needs_dense_gradient(step)
-            state, values = train_step(state, devices.batch(next(batches), size), patterns, dense_gradients=dense)
+            dense, moves = experiment.needs_dense_gradient(step), experiment.is_mask_update(step)
+            batch = devices.batch(next(batches), size)
+            state, values = (update_step if moves else train_step)(state, batch, patterns, dense_gradients=dense)
+            settling.after('step', dense, moves)
             log.step(step, values)
             checkpoints.check()
-            if experiment.is_mask_update(step):
+            if moves:
                 patterns = kernels.patterns(step, state)
                 sizes = state_lib.sizes(experiment, state)
                 sums.update(step, sizes)
@@ -184,6 +188,7 @@ def _train_loop(
                 log.means(step)
             if step % eval_every == 0 or step == last:
                 log.evaluation(step, part, evaluate_part(run, evaluate, state, part, patterns))
+                settling.after('evaluation')
             stopping = preemption.reached(step) and step < last
             if not is_held():
                 raise RuntimeError(
@@ -201,6 +206,15 @@ def _train_loop(
     finally:
         log.close()
     return state, seconds + time.perf_counter() - begin
+
+
+def _programs(devices: devices_lib.Devices, experiment: state_lib.Experiment, out: Any) -> tuple[Callable, Callable]:
+    """The step without and with an update of the masks, which is most of a program and runs once in many steps."""
+    options: dict[str, Any] = dict(donate_argnums=0, static_argnames='dense_gradients')
+    plain, moving = (functools.partial(experiment.train_step, mask_update=moves) for moves in (False, True))
+    return devices.jit(plain, out, **options), devices.jit(
+        moving, out, **options, compiler_options=memory.frugal_compiler_options()
+    )
 
 
 def _all_finite(params: Any) -> jax.Array:

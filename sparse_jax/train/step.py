@@ -77,7 +77,9 @@ def accumulated_gradients(
     return jax.tree.map(lambda g: g / spec.accumulate, total), model_state, jax.tree.map(jnp.mean, metrics)
 
 
-def train_step(spec: StepSpec, state: TrainState, batch: Any, patterns: Any = None, *, dense_gradients: bool = True):
+def train_step(
+    spec: StepSpec, state: TrainState, batch: Any, patterns: Any = None, *, dense_gradients: bool = True, mask_update: bool = True
+):
     """One training step.
 
     Args:
@@ -86,6 +88,8 @@ def train_step(spec: StepSpec, state: TrainState, batch: Any, patterns: Any = No
       batch: ``input`` and ``label``, see :func:`sparse_jax.train.create`.
       patterns: of the state's masks, for sparse kernels; None: all products are dense.
       dense_gradients: whether gradients off the masks are computed; otherwise they are zeros. Static.
+      mask_update: whether this may be a step that updates the masks; otherwise the update, which is most of the program, is left out.
+        Static.
 
     Returns:
       The state after the step, and ``loss`` and ``accuracy`` of the batch before it.
@@ -100,7 +104,8 @@ def train_step(spec: StepSpec, state: TrainState, batch: Any, patterns: Any = No
         grads = _masked(grads, masks, patterns)
     if spec.clip_norm:
         grads = optimizer_lib.clipped(grads, masks, spec.clip_norm)
-    updates, opt_state = spec.tx.update(grads, state.opt_state, state.params)
+    leave_out = {'update_masks': False} if spec.is_sparse and not mask_update else {}
+    updates, opt_state = spec.tx.update(grads, state.opt_state, state.params, **leave_out)
     params = optax.apply_updates(state.params, updates)
     step = jnp.asarray(optax.safe_increment(state.step))
     average = state.average

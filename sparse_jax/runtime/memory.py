@@ -1,0 +1,62 @@
+"""The memory of a process on CPU: what compiling and starting leave behind is given back."""
+
+import ctypes
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+# XLA emits a fused loop through a context of MLIR of its own, which takes some 300 MB for the thousands of loops of a mask update; by the
+# older emitters it takes a tenth. For programs that run seldom; releases of jax that have one kind of emitter do not know the option.
+_FRUGAL = {'xla_cpu_use_fusion_emitters': False}
+
+_FIRST = 4  # steps after a new program until the buffers have found their places in the heap
+
+
+@functools.cache
+def frugal_compiler_options() -> dict[str, bool] | None:
+    """Options of ``jax.jit`` by which compiling takes less memory, for programs that run seldom; None where there are none.
+
+    What they change is the last bits of a program's results, as any release of XLA may; on one backend all runs have the same.
+    """
+    if jax.default_backend() != 'cpu':
+        return None
+    try:
+        jax.jit(lambda: 0, compiler_options=_FRUGAL).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return None
+    return _FRUGAL
+
+
+@functools.cache
+def _trim() -> Callable[[int], int] | None:
+    return getattr(ctypes.CDLL(None), 'malloc_trim', None) if sys.platform.startswith('linux') else None
+
+
+def release() -> None:
+    """Gives memory that is free, and that malloc keeps for the next step, back to the system: what was needed once will not be again.
+
+    It takes some milliseconds, and the next step some more, in which pages are cleared.
+    """
+    if jax.default_backend() == 'cpu' and (trim := _trim()) is not None:
+        trim(0)
+
+
+class Settling:
+    """Releases memory while a run's programs come to be: after each one's first step, and until the buffers have found their places again."""
+
+    def __init__(self):
+        release()  # what the start has left
+        self._seen: set[Any] = set()
+        self._left = 0
+
+    def after(self, *program: Any) -> None:
+        """The program that these names stand for has run, or is on its way."""
+        if program not in self._seen:
+            self._seen.add(program)
+            self._left = _FIRST
+        if self._left:
+            self._left -= 1
+            release()

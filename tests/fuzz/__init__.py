@@ -1,0 +1,1 @@
+"""A fuzzer: random settings, calls, damaged workdirs and extreme shapes, each a program of a few lines."""
