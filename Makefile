@@ -1,6 +1,7 @@
 # make train   trains LeNet-300-100 at 5% of its weights on real handwritten digits, into runs/mnist_lenet300
 # make test    runs the tests but the slow ones
 # make test-slow runs those that start many processes, compile C++ variants or train whole networks
+# make fuzz    tries random arguments, damaged workdirs and extreme kernel shapes for ten minutes; FLAGS='--minutes=60 --seed=7'
 # make lint    checks style and types
 # make reliability measures how reliable runs are: kills, signals, damaged files (forty minutes); FLAGS=--reduced: seven
 # make test-gpu-aot, make test-tpu-aot   compile the kernels for a GPU and a TPU that need not be there, and run them in the interpreter
@@ -10,7 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test test-slow test-core test-gpu-aot test-tpu-aot lint reliability clean
+.PHONY: train test test-slow test-core test-gpu-aot test-tpu-aot fuzz lint reliability clean
 
 train: $(VENV)/installed
 	$(RUN) launch.py --config=configs/mnist_lenet300.py:offline --workdir=runs/mnist_lenet300
@@ -38,6 +39,9 @@ lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m basedpyright
+
+fuzz: $(VENV)/installed
+	$(RUN) -m tests.fuzz $(FLAGS)
 
 reliability: $(VENV)/installed
 	JAX_PLATFORMS=cpu $(RUN) -m benchmarks.reliability $(FLAGS)

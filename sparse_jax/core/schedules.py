@@ -130,6 +130,9 @@ class Timing:
                 raise ValueError(f'{name}={value!r}: must be an integer, at least {least} (in steps).')
         if self.stop_step is not None and (not isinstance(self.stop_step, numbers.Integral) or self.stop_step < 0):
             raise ValueError(f'stop_step={self.stop_step!r}: must be an integer, at least 0 (in steps), or None for total_steps.')
+        for name, value in dataclasses.asdict(self).items():
+            if value is not None and value >= 2**31:
+                raise ValueError(f'{name}={value!r}: must be below 2^31, since steps are counted in int32.')
 
     @property
     def end(self) -> int:

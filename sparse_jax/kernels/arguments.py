@@ -33,9 +33,9 @@ def check_product(name: str, x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array, 
             f'{name}: the pattern lists {units} units and has room for {pattern.capacity}{where}: make it anew with make_pattern, whose '
             'at_least= keeps a capacity that suffices.'
         )
-    if x.shape[-1] != w.shape[-2]:
+    if x.ndim == 0 or x.shape[-1] != w.shape[-2]:
         raise ValueError(
-            f'{name}: x of shape {tuple(x.shape)} has {x.shape[-1]} features, w of shape {tuple(w.shape)} takes {w.shape[-2]}{where}.'
+            f'{name}: x of shape {tuple(x.shape)} has {x.shape[-1] if x.ndim else "no"} features, w of shape {tuple(w.shape)} takes {w.shape[-2]}{where}.'
         )
     if x.dtype != w.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(

@@ -1,6 +1,7 @@
 """Makes patterns: on the host, from concrete masks, whenever masks change; on a mesh each process makes its own devices' parts."""
 
 import dataclasses
+import numbers
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -86,7 +87,12 @@ def _build(
     mask = _checked(mask, name)
     units = _whole_units(mask, granularity, name).reshape(-1, *granularity_lib.tap_units(granularity, mask.shape)[-2:])
     count = int(np.count_nonzero(units))
-    room = max(at_least, capacity(count, units.size))
+    most = capacity(units.size, units.size)
+    if not isinstance(at_least, numbers.Integral) or not 0 <= at_least <= most:
+        raise ValueError(
+            f'make_pattern: at_least={at_least!r}{_called(name)} must be a whole number of units, from 0 to {most} here.'
+        )
+    room = max(int(at_least), capacity(count, units.size))
 
     def listed(axes):
         """Units in compressed rows, in the order of these axes."""

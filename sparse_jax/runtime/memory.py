@@ -9,7 +9,8 @@ from typing import Any
 import jax
 
 # XLA emits a fused loop through a context of MLIR of its own, which takes some 300 MB for the thousands of loops of a mask update; by the
-# older emitters it takes a tenth. For programs that run seldom; releases of jax that have one kind of emitter do not know the option.
+# older emitters it takes a tenth, and a third more time. For programs that run seldom; releases of jax that have one kind of emitter do
+# not know the option. (Random bits are no such program: by the older emitters they take three times as long to compile.)
 _FRUGAL = {'xla_cpu_use_fusion_emitters': False}
 
 _FIRST = 4  # steps after a new program until the buffers have found their places in the heap

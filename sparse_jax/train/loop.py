@@ -117,7 +117,7 @@ def _train(run: Run, is_held: Callable[[], bool]) -> dict[str, Any]:
     if hosts.is_host0():
         devices.print_table()
     checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', keep=config.checkpoint.keep)
-    init = devices.jit(experiment.init, devices.state_shardings, compiler_options=memory.frugal_compiler_options())
+    init = devices.jit(experiment.init, devices.state_shardings)
     key = jax.random.key(config.seed)
     restored = checkpoints.restore_newest(devices.shapes, experiment.layer_codes)
     if hosts.is_host0() and config.sparsity.method != 'dense':

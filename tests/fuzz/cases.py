@@ -84,7 +84,8 @@ def settings(random: np.random.Generator) -> str:
     if config == 'mnist_lenet300' and random.random() < 0.1:
         lines += ['result = train.train(config, folder)', 'assert result["steps"] == config.train.steps']
     else:
-        lines += ['run = train_run.prepare(config, folder)', 'assert not folder.exists() and run.experiment.total_steps >= 1']
+        lines += ['train_run.check_identity(config, folder)', 'run = train_run.prepare(config, folder)']
+        lines += ['assert not folder.exists() and run.experiment.total_steps >= 1']
     return '\n'.join(lines)
 
 

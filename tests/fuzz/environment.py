@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import tempfile
 import types
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,9 +18,26 @@ import optax
 
 import sparse_jax as sj
 from configs import cifar10_vgg_like, lm_tiny, mnist_lenet5, mnist_lenet300
+from sparse_jax import data as data_lib
 from sparse_jax import kernels, train
 from sparse_jax.report.write import write_report
 from sparse_jax.train import run as train_run
+
+
+def _cached(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Reads each data set once: thousands of programs name the same few."""
+    kept: dict[str, Any] = {}
+
+    def cached(*args, **options):
+        key = repr((args, options))
+        if key not in kept:
+            kept[key] = load(*args, **options)
+        return kept[key]
+
+    return cached
+
+
+data_lib.load = _cached(data_lib.load)
 
 
 def check_dot(rows: int, inputs: int, outputs: int, *, density: float, dense_gradient: bool) -> None:

@@ -268,6 +268,25 @@ def test_lenet5_trains_a_few_steps(tmp_path):
     assert result['nonzeros'] == 21_525 and result['density'] == 0.05
 
 
+def test_a_step_without_a_mask_update_leaves_its_program_out_and_is_the_same_step():
+    experiment = train.create(_config(), num_examples=4000, input_shape=(28, 28, 1), num_outputs=10)
+    state = jax.jit(experiment.init)(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    batch = {'input': rng.normal(size=(100, 28, 28, 1)).astype(np.float32), 'label': rng.integers(0, 10, 100).astype(np.int32)}
+    step = jax.jit(experiment.train_step, static_argnames=('dense_gradients', 'mask_update'))
+    size = {moves: len(step.lower(state, batch, mask_update=moves).as_text()) for moves in (False, True)}
+    assert size[False] < size[True] / 2
+    (plain, metrics), (general, expected) = (step(state, batch, mask_update=moves) for moves in (False, True))
+    assert float(metrics['loss']) == pytest.approx(float(expected['loss']), rel=1e-6)
+    for a, b in zip(jax.tree.leaves(plain._replace(rng_key=0)), jax.tree.leaves(general._replace(rng_key=0)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    late = lambda x: x._replace(count=jnp.int32(39)) if isinstance(x, sj.SparsifyState) else x
+    at_update = state._replace(opt_state=jax.tree.map(late, state.opt_state, is_leaf=lambda x: isinstance(x, sj.SparsifyState)))
+    for moves in (False, True):
+        masks = [sj.get_masks(s.opt_state) for s in (at_update, step(at_update, batch, mask_update=moves)[0])]
+        assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), *masks)) == (not moves)
+
+
 @pytest.mark.slow
 def test_gradients_off_the_masks_are_zeros_without_dense_gradients():
     config = _config()
