@@ -87,11 +87,8 @@ def _build(
     mask = _checked(mask, name)
     units = _whole_units(mask, granularity, name).reshape(-1, *granularity_lib.tap_units(granularity, mask.shape)[-2:])
     count = int(np.count_nonzero(units))
-    most = capacity(units.size, units.size)
-    if not isinstance(at_least, numbers.Integral) or not 0 <= at_least <= most:
-        raise ValueError(
-            f'make_pattern: at_least={at_least!r}{_called(name)} must be a whole number of units, from 0 to {most} here.'
-        )
+    if not isinstance(at_least, numbers.Integral) or not 0 <= at_least < 2**31:
+        raise ValueError(f'make_pattern: at_least={at_least!r}{_called(name)} must be a whole number of units, from 0 to 2^31 - 1.')
     room = max(int(at_least), capacity(count, units.size))
 
     def listed(axes):

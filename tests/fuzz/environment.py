@@ -37,7 +37,9 @@ def _cached(load: Callable[..., Any]) -> Callable[..., Any]:
     return cached
 
 
-data_lib.load = _cached(data_lib.load)
+def prepare() -> None:
+    """What holds for all programs of a process."""
+    data_lib.load = _cached(data_lib.load)
 
 
 def check_dot(rows: int, inputs: int, outputs: int, *, density: float, dense_gradient: bool) -> None:

@@ -72,6 +72,7 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # programs print
     warnings.simplefilter('ignore')
     flags.FLAGS(['fuzz'])
+    environment.prepare()
     say = lambda **values: told.write(json.dumps(values) + '\n')
     end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
