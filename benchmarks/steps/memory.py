@@ -1,4 +1,4 @@
-"""The memory of whole training runs on CPU: dense and sparse, at their peak and in use, and the arrays that are alive at a step's peak.
+"""The memory of whole training runs on CPU, dense and sparse, and the arrays that are alive at a step's peak.
 
     python -m benchmarks.steps.memory --model=vgg_d,wrn_16_8
 
