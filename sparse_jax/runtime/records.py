@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -162,7 +163,11 @@ def _are_layers(value: Any) -> bool:
 
 
 def _is_setting(value: Any) -> bool:
-    return value is None or isinstance(value, bool | str) or is_number(value)
+    return (
+        value is None
+        or isinstance(value, bool | str)
+        or (isinstance(value, int | float) and -sys.float_info.max <= value <= sys.float_info.max)
+    )
 
 
 def _are_choices(value: Any) -> bool:

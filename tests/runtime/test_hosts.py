@@ -270,7 +270,7 @@ def test_the_coordinator_listens_on_the_address_it_was_given_and_no_other(tmp_pa
             listening += [row[1].split(':')[0] for row in rows if row[3] == '0A' and int(row[1].split(':')[1], 16) == port]
     process.kill()
     process.wait()
-    assert listening == ['0100007F']  # 127.0.0.1, as the kernel writes it
+    assert listening in (['0100007F'], ['0000000000000000FFFF00000100007F'])  # 127.0.0.1, as the kernel writes it for either family
 
 
 def test_where_the_coordinator_listens():
