@@ -238,6 +238,8 @@ def sparse_momentum(
       Dettmers and Zettlemoyer, `Sparse Networks from Scratch: Faster Training without Losing Performance
       <https://arxiv.org/abs/1907.04840>`_, 2019.
     """
+    if isinstance(momentum, str) or (isinstance(momentum, int | float) and not 0 <= momentum < 1):
+        raise ValueError(f'momentum={momentum!r}: must be a number in [0, 1), the decay of the momentum.')
     inner = optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate, momentum, nesterov))
     return sparsify_lib.sparsify(
         inner,
