@@ -48,7 +48,7 @@ def check_numbers(density, prune_rate, seed):
     schedules.refuse_arrays(density=density)
     if not is_key(seed) and not isinstance(seed, numbers.Integral):
         raise ValueError(f'seed={seed!r}: must be an integer, or a typed random key such as jax.random.key(0).')
-    if not is_key(seed) and not -(2**63) <= seed < 2**63:
+    if not is_key(seed) and not -(2**63) <= int(seed) < 2**63:
         raise ValueError(f'seed={seed!r}: must be an integer of 64 bits, in [-2^63, 2^63).')
     for name, value in {'density': density, 'prune_rate': prune_rate}.items():
         if callable(value):
