@@ -110,6 +110,23 @@ def keep_memory() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def _sweep(folder: pathlib.Path) -> None:
+    """Trains a grid of experiments, and reports on them."""
+    import jax
+
+    from sparse_jax.report.write import write_report
+    from sparse_jax.train import sweep
+
+    jax.config.update('jax_platforms', 'cpu')  # of this process, which checks only: the accelerator is the runs'
+    file = config_flags.get_config_filename(flags.FLAGS['config'])
+    overrides = config_flags.get_override_values(flags.FLAGS['config'])
+    shared = [f'--config={file}', *(f'--config.{name}={value}' for name, value in overrides.items())]
+    command = [str(pathlib.Path(__file__).resolve()), *shared]
+    outcome = sweep.run(_CONFIG.value, folder, grids=_SWEEP.value, command=command, jobs=_JOBS.value or 1)
+    write_report(folder)
+    sweep.raise_failed(outcome)
+
+
 def main(argv) -> int:
     del argv
     absl_logging.set_verbosity(absl_logging.WARNING)  # of jax, orbax and matplotlib
@@ -136,19 +153,7 @@ def main(argv) -> int:
 
             write_report(folder, [pathlib.Path(path) for path in _RUNS.value])
         elif _MODE.value == 'sweep':
-            import jax
-
-            from sparse_jax.report.write import write_report
-            from sparse_jax.train import sweep
-
-            jax.config.update('jax_platforms', 'cpu')  # of this process, which checks only: the accelerator is the runs'
-            file = config_flags.get_config_filename(flags.FLAGS['config'])
-            overrides = config_flags.get_override_values(flags.FLAGS['config'])
-            shared = [f'--config={file}', *(f'--config.{name}={value}' for name, value in overrides.items())]
-            command = [str(pathlib.Path(__file__).resolve()), *shared]
-            outcome = sweep.run(_CONFIG.value, folder, grids=_SWEEP.value, command=command, jobs=_JOBS.value or 1)
-            write_report(folder)
-            sweep.raise_failed(outcome)
+            _sweep(folder)
         elif _MODE.value == 'evaluate':
             train.evaluate(_CONFIG.value, folder)
         else:

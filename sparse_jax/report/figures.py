@@ -65,7 +65,7 @@ def _legend(axes) -> None:
     """Below the axes, in as many columns as the figure is wide enough for; a label that is longer than a line takes several."""
     handles, labels = axes.get_legend_handles_labels()
     width = int(15 * axes.figure.get_figwidth())  # letters
-    labels = [textwrap.fill(label, width - 10) for label in labels]
+    labels = [textwrap.fill(label, int(0.75 * width)) for label in labels]
     longest = max((len(line) for label in labels for line in label.split('\n')), default=0)
     columns = max(1, min(4, width // (longest + 7)))
     axes.figure.legend(handles, labels, loc='outside lower center', ncols=columns, fontsize=9)

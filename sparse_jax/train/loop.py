@@ -203,6 +203,10 @@ def _train_loop(
                 checkpoints.close()
                 by = preemption.signal
                 raise hosts.Preempted(f'stopped by {by} after step {step}, which is saved: the same command goes on from there.')
+    except Exception:
+        if jax.process_count() == 1:
+            checkpoints.wait()  # a save that goes on would be cut off where the process ends at once
+        raise
     finally:
         log.close()
     return state, seconds + time.perf_counter() - begin

@@ -206,45 +206,17 @@ def run_all(tasks: Mapping[pathlib.Path, Sequence[str]], jobs: int, logs: pathli
       Preempted: at SIGTERM or Ctrl-C, which are passed on to the runs as SIGTERM, after they have ended.
     """
     left = [path for path in tasks if not records.is_whole(path / records.RESULT)]
-    cores: list[int | None] = [None] * jobs
-    if jobs > 1 and hasattr(os, 'sched_getaffinity'):
-        mine = sorted(os.sched_getaffinity(0))
-        cores = [mine[i % len(mine)] for i in range(jobs)]
     logs.mkdir(parents=True, exist_ok=True)
+    failed, futures, processes = [], [], _Processes(jobs)
 
-    def start(path: pathlib.Path) -> tuple[pathlib.Path, str | None]:
-        core = cores.pop()
-        try:
-            with (logs / f'{path.name}.txt').open('w') as log:
-                first = [sys.executable, '-c', _START, str(os.getpid()), '' if core is None else str(core)]
-                process = subprocess.Popen([*first, *tasks[path]], stdout=log, stderr=subprocess.STDOUT)
-                running.add(process)
-                if preemption.reached(0):  # while it was being started
-                    process.terminate()
-                code = process.wait()
-                running.discard(process)
-            codes.append(code)
-            if code == 0:
-                return path, None
-            printed = (logs / f'{path.name}.txt').read_text(errors='replace')
-            lines = [line for line in printed.splitlines() if line.strip()]
-            return (
-                path,
-                f'{path.name} ended with {code}: {lines[-1] if lines else "it printed nothing"} (see {logs / path.name}.txt)',
-            )
-        finally:
-            cores.append(core)
-
-    def stop() -> None:
+    def stop(end: Callable[[], None] = processes.terminate) -> None:
         for future in futures:
             future.cancel()
-        for process in list(running):
-            process.terminate()
+        end()
 
-    failed, codes, futures, running = [], [], [], set[subprocess.Popen]()
     preemption = hosts.Preemption('stopping the runs, which save where they are; Ctrl-C once more ends at once.', stop)
     with preemption, concurrent.futures.ThreadPoolExecutor(jobs) as pool, _Progress(len(tasks), len(left)) as show:
-        futures += [pool.submit(start, path) for path in left]
+        futures += [pool.submit(processes.run, path, tasks[path], logs / f'{path.name}.txt') for path in left]
         try:
             for future in concurrent.futures.as_completed(futures):
                 if future.cancelled() or preemption.reached(0):
@@ -253,10 +225,7 @@ def run_all(tasks: Mapping[pathlib.Path, Sequence[str]], jobs: int, logs: pathli
                 failed += [error] if error else []
                 show(error or f'{path.name}: {headline(records.read(path / records.RESULT))}')
         except BaseException:
-            for future in futures:
-                future.cancel()
-            for process in list(running):
-                process.kill()
+            stop(processes.kill)
             raise
     if preemption.reached(0):
         done = sum(records.is_whole(path / records.RESULT) for path in tasks)
@@ -264,8 +233,52 @@ def run_all(tasks: Mapping[pathlib.Path, Sequence[str]], jobs: int, logs: pathli
             f'stopped by {preemption.signal}: {done} of {len(tasks)} runs are done, and what was running has saved where it was: the same '
             'command goes on from there.'
         )
-    final = all(code in (0, 2, 78) for code in codes)
+    final = all(code in (0, 2, 78) for code in processes.codes)
     return {'done': len(left) - len(failed), 'skipped': len(tasks) - len(left), 'failed': failed, 'would_fail_again': final}
+
+
+class _Processes:
+    """The runs that are going on, each a process of its own; with several at a time each has a CPU core."""
+
+    def __init__(self, jobs: int):
+        self.codes: list[int] = []  # that runs have ended with
+        self._running: set[subprocess.Popen] = set()
+        self._is_stopping = False
+        self._cores: list[int | None] = [None] * jobs
+        if jobs > 1 and hasattr(os, 'sched_getaffinity'):
+            mine = sorted(os.sched_getaffinity(0))
+            self._cores = [mine[i % len(mine)] for i in range(jobs)]
+
+    def run(self, path: pathlib.Path, arguments: Sequence[str], log: pathlib.Path) -> tuple[pathlib.Path, str | None]:
+        """Runs Python with these arguments to its end; gives the workdir back, and a message where that is not a good one."""
+        core = self._cores.pop()
+        try:
+            with log.open('w') as file:
+                first = [sys.executable, '-c', _START, str(os.getpid()), '' if core is None else str(core)]
+                process = subprocess.Popen([*first, *arguments], stdout=file, stderr=subprocess.STDOUT)
+                self._running.add(process)
+                if self._is_stopping:  # while it was being started
+                    process.terminate()
+                code = process.wait()
+                self._running.discard(process)
+        finally:
+            self._cores.append(core)
+        self.codes.append(code)
+        if code == 0:
+            return path, None
+        lines = [line for line in log.read_text(errors='replace').splitlines() if line.strip()]
+        return path, f'{path.name} ended with {code}: {lines[-1] if lines else "it printed nothing"} (see {log})'
+
+    def terminate(self) -> None:
+        """Tells all of them to save and end."""
+        self._is_stopping = True
+        for process in list(self._running):
+            process.terminate()
+
+    def kill(self) -> None:
+        """Ends all of them at once."""
+        for process in list(self._running):
+            process.kill()
 
 
 class _Progress:

@@ -277,7 +277,7 @@ def test_labels_are_effective_values_and_whole(tmp_path):
     checker, content = _page(tmp_path)
     figures = re.findall(r'<svg.*?</svg>', content, re.DOTALL)
     texts = [line for figure in figures for line in re.findall(r'<text[^>]*>(.*?)</text>', figure, re.DOTALL)]
-    assert max(map(len, texts)) < 75 and any(text.endswith('5%') and 'steps=400' in text for text in texts), texts
+    assert max(map(len, texts)) <= 60 and any(text.endswith('5%') and 'steps=400' in text for text in texts), texts
     checker.feed('')
 
 
