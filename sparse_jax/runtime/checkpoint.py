@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from sparse_jax.core import layers as layers_lib
 from sparse_jax.core.masks import SparsifyState
-from sparse_jax.runtime import failures
+from sparse_jax.runtime import failures, records
 
 FORMAT = 3
 _READ = (1, 2, 3)
@@ -184,11 +184,32 @@ def _checksum(meta: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps({k: v for k, v in meta.items() if k != 'checksum'}, sort_keys=True).encode())
 
 
+def _check_descriptions(folder: pathlib.Path, read_only: bool) -> None:
+    """Puts aside what orbax says of each checkpoint, handlers and times, where it cannot be read: orbax would open none of them.
+
+    Nothing depends on it: the content has its own fingerprint.
+    """
+    for found in ocp.path.step.standard_name_format().find_all(folder.absolute()):
+        path = folder / str(found.step) / '_CHECKPOINT_METADATA'
+        try:
+            _ = found.commit_timestamp  # as orbax does when it opens the folder
+        except Exception as error:
+            if read_only:
+                raise DamagedError(
+                    f'{path} cannot be read ({failures.reason(error)}): delete it; the checkpoint needs nothing of it.'
+                ) from error
+            with contextlib.suppress(FileNotFoundError):  # another host was quicker
+                _LOG.warning(
+                    '%s cannot be read: it was put aside as %s; the checkpoint needs nothing of it.', path, records.put_aside(path)
+                )
+
+
 class Checkpoints:
     """The checkpoints of one run."""
 
     def __init__(self, folder: pathlib.Path, *, keep: int = 1, read_only: bool = False):
         self._folder, self._saving = folder, None  # the step that is being saved
+        _check_descriptions(folder, read_only)
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
@@ -327,14 +348,11 @@ class Checkpoints:
         return None
 
     def _put_aside(self, step: int) -> str:
-        old, new, count = self._folder / str(step), self._folder / f'{step}.corrupt', 1
-        while new.exists():
-            count += 1
-            new = self._folder / f'{step}.corrupt{count}'
+        name = f'{step}.corrupt'
         with contextlib.suppress(FileNotFoundError):  # another host was quicker
-            old.rename(new)
+            name = records.put_aside(self._folder / str(step))
         self._manager.reload()
-        return new.name
+        return name
 
     def wait(self) -> None:
         """Waits for the last save, whatever became of it."""

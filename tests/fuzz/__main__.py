@@ -55,8 +55,8 @@ class Outcomes:
                 print(f'\n--- {kind} {number}: {reason}\n{program}\n', flush=True)
 
 
-def _worker(kind: str, seed: int, number: int, seconds: float, stderr: Any) -> subprocess.Popen:
-    command = [sys.executable, '-m', 'tests.fuzz.worker', kind, str(seed), str(number), str(seconds)]
+def _worker(kind: str, seed: int, numbers: tuple[int, int], seconds: float, stderr: Any) -> subprocess.Popen:
+    command = [sys.executable, '-m', 'tests.fuzz.worker', kind, str(seed), *map(str, numbers), str(seconds)]
     environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'TF_CPP_MIN_LOG_LEVEL': '3'}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
 
@@ -83,12 +83,12 @@ def _death(process: subprocess.Popen, stderr: Any) -> str:
     return f'the process died of {how}: {words[-1][:200] if words else "it said nothing"}'
 
 
-def _try_kind(kind: str, seed: int, seconds: float, outcomes: Outcomes) -> None:
-    """Programs of one kind until the time is over; a process that dies of one is replaced, and goes on after it."""
+def _try_kind(kind: str, seed: int, count: int, seconds: float, outcomes: Outcomes) -> None:
+    """So many programs of one kind, or until the time is over; a process that dies of one is replaced, and goes on after it."""
     end, number = time.monotonic() + seconds, 0
-    while time.monotonic() < end:
+    while number < count and time.monotonic() < end:
         with tempfile.TemporaryFile() as stderr:
-            process = _worker(kind, seed, number, end - time.monotonic(), stderr)
+            process = _worker(kind, seed, (number, count), end - time.monotonic(), stderr)
             said, program, is_running, is_done = _lines(process), '', False, False
             while True:
                 try:
@@ -116,6 +116,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--minutes', type=float, default=10)
     parser.add_argument('--seed', type=int, default=int(time.time()) % 2**31)
+    parser.add_argument('--programs', type=int, default=10**9, help='at most so many of each kind')
     parser.add_argument('--kinds', default=','.join(cases.KINDS), help='some of them, separated by commas')
     args = parser.parse_args()
     chosen = args.kinds.split(',')
@@ -128,7 +129,7 @@ def main() -> int:
 
         def run(mine: dict[str, float] = mine) -> None:
             for kind, share in mine.items():
-                _try_kind(kind, args.seed, 60 * args.minutes * share / sum(mine.values()), outcomes)
+                _try_kind(kind, args.seed, args.programs, 60 * args.minutes * share / sum(mine.values()), outcomes)
 
         threads.append(threading.Thread(target=run))
         threads[-1].start()

@@ -67,7 +67,7 @@ def run(program: str, folder: pathlib.Path) -> tuple[str, str]:
 
 
 def main() -> None:
-    kind, seed, number, seconds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+    kind, seed, number, count, seconds = sys.argv[1], *map(int, sys.argv[2:5]), float(sys.argv[5])
     told = os.fdopen(os.dup(1), 'w', buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # programs print
     warnings.simplefilter('ignore')
@@ -76,7 +76,7 @@ def main() -> None:
     say = lambda **values: told.write(json.dumps(values) + '\n')
     end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
-        for case in range(number, number + _CASES):
+        for case in range(number, min(count, number + _CASES)):
             if time.monotonic() > end:
                 break
             program = cases.program(kind, seed, case)

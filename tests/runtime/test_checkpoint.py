@@ -85,6 +85,24 @@ def test_a_renamed_step_is_not_believed(two_steps, tmp_path):
     checkpoints.close()
 
 
+@pytest.mark.parametrize(
+    'text', ['[]', '{"metrics": 1}', '{"commit_timestamp_nsecs": "x"}', '{"commit_timestamp_nsecs": 1' + 400 * '0' + '}']
+)
+def test_a_checkpoint_is_read_whatever_orbax_says_of_it(two_steps, tmp_path, text):
+    folder = tmp_path / 'checkpoints'
+    shutil.copytree(two_steps, folder)
+    (folder / '1' / '_CHECKPOINT_METADATA').write_text(text)
+    with pytest.raises(ValueError, match=r'1/_CHECKPOINT_METADATA cannot be read \(.*\): delete it'):
+        checkpoint.Checkpoints(folder, read_only=True)
+    checkpoints = checkpoint.Checkpoints(folder, keep=5)
+    shutil.rmtree(folder / '2')
+    step, state, _ = checkpoints.restore_newest(jax.eval_shape(lambda: _tree(1)))
+    assert step == 1 and _bits(state) == _bits(_tree(1))
+    assert (folder / '1' / '_CHECKPOINT_METADATA.corrupt').read_text() == text
+    checkpoints.save(3, _tree(3), 1.0)
+    checkpoints.close()
+
+
 @abandons_reads
 def test_never_a_silent_fresh_start(two_steps, tmp_path):
     folder = tmp_path / 'both'
