@@ -61,11 +61,8 @@ def _leaf_fingerprint(x: jax.Array) -> jax.Array:
     return jnp.stack([jnp.sum(hashed, dtype=jnp.uint32), jnp.sum(_mix(hashed + jnp.uint32(0x85EBCA6B)), dtype=jnp.uint32)])
 
 
-def _fingerprints(tree: Any) -> jax.Array:
-    return jnp.stack([_leaf_fingerprint(leaf) for leaf in jax.tree.leaves(tree)])
-
-
-_jitted = functools.cache(lambda sharding: jax.jit(_fingerprints, out_shardings=sharding))
+# One leaf at a time: its hashes are as large as it is.
+_jitted = functools.cache(lambda sharding: jax.jit(_leaf_fingerprint, out_shardings=sharding))
 
 
 def fingerprint(tree: Any) -> str:
@@ -82,18 +79,21 @@ def fingerprint(tree: Any) -> str:
       False
     """
     mesh = next((x.sharding.mesh for x in jax.tree.leaves(tree) if isinstance(getattr(x, 'sharding', None), NamedSharding)), None)
-    rows = _jitted(None if mesh is None else NamedSharding(mesh, P()))(tree)
-    return ' '.join(f'{int(a):08x}{int(b):08x}' for a, b in np.asarray(rows))
+    hashed = _jitted(None if mesh is None else NamedSharding(mesh, P()))
+    rows = jax.device_get([hashed(leaf) for leaf in jax.tree.leaves(tree)])
+    return ' '.join(f'{int(a):08x}{int(b):08x}' for a, b in rows)
 
 
 def _is_mask(x: Any) -> bool:
     return x.dtype == jnp.bool_ and x.ndim > 0
 
 
-@jax.jit
+_pack = jax.jit(functools.partial(jnp.packbits, axis=-1))
+
+
 def _packed(tree: Any) -> Any:
-    """Masks as a bit a weight, eight of the last axis in a byte."""
-    return jax.tree.map(lambda x: jnp.packbits(x, axis=-1) if _is_mask(x) else x, tree)
+    """Masks as a bit a weight, eight of the last axis in a byte; other arrays as they are, not copied."""
+    return jax.tree.map(lambda x: _pack(x) if _is_mask(x) else x, tree)
 
 
 def _unpacked(tree: Any, target: Any) -> Any:

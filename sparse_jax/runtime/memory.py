@@ -46,15 +46,21 @@ def release() -> None:
 
 
 class Settling:
-    """Releases memory while a run's programs come to be: after each one's first step, and until the buffers have found their places again."""
+    """Releases memory while a run's programs come to be: before each one is compiled, after its first step, and until the buffers have
+    found their places again."""
 
     def __init__(self):
         release()  # what the start has left
         self._seen: set[Any] = set()
         self._left = 0
 
+    def before(self, *program: Any) -> None:
+        """The program that these names stand for will be called."""
+        if program not in self._seen:
+            release()
+
     def after(self, *program: Any) -> None:
-        """The program that these names stand for has run, or is on its way."""
+        """It has run, or is on its way."""
         if program not in self._seen:
             self._seen.add(program)
             self._left = _FIRST

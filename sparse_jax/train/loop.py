@@ -175,6 +175,7 @@ def _train_loop(
         for step in range(start + 1, last + 1):
             dense, moves = experiment.needs_dense_gradient(step), experiment.is_mask_update(step)
             batch = devices.batch(next(batches), size)
+            settling.before('step', dense, moves)
             state, values = (update_step if moves else train_step)(state, batch, patterns, dense_gradients=dense)
             settling.after('step', dense, moves)
             log.step(step, values)
@@ -187,6 +188,7 @@ def _train_loop(
             if step % config.log.every == 0 or step == last:
                 log.means(step)
             if step % eval_every == 0 or step == last:
+                settling.before('evaluation')
                 log.evaluation(step, part, evaluate_part(run, evaluate, state, part, patterns))
                 settling.after('evaluation')
             stopping = preemption.reached(step) and step < last
@@ -198,7 +200,9 @@ def _train_loop(
             if stopping or step % config.checkpoint.every == 0 or step == last:
                 if not all_finite(state.params):
                     raise state_lib.NonFiniteError(f'a parameter is not finite after step {step}: lower optimizer.learning_rate.')
+                settling.before('save')
                 checkpoints.save(step, state, seconds + time.perf_counter() - begin, sums.after(step))
+                settling.after('save')
             if stopping:
                 checkpoints.close()
                 by = preemption.signal
