@@ -169,8 +169,10 @@ def flatten(config: Config) -> dict[str, object]:
       0.05
     """
     flat = {}
-    for key, value in dataclasses.asdict(config).items():
-        flat |= {f'{key}.{k}': v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        is_section = dataclasses.is_dataclass(value)
+        flat |= {f'{field.name}.{k}': v for k, v in vars(value).items()} if is_section else {field.name: value}
     return flat
 
 

@@ -174,6 +174,7 @@ def test_wrong_input(flags, message, tmp_path):
         ("config.sparsity.density = '0.1'", "config.sparsity.density='0.1': must be a number"),
         ('config.train.steps = 100.0', 'config.train.steps=100.0: must be a whole number'),
         ('config.train.steps = True', 'config.train.steps=True: must be a whole number'),
+        ('config.seed = {}', 'config.seed={}: must be a whole number'),
         ('config.mesh.data = None', 'config.mesh.data=None: must be a whole number'),
         ('config.mesh.data = 0', 'config.mesh.data=0: must be at least 1, or -1'),
         ('config.train.steps = 2**31', 'config.train.steps=2147483648: must be below 2^31'),

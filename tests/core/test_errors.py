@@ -125,6 +125,11 @@ def test_no_sparsifiable_leaf():
         sj.sparsify(optax.sgd(0.1), **GOOD).init({'norm_scale': jnp.ones((4, 4)), 'b': jnp.ones(3), 'i': jnp.ones((2, 2), int)})
 
 
+def test_nothing_left_sparse():
+    with pytest.raises(ValueError, match=r"dense=\[.\*.\] leaves no leaf of params sparse: they are v .*Name fewer of them."):
+        sj.sparsify(optax.sgd(0.1), **GOOD, dense=['*']).init({'w': jnp.ones((4, 4)), 'v': jnp.ones((4, 4))})
+
+
 def test_budget_below_one_weight_a_layer():
     with pytest.raises(ValueError, match=r'density=0.01 keeps 1 of 64 units, fewer than the 4 sparse layers.*at least 0.0625'):
         sj.sparsify(optax.sgd(0.1), **{**GOOD, 'density': 0.01}).init([jnp.ones((4, 4))] * 4)
