@@ -167,7 +167,9 @@ class Rule:
         layers = layers_lib.layer_table(params, layers_lib.sparse_leaves(params, self.sparsifiable, self.dense), self.stacked)
         if jax.tree.leaves(params) and not layers:
             if self.dense and layers_lib.layer_table(params, layers_lib.sparse_leaves(params, self.sparsifiable, ()), self.stacked):
-                raise ValueError(f'dense={self.dense!r} leaves no leaf of params sparse: they are {_listed(params)}. Name fewer of them.')
+                raise ValueError(
+                    f'dense={self.dense!r} leaves no leaf of params sparse: they are {_listed(params)}. Name fewer of them.'
+                )
             raise ValueError(
                 f'no leaf of params is sparsifiable: they are {_listed(params)}. By default that takes a floating-point leaf with two or '
                 "more axes, and no word in its path that begins with 'embed', ends in 'norm', or is 'bias' or 'scale'; "

@@ -126,7 +126,7 @@ def test_no_sparsifiable_leaf():
 
 
 def test_nothing_left_sparse():
-    with pytest.raises(ValueError, match=r"dense=\[.\*.\] leaves no leaf of params sparse: they are v .*Name fewer of them."):
+    with pytest.raises(ValueError, match=r'dense=\[.\*.\] leaves no leaf of params sparse: they are v .*Name fewer of them.'):
         sj.sparsify(optax.sgd(0.1), **GOOD, dense=['*']).init({'w': jnp.ones((4, 4)), 'v': jnp.ones((4, 4))})
 
 
