@@ -96,6 +96,9 @@ def cubic(initial: float, final: float, start_step: int, end_step: int) -> optax
     return schedule
 
 
+_MOST_UPDATES = 2**22
+
+
 @dataclasses.dataclass(frozen=True)
 class Timing:
     r"""When masks are updated: at steps t (1-based) with ``start_step < t``, ``t % update_every == 0`` and ``t < stop_step``.
@@ -139,10 +142,21 @@ class Timing:
         """The step from which on no mask is updated."""
         return self.total_steps if self.stop_step is None else self.stop_step
 
+    @property
+    def updates(self) -> range:
+        """The steps of all mask updates."""
+        every = self.update_every
+        first = (int(self.start_step) // every + 1) * every
+        return range(first, min(int(self.total_steps), int(self.end)), every)
+
     def steps(self) -> np.ndarray:
-        """Step 0 and the steps of all mask updates."""
-        steps = np.arange(0, self.total_steps, self.update_every)
-        return steps[(steps == 0) | self.is_update(steps)]
+        """Step 0 and the steps of all mask updates; ValueError where these are too many to be listed."""
+        if len(self.updates) > _MOST_UPDATES:
+            raise ValueError(
+                f'update_every={self.update_every} and total_steps={self.total_steps} make {len(self.updates):,} mask updates, and a '
+                f'density schedule is evaluated at each of them, at most {_MOST_UPDATES:,}: update masks less often.'
+            )
+        return np.array([0, *self.updates])
 
     def is_update(self, step):
         """Whether a step (1-based; an integer or an array) updates the masks."""
@@ -257,8 +271,7 @@ def _number(schedule: optax.Schedule, step: int, setting: str = 'density') -> fl
 
 def check_rate(prune_rate: optax.Schedule, timing: Timing) -> None:
     """Checks a schedule of prune rates at the first and the last update: each a number in [0, 1]."""
-    steps = timing.steps()[1:]
-    for step in sorted({int(t) for t in steps[[0, -1]]}) if len(steps) else ():
+    for step in sorted({*timing.updates[:1], *timing.updates[-1:]}):
         with jax.ensure_compile_time_eval():
             rate = _number(prune_rate, step, 'prune_rate')
         if not 0 <= rate <= 1:

@@ -125,6 +125,13 @@ def test_no_sparsifiable_leaf():
         sj.sparsify(optax.sgd(0.1), **GOOD).init({'norm_scale': jnp.ones((4, 4)), 'b': jnp.ones(3), 'i': jnp.ones((2, 2), int)})
 
 
+def test_very_many_updates():
+    timing = dict(update_every=2, total_steps=2**31 - 1)
+    sj.methods.rigl(optax.sgd(0.1), 0.3, **timing)  # neither listed nor evaluated one by one
+    with pytest.raises(ValueError, match='update_every=2 and total_steps=2147483647 make 1,073,741,823 mask updates'):
+        sj.sparsify(optax.sgd(0.1), density=sj.schedules.cubic(0.5, 0.1, 1, 100), **timing)
+
+
 def test_nothing_left_sparse():
     with pytest.raises(ValueError, match=r'dense=\[.\*.\] leaves no leaf of params sparse: they are v .*Name fewer of them.'):
         sj.sparsify(optax.sgd(0.1), **GOOD, dense=['*']).init({'w': jnp.ones((4, 4)), 'v': jnp.ones((4, 4))})
