@@ -4,11 +4,13 @@ import json
 import os
 import pathlib
 import sys
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 CONFIG, DATA, KERNELS, MACHINE, RESULT, SWEEP = 'config.json', 'data.json', 'kernels.json', 'run.json', 'result.json', 'sweep.json'
 METRICS = 'metrics.jsonl'
+_CHECKSUM = 'checksum'  # of a result, which nothing else would tell from one with another digit
 _BY_LAYER = ('density', 'share', 'pruned', 'grown')  # metrics that are a number for each layer
 
 
@@ -28,7 +30,9 @@ class Row(NamedTuple):
 
 
 def write(path: pathlib.Path, content: Any) -> None:
-    """Writes a JSON file that is either whole or not there; what has its name and is no file is put aside."""
+    """Writes a JSON file that is either whole or not there; what has its name and is no file is put aside. A result has a checksum."""
+    if path.name == RESULT:
+        content = content | {_CHECKSUM: _checksum(content)}
     partial = path.with_suffix('.tmp')
     for name in (path, partial):
         if name.is_dir():
@@ -57,7 +61,13 @@ def read(path: pathlib.Path) -> Any:
         raise UnreadableError(path, 'cannot be read (it is not a JSON object)')
     if wrong := _WRONG[path.name](content):
         raise UnreadableError(path, f'is broken, or made by another version: {wrong}')
+    if _CHECKSUM in content and content.pop(_CHECKSUM) != _checksum(content):
+        raise UnreadableError(path, 'is broken, or was changed: it is not what was written')
     return content
+
+
+def _checksum(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps({k: v for k, v in content.items() if k != _CHECKSUM}, sort_keys=True).encode())
 
 
 def is_whole(path: pathlib.Path) -> bool:

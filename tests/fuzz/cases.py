@@ -234,17 +234,12 @@ _CONTENTS = (
 def workdirs(random: np.random.Generator) -> str:
     """One or two of a finished run's files are lost, cut, overwritten, renamed, or a folder; then the same command again, or a report."""
     lines = ['copy_finished_run(folder)']
+    part = lambda: f'{min(float(random.random()), 0.999):.3f}'  # below 1
     for _ in range(random.integers(1, 3)):
-        where = float(random.random())
+        where = part()
         do = _pick(random, ('remove', 'empty', 'cut', 'flip', 'folder', 'rename', 'write', 'write', 'remove_step'))
-        extra = (
-            f', {_pick(random, _CONTENTS)!a}'
-            if do == 'write'
-            else f', {float(random.random()):.3f}'
-            if do in ('cut', 'flip')
-            else ''
-        )
-        lines.append(f'damage.{do}(folder, {where:.3f}{extra})')
+        extra = f', {_pick(random, _CONTENTS)!a}' if do == 'write' else f', {part()}' if do in ('cut', 'flip') else ''
+        lines.append(f'damage.{do}(folder, {where}{extra})')
     if random.random() < 0.5:
         lines.append('damage.unfinish(folder)')
     after = (

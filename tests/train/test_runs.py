@@ -20,7 +20,7 @@ import sparse_jax as sj
 from configs import mnist_lenet5, mnist_lenet300
 from sparse_jax import train
 from sparse_jax.report import run_report
-from sparse_jax.runtime import checkpoint
+from sparse_jax.runtime import checkpoint, records
 from sparse_jax.train import metrics
 from tests import launcher
 
@@ -118,7 +118,7 @@ def test_kill_at_several_moments_changes_no_bit(undisturbed, tmp_path):
     assert expected.keys() == got.keys() and any('masks' in k for k in got) and any('trace' in k for k in got)
     for name, array in expected.items():
         assert array.tobytes() == got[name].tobytes(), f'{name} differs'
-    results = [json.loads((f / 'result.json').read_text()) for f in (reference, folder)]
+    results = [records.read(f / 'result.json') for f in (reference, folder)]
     same = [{k: v for k, v in r.items() if 'second' not in k and 'time' not in k} for r in results]
     assert same[0] == same[1]
     rows = [[row | {'steps_per_second': 0} for row in metrics.read(f)] for f in (reference, folder)]
