@@ -1,5 +1,6 @@
 """Where a run's numbers go while it trains, and that they are finite."""
 
+import collections
 import math
 import time
 from typing import Any
@@ -79,21 +80,27 @@ def _number(x: Any) -> float:
     return float(x)
 
 
+_QUEUED = 8  # steps on an accelerator whose metrics are not there yet, until the oldest are waited for; on CPU one
+
+
 class _StepMetrics:
-    """Collects each step's metrics, fetched after the next step has been dispatched, so that fetching never stalls the device."""
+    """Collects each step's metrics, fetched after later steps have been dispatched, so that fetching never stalls the device."""
 
     def __init__(self):
-        self._pending = None
+        self._pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         self._collected: list[dict[str, float]] = []
+        self._most = 1 if jax.default_backend() == 'cpu' else _QUEUED
 
     def add(self, step: int, values: dict[str, jax.Array]) -> None:
-        self._fetch()
-        self._pending = step, values
+        self._fetch(self._most - 1)
+        for value in values.values():
+            value.copy_to_host_async()
+        self._pending.append((step, values))
 
-    def _fetch(self) -> None:
-        if self._pending is not None:
-            step, values = self._pending
-            self._pending = None
+    def _fetch(self, left: int) -> None:
+        """Waits for all but the last so many."""
+        while len(self._pending) > left:
+            step, values = self._pending.popleft()
             fetched = {k: float(v) for k, v in jax.device_get(values).items()}
             if not math.isfinite(fetched['loss']):
                 raise state_lib.NonFiniteError(f'the loss is {fetched["loss"]} at step {step}: lower optimizer.learning_rate.')
@@ -101,6 +108,6 @@ class _StepMetrics:
 
     def means(self) -> dict[str, float]:
         """Means since the last call."""
-        self._fetch()
+        self._fetch(0)
         rows, self._collected = self._collected, []
         return {k: sum(row[k] for row in rows) / len(rows) for k in rows[0]}

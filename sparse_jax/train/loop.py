@@ -17,8 +17,8 @@ from sparse_jax import config as config_lib
 from sparse_jax import data as data_lib
 from sparse_jax import stats
 from sparse_jax.runtime import checkpoint, hosts, memory, records, workdir
-from sparse_jax.train import devices as devices_lib
 from sparse_jax.train import kernel_choice
+from sparse_jax.train import programs as programs_lib
 from sparse_jax.train import state as state_lib
 from sparse_jax.train.evaluate import PARTS, evaluate_part
 from sparse_jax.train.log import Log
@@ -160,27 +160,27 @@ def _train_loop(
 ) -> tuple[state_lib.TrainState, float]:
     """Trains from the step after `start` to the last one; returns the state and the seconds spent on it since step 0."""
     config, experiment, devices = run.config, run.experiment, run.devices
-    size, last = config.data.batch_size, experiment.total_steps
-    out = devices.replicated if devices.mesh is None else (devices.state_shardings, devices.replicated)
-    train_step, update_step = _programs(devices, experiment, out)
+    last, on_accelerator = experiment.total_steps, jax.default_backend() != 'cpu'
+    programs = programs_lib.Programs(devices, experiment)
     evaluate, all_finite = devices.jit(experiment.evaluate), devices.jit(_all_finite)
     part = next(part for part in PARTS if len(getattr(run.data, part).labels))
     eval_every = config.train.eval_every or experiment.steps_per_epoch
-    batches = _batches(run, start)
+    batches = _batches(run, start, on_accelerator)
     log, settling = Log(run, state, start), memory.Settling()
     patterns = kernels.patterns(start, state)
     begin = time.perf_counter()
     log.begin()
     try:
         for step in range(start + 1, last + 1):
-            dense, moves = experiment.needs_dense_gradient(step), experiment.is_mask_update(step)
-            batch = devices.batch(next(batches), size)
-            settling.before('step', dense, moves)
-            state, values = (update_step if moves else train_step)(state, batch, patterns, dense_gradients=dense)
-            settling.after('step', dense, moves)
+            kind, batch = programs_lib.kind_of(experiment, step), next(batches)
+            if on_accelerator and step == start + 1:
+                programs.compile(programs_lib.ahead(experiment, start), state, batch, patterns)
+            settling.before(kind)
+            state, values = programs(kind, state, batch, patterns)
+            settling.after(kind)
             log.step(step, values)
             checkpoints.check()
-            if moves:
+            if kind.mask_update:
                 patterns = kernels.patterns(step, state)
                 sizes = state_lib.sizes(experiment, state)
                 sums.update(step, sizes)
@@ -212,27 +212,22 @@ def _train_loop(
             checkpoints.wait()  # a save that goes on would be cut off where the process ends at once
         raise
     finally:
+        programs.close()
         log.close()
     return state, seconds + time.perf_counter() - begin
-
-
-def _programs(devices: devices_lib.Devices, experiment: state_lib.Experiment, out: Any) -> tuple[Callable, Callable]:
-    """The step without and with an update of the masks, which is most of a program and runs once in many steps."""
-    options: dict[str, Any] = dict(donate_argnums=0, static_argnames='dense_gradients')
-    plain, moving = (functools.partial(experiment.train_step, mask_update=moves) for moves in (False, True))
-    return devices.jit(plain, out, **options), devices.jit(
-        moving, out, **options, compiler_options=memory.frugal_compiler_options()
-    )
 
 
 def _all_finite(params: Any) -> jax.Array:
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]))
 
 
-def _batches(run: Run, start: int) -> Iterator[dict[str, Any]]:
-    """This process's rows of each batch, from the one after `start` on."""
+def _batches(run: Run, start: int, on_accelerator: bool) -> Iterator[dict[str, Any]]:
+    """Each batch from the one after `start` on; on an accelerator's memory before it is asked for."""
     size, seed = run.config.data.batch_size, run.config.seed
     first, stop = run.devices.rows(size)
     share: dict[str, int] = dict(process_index=first // (stop - first), process_count=size // (stop - first))
     batches = data_lib.batches(run.data, batch_size=size, seed=seed, num_batches=run.experiment.total_steps, **share)
-    return data_lib.stream(batches, start, run.config.data.prefetch)
+    place = functools.partial(run.devices.batch, size=size)
+    if on_accelerator:
+        return data_lib.stream(batches.map(lambda rows: jax.device_put(place(rows))), start, run.config.data.prefetch)
+    return map(place, data_lib.stream(batches, start, run.config.data.prefetch))
