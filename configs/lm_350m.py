@@ -21,7 +21,7 @@ def get_config(variant: str = '') -> config_lib.Config:
     if variant:
         raise ValueError(f'the variant {variant!r} does not exist: give none.')
     config = config_lib.Config()
-    config.model.name, config.model.dtype, config.model.remat = 'transformer', 'bfloat16', True
+    config.model.name, config.model.dtype, config.model.remat = 'transformer', 'bfloat16', 'all'
     config.model.depth, config.model.features, config.model.heads = 24, 1024, 16
     config.data.name, config.data.dir, config.data.length, config.data.validation = 'text', 'data/text', 1024, 0.005
     config.data.batch_size, config.data.eval_batch_size = 512, 32

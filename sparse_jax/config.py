@@ -40,7 +40,8 @@ class Model(_Section):
     heads: int = 0  # Transformer: number of attention heads; at least 1 there, 0 for all other models.
     hidden: int = 0  # Transformer: width of the SwiGLU; 0: 8/3 of model.features, rounded up to a multiple of 64.
     tied: bool = True  # Transformer: the output layer is the transpose of the embedding.
-    remat: bool = False  # Transformer: recompute activations in the backward pass, to save memory.
+    # Transformer: what the backward pass computes again, to save memory: none, products (all but their results), or all.
+    remat: str = 'none'
 
 
 @dataclasses.dataclass

@@ -1,6 +1,7 @@
 """A run's training step as a program for a GPU or a TPU that is not here: its kernels, memory and collectives. Nothing is run or written."""
 
 import collections
+import functools
 import math
 import re
 from typing import Any, NamedTuple
@@ -32,6 +33,8 @@ from sparse_jax.train import run as run_lib
 from sparse_jax.train import state as state_lib
 
 PLATFORMS = {'cuda': 'gpu', 'tpu': 'tpu'}  # as jax's lowering calls them, and as it calls backends
+_FUNCTION = re.compile(r'func\.func \w+ @([\w.]+)\(')
+_CALL = re.compile(r'\bcall @([\w.]+)\(')
 _KERNEL = re.compile(r'sparse_jax_(forward|input_gradient|weight_gradient)')
 
 
@@ -47,6 +50,7 @@ class Lowered(NamedTuple):
     collectives: list[collectives.Collective] | None  # None: only lowered
     why_not_compiled: str
     text: str  # the lowered program
+    compiled_text: str  # empty: only lowered
 
 
 def lower(config: config_lib.Config, platform: str) -> Lowered:
@@ -90,19 +94,46 @@ def lower(config: config_lib.Config, platform: str) -> Lowered:
             _on(patterns, devices, stand_ins[0]),
         )
         placed = devices.replicated if devices.mesh is None else (devices.state_shardings, devices.replicated)
-        step = devices.jit(experiment.train_step, placed, donate_argnums=0, static_argnames='dense_gradients')
+        ordinary = functools.partial(experiment.train_step, mask_update=False)
+        step = devices.jit(ordinary, placed, donate_argnums=0, static_argnames='dense_gradients')
         dense = experiment.dense_gradient_steps is None
-        lowered = step.trace(*arguments, dense_gradients=dense).lower(lowering_platforms=(platform,))
+        with kernels_lib.lowering_for(backend, mesh=devices.mesh, stand_in=None if reason else stand_ins[0]):
+            lowered = step.trace(*arguments, dense_gradients=dense).lower(lowering_platforms=(platform,))
         text = lowered.as_text()
-        memory = transfers = None
+        memory, transfers, compiled_text = None, None, ''
         if not reason:
             compiled = lowered.compile()
-            transfers, memory = collectives.find(compiled.as_text() or ''), _memory(compiled)
-    calls = [line for line in text.splitlines() if 'custom_call' in line]
-    kernels = collections.Counter(match[1] for line in calls if (match := _KERNEL.search(line)))
+            compiled_text = compiled.as_text() or ''
+            transfers, memory = collectives.find(compiled_text), _memory(compiled)
+    kernels = _kernel_calls(text)
     each = sum(math.prod(_shard(x)) * x.dtype.itemsize for x in jax.tree.leaves(arguments[0]))
     largest = max((math.prod(_shard(x)[-2:]) for x in jax.tree.leaves(arguments[0].params) if x.ndim > 1), default=0)
-    return Lowered(platform, layers, dict(kernels), each, largest, memory, transfers, reason, text)
+    return Lowered(platform, layers, dict(kernels), each, largest, memory, transfers, reason, text, compiled_text)
+
+
+def _kernel_calls(text: str) -> collections.Counter[str]:
+    """How often a lowered program calls each kernel, by name; those in a function as often as it is called."""
+    own: dict[str, collections.Counter[str]] = {}
+    called: dict[str, collections.Counter[str]] = {}
+    name = ''
+    for line in text.splitlines():
+        if match := _FUNCTION.search(line):
+            name = match[1]
+            own[name], called[name] = collections.Counter(), collections.Counter()
+        elif 'custom_call' in line and (match := _KERNEL.search(line)):
+            own[name][match[1]] += 1
+        elif match := _CALL.search(line):
+            called[name][match[1]] += 1
+
+    @functools.cache
+    def total(name: str) -> collections.Counter[str]:
+        counts = collections.Counter(own[name])
+        for other, times in called[name].items():
+            for kernel, count in total(other).items():
+                counts[kernel] += times * count
+        return counts
+
+    return total('main')
 
 
 def _memory(compiled) -> dict[str, int]:

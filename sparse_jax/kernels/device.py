@@ -18,6 +18,7 @@ class AbsentDevice(NamedTuple):
 
     capability: str  # of a GPU
     interpret: bool
+    stand_in: Any = None  # what jax's compiler takes for it
 
 
 _ABSENT: contextvars.ContextVar[AbsentDevice | None] = contextvars.ContextVar('absent_device', default=None)
@@ -32,7 +33,9 @@ def _abstract_mesh(platform: str) -> AbstractMesh:
 
 
 @contextlib.contextmanager
-def lowering_for(platform: str, *, capability: str = '9.0', interpret: bool = False, mesh: Any = None) -> Iterator[None]:
+def lowering_for(
+    platform: str, *, capability: str = '9.0', interpret: bool = False, mesh: Any = None, stand_in: Any = None
+) -> Iterator[None]:
     """Traces sparse products for this platform, whatever this process runs on: to lower or export programs for a GPU or a TPU on a
     machine without one.
 
@@ -43,6 +46,8 @@ def lowering_for(platform: str, *, capability: str = '9.0', interpret: bool = Fa
       capability: compute capability of the GPU, such as ``'9.0'`` (Hopper).
       interpret: whether Pallas kernels run in their interpreter, so that they can be executed here: slowly, to test them.
       mesh: mesh of the program, where it has one; its devices say what they are.
+      stand_in: the device that the program will be compiled for, as of ``jax.experimental.topologies``: nothing can be computed within
+        the context then, only traced. Without it, attention takes no kernel of tokamax's.
 
     Yields:
       Nothing. Within the context, products without a named implementation take the reference, since densities were measured for devices
@@ -65,10 +70,14 @@ def lowering_for(platform: str, *, capability: str = '9.0', interpret: bool = Fa
     """
     if platform not in PLATFORMS:
         raise errors.unknown('platform', platform, PLATFORMS)
-    tokens = target.PLATFORM.set(platform), _ABSENT.set(AbsentDevice(capability, interpret))
+    tokens = target.PLATFORM.set(platform), _ABSENT.set(AbsentDevice(capability, interpret, stand_in))
     described = interpret or mesh is not None or platform == 'cpu'
     try:
-        with contextlib.nullcontext() if described else use_abstract_mesh(_abstract_mesh(platform)):
+        with contextlib.ExitStack() as stack:
+            if not described:
+                stack.enter_context(use_abstract_mesh(_abstract_mesh(platform)))
+            if stand_in is not None:  # libraries ask for the default device
+                stack.enter_context(jax.default_device(stand_in))
             yield
     finally:
         target.PLATFORM.reset(tokens[0])
@@ -84,6 +93,12 @@ def interpret() -> bool:
     """Whether Pallas kernels run in their interpreter."""
     absent = _ABSENT.get()
     return absent is not None and absent.interpret
+
+
+def stand_in() -> Any:
+    """What jax's compiler takes for a device that is not here; None: nothing, or the device is here."""
+    absent = _ABSENT.get()
+    return absent.stand_in if absent else None
 
 
 def capability() -> str:

@@ -47,7 +47,9 @@ class Model(NamedTuple):
     """A model's two functions, and which of its leaves are stacked."""
 
     init: Callable[..., Any]  # init(key) -> (params, state), nested dicts; works under eval_shape and jit
-    apply: Callable[..., Any]  # apply(params, state, x, *, train, rng, patterns=None) -> (logits, state)
+    # apply(params, state, x, *, train, rng, patterns=None) -> (logits, state); with measure= and labels=, measure(logits, labels) in place
+    # of the logits, which for tokens are made part by part where they would be very many
+    apply: Callable[..., Any]
     stacked: Callable[[str, Any], bool] | None  # as sj.sparsify takes it; None: no leaf holds several layers
 
 
@@ -121,17 +123,22 @@ def create(
         _, params, rest = nnx.split(make(key), nnx.Param, ...)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
 
-    def apply(params, state, x, *, train: bool, rng=None, patterns=None):
+    def apply(params, state, x, *, train: bool, rng=None, patterns=None, measure=None, labels=None):
         model: Any = nnx.merge(graphdef, params, state)
+        in_state = lambda: nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
         if module.takes_tokens:
-            logits = model(x, train=train, rng=rng, patterns=patterns, dtype=compute)
+            wide = None if measure is None else lambda logits, labels: measure(logits.astype(jnp.float32), labels)
+            logits = model(x, train=train, rng=rng, patterns=patterns, dtype=compute, measure=wide, labels=labels)
+            if measure is not None:
+                return logits, in_state()
         else:
             x = x.astype(compute)
             count = len(x)
             if module.takes_lanes and _by_lanes(layout, x, patterns, train):
                 x = by_lanes.begin(jnp.pad(x, ((0, -count % by_lanes.BATCH), (0, 0), (0, 0), (0, 0))), train=train)
             logits = model(x, train=train, rng=rng, patterns=patterns)[:count]
-        return logits.astype(jnp.float32), nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
+        logits = logits.astype(jnp.float32)
+        return logits if measure is None else measure(logits, labels), in_state()
 
     return Model(init, apply, transformer.stacked if module.takes_tokens else None)
 

@@ -4,12 +4,25 @@ References: Vaswani et al., Attention is all you need, 2017; Su et al., RoFormer
 2020; Touvron et al., LLaMA, 2023.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from sparse_jax.models import layers
+from sparse_jax.core import errors, target
+from sparse_jax.models import attention, layers
 from sparse_jax.models.layers import Embed, Linear, Network, RMSNorm, pattern_at
+
+# Layers at most that a GPU's program has one after the other, since each takes seconds to compile. A loop is compiled once, but copies
+# what it keeps into stacks and back.
+_UNROLLED = {'none': 12, 'products': 12, 'all': 24}
+
+
+MOST_LOGITS = 2**27  # at once, where only what is made of them is wanted: half a GB
+REMAT = ('none', 'products', 'all')
 
 
 def rotary(x: jax.Array, base: float = 10_000.0) -> jax.Array:
@@ -34,6 +47,11 @@ def rotary(x: jax.Array, base: float = 10_000.0) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+def _kept(y: jax.Array) -> jax.Array:
+    """A product's result, which remat='products' keeps for the backward pass."""
+    return checkpoint_name(y, 'product')
+
+
 class _Attention(nnx.Module):
     def __init__(self, features: int, heads: int, *, init_out: layers.Initializer, rngs: nnx.Rngs):
         start = layers.normal(0.02)
@@ -45,9 +63,9 @@ class _Attention(nnx.Module):
     def __call__(self, x, patterns):
         split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
         query, key, value = (
-            split(getattr(self, name)(x, pattern_at(patterns, name, 'kernel'))) for name in ('query', 'key', 'value')
+            split(_kept(getattr(self, name)(x, pattern_at(patterns, name, 'kernel')))) for name in ('query', 'key', 'value')
         )
-        y = jax.nn.dot_product_attention(rotary(query), rotary(key), value, is_causal=True)
+        y = _kept(attention.causal(rotary(query), rotary(key), value))
         return self.out(y.reshape(x.shape), pattern_at(patterns, 'out', 'kernel'))
 
 
@@ -59,8 +77,8 @@ class _MLP(nnx.Module):
         self.down = Linear(hidden, features, use_bias=False, init=init_out, rngs=rngs)
 
     def __call__(self, x, patterns):
-        gate = jax.nn.silu(self.gate(x, pattern_at(patterns, 'gate', 'kernel')))
-        up = self.up(x, pattern_at(patterns, 'up', 'kernel'))
+        gate = jax.nn.silu(_kept(self.gate(x, pattern_at(patterns, 'gate', 'kernel'))))
+        up = _kept(self.up(x, pattern_at(patterns, 'up', 'kernel')))
         return self.down(gate * up, pattern_at(patterns, 'down', 'kernel'))
 
 
@@ -81,6 +99,39 @@ class _Layer(nnx.Module):
         return x + layers.dropout(y, self.dropout, keys[1], train=train)
 
 
+def _remat(layer: Callable, what: str) -> Callable:
+    if what == 'none':
+        return layer
+    policy = jax.checkpoint_policies.save_only_these_names('product') if what == 'products' else None
+    return jax.checkpoint(layer, policy=policy)
+
+
+@jax.custom_vjp
+def _unstack(x: jax.Array) -> list[jax.Array]:
+    """The rows of a stacked array."""
+    return [jnp.squeeze(part, 0) for part in jnp.split(x, len(x))]
+
+
+def _unstack_backward(_, rows: list[jax.Array]) -> tuple[jax.Array]:
+    # XLA would stack the rows within each kernel that reads them, and so read them for every moment of the optimizer anew.
+    return (jax.lax.optimization_barrier(jnp.stack(rows)),)
+
+
+_unstack.defvjp(lambda x: (_unstack(x), None), _unstack_backward)
+
+
+def _unstacked(tree: Any, depth: int, dtype: Any) -> list[Any]:
+    """Each layer's part of a tree of stacked arrays; weights of products are cast before, all layers' at once."""
+
+    def rows(x):
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return [x[i] for i in range(depth)]
+        return _unstack(x.astype(dtype) if x.ndim > 2 else x)
+
+    leaves, structure = jax.tree.flatten(tree)
+    return [structure.unflatten(row) for row in zip(*map(rows, leaves), strict=True)]
+
+
 class Transformer(Network):
     """Tokens int[batch, length] to logits float32[batch, length, tokens].
 
@@ -93,8 +144,8 @@ class Transformer(Network):
       hidden: width of the SwiGLU; 0: 8/3 of `features`, rounded up to a multiple of 64.
       tied: whether the output layer is the embedding, transposed.
       dropout: of each residual branch.
-      remat: whether a layer's activations are computed again in the backward pass: a third more work, and memory for one layer's
-        instead of all layers'.
+      remat: what the backward pass computes again: ``'none'``; ``'products'``: all but the products' results, that is what lies between
+        them; ``'all'``: a third more work, and memory for one layer's activations instead of all layers'.
     """
 
     takes_tokens = True
@@ -110,7 +161,7 @@ class Transformer(Network):
         hidden: int = 0,
         tied: bool = True,
         dropout: float = 0.0,
-        remat: bool = False,
+        remat: str = 'none',
         rngs: nnx.Rngs,
     ):
         if len(input_shape) != 1:
@@ -119,6 +170,8 @@ class Transformer(Network):
             raise ValueError(
                 f'model.heads={heads} must divide model.features={features} into parts of an even size (rotary embeddings turn pairs).'
             )
+        if remat not in REMAT:
+            raise errors.unknown('model.remat', remat, REMAT)
         self.embed = Embed(num_outputs, features, rngs=rngs)
         hidden = hidden or -(-8 * features // 3 // 64) * 64
         make = nnx.vmap(lambda key: _Layer(features, heads, hidden, depth, dropout, rngs=nnx.Rngs(key)))
@@ -130,7 +183,33 @@ class Transformer(Network):
         self.depth = depth
         self.remat = remat
 
-    def __call__(self, tokens, *, train: bool, rng=None, patterns=None, dtype=jnp.float32):
+    def __call__(
+        self, tokens, *, train: bool, rng=None, patterns=None, dtype=jnp.float32, measure: Callable | None = None, labels=None
+    ):
+        """The logits, or what `measure` makes of those of each token and its label: then no more of them exist at once than MOST_LOGITS."""
+        x = self._features(tokens, train, rng, patterns, dtype)
+        if measure is None:
+            return self._logits(x, patterns)
+        batch, length = tokens.shape
+        outputs = self.embed.table.shape[0]
+        parts = next(
+            n for n in range(1, length + 1) if length % n == 0 and (batch * length // n * outputs <= MOST_LOGITS or n == length)
+        )
+        if parts == 1:
+            return measure(self._logits(x, patterns), labels)
+        part = lambda x, labels: measure(self._logits(x, patterns), labels)
+        split = lambda x: jnp.moveaxis(
+            x.reshape(batch, parts, -1, *x.shape[2:]), 1, 0
+        )  # by position: the batch may lie over devices
+        measured = jax.lax.map(lambda row: jax.checkpoint(part)(*row), (split(x), split(labels)))
+        return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(batch, length, *y.shape[3:]), measured)
+
+    def _logits(self, x, patterns):
+        if self.tied:
+            return self.embed.logits(x)
+        return self.head(x, pattern_at(patterns, 'head', 'kernel'), out_dtype=jnp.float32)
+
+    def _features(self, tokens, train: bool, rng, patterns, dtype) -> jax.Array:
         graphdef, stacked = nnx.split(self.layers)
         keys = None if rng is None else jax.random.split(rng, self.depth)
 
@@ -138,12 +217,17 @@ class Transformer(Network):
             params, key, patterns = row
             return nnx.merge(graphdef, params)(x, train=train, rng=key, patterns=patterns), None
 
-        rows = nnx.to_pure_dict(stacked), keys, pattern_at(patterns, 'layers')
-        x, _ = jax.lax.scan(jax.checkpoint(layer) if self.remat else layer, self.embed(tokens, dtype), rows)
-        x = self.norm(x)
-        if self.tied:
-            return self.embed.logits(x)
-        return self.head(x, pattern_at(patterns, 'head', 'kernel'), out_dtype=jnp.float32)
+        rows, x = (nnx.to_pure_dict(stacked), keys, pattern_at(patterns, 'layers')), self.embed(tokens, dtype)
+        on_gpu = target.platform() == 'gpu'
+        if on_gpu and self.depth <= _UNROLLED[self.remat]:
+            layer = _remat(layer, self.remat)
+            for row in _unstacked(rows, self.depth, dtype):
+                x, _ = layer(x, row)
+        else:
+            # A loop stacks whatever it keeps: on a GPU, where copies count, what lies between the products is computed again.
+            layer = _remat(layer, 'products' if on_gpu and self.remat == 'none' else self.remat)
+            x, _ = jax.lax.scan(layer, x, rows)
+        return self.norm(x)
 
 
 def stacked(path: str, leaf) -> bool:

@@ -23,6 +23,8 @@ def differences(config: config_lib.Config, workdir: pathlib.Path) -> list[str]:
         return []
     new = config_lib.identity(config)
     old = config_lib.identity(config_lib.Config()) | _BEFORE | old
+    if isinstance(remat := old['model.remat'], bool):  # as it was before there were three
+        old['model.remat'] = 'all' if remat else 'none'
     if config.sparsity.method == 'dense':  # has no effect there
         old['sparsity.dense_gradient_window'] = new['sparsity.dense_gradient_window']
     return [f'{k}: {old.get(k)!r} there, {new.get(k)!r} given' for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]

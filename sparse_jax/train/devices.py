@@ -13,7 +13,7 @@ from rich.console import Console
 
 from sparse_jax import config as config_lib
 from sparse_jax import sharding
-from sparse_jax.core import errors
+from sparse_jax.core import errors, target
 from sparse_jax.train import state as state_lib
 from sparse_jax.train.console import named_table
 
@@ -71,9 +71,17 @@ class Devices:
 
     def jit(self, function: Callable, out: Any = 'replicated', **options) -> Callable:
         """jit, with results where `out` says: shardings, or on every device."""
-        if self.mesh is None:
+        mesh = self.mesh
+        if mesh is None:
             return jax.jit(function, **options)
-        return jax.jit(function, out_shardings=self.replicated if isinstance(out, str) else out, **options)
+
+        @functools.wraps(function)
+        def placed(*arguments, **keywords):
+            with target.over(mesh):
+                return function(*arguments, **keywords)
+
+        placed.__name__ = getattr(getattr(function, 'func', function), '__name__', 'placed')
+        return jax.jit(placed, out_shardings=self.replicated if isinstance(out, str) else out, **options)
 
     def host(self, tree: Any) -> Any:
         """A tree of arrays on this host, whole, whatever their sharding."""

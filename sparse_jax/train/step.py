@@ -1,5 +1,6 @@
 """One step as pure functions of a :class:`StepSpec` and a state: initialise, train on a batch, evaluate a batch. None is jitted yet."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -52,12 +53,20 @@ def gradients(spec: StepSpec, params: Any, model_state: Any, batch: Any, rng: ja
     """Gradients of the mean loss over a batch, the new model state, and the metrics."""
 
     def loss_fn(params):
-        logits, new_state = spec.model.apply(params, model_state, batch['input'], train=True, rng=rng, patterns=patterns)
-        loss = cross_entropy(logits, batch['label'], spec.label_smoothing).mean()
-        return loss, (logits, new_state)
+        options: dict[str, Any] = dict(train=True, rng=rng, patterns=patterns)
+        measure = functools.partial(_measured, smoothing=spec.label_smoothing)
+        (losses, correct), new_state = spec.model.apply(
+            params, model_state, batch['input'], measure=measure, labels=batch['label'], **options
+        )
+        return losses.mean(), (correct, new_state)
 
-    (loss, (logits, new_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-    return grads, new_state, {'loss': loss, 'accuracy': jnp.mean(jnp.argmax(logits, axis=-1) == batch['label'])}
+    (loss, (correct, new_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    return grads, new_state, {'loss': loss, 'accuracy': jnp.mean(correct)}
+
+
+def _measured(logits: jax.Array, labels: jax.Array, smoothing: float) -> tuple[jax.Array, jax.Array]:
+    """Loss of each label, and whether it has the largest logit."""
+    return cross_entropy(logits, labels, smoothing), jnp.argmax(logits, axis=-1) == labels
 
 
 def accumulated_gradients(
@@ -141,10 +150,10 @@ def evaluate(spec: StepSpec, state: TrainState, batch: Any, patterns: Any = None
     params, model_state = state.average if spec.average_decay else (state.params, state.model_state)
     if spec.average_decay and spec.is_sparse:  # an average of weights is not sparse where masks have moved
         params = masks_lib.apply_masks(params, masks_lib.get_masks(state.opt_state))
-    logits, _ = spec.model.apply(params, model_state, batch['input'], train=False, rng=None, patterns=patterns)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
+    options: dict[str, Any] = dict(train=False, rng=None, patterns=patterns, measure=functools.partial(_measured, smoothing=0.0))
+    (losses, correct), _ = spec.model.apply(params, model_state, batch['input'], labels=batch['label'], **options)
     losses = jnp.where(batch['label'] >= 0, losses, 0)  # rows that only fill a batch up have the label -1
-    return {'loss': losses.sum(), 'correct': jnp.sum(jnp.argmax(logits, axis=-1) == batch['label'])}
+    return {'loss': losses.sum(), 'correct': jnp.sum(correct)}
 
 
 def apply(spec: StepSpec, params: Any, model_state: Any, inputs: Any, patterns: Any = None, train: bool = False) -> jax.Array:

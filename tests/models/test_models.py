@@ -162,7 +162,7 @@ def _softmax(x):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize('own', [{}, dict(tied=False, hidden=24, remat=True)])
+@pytest.mark.parametrize('own', [{}, dict(tied=False, hidden=24, remat='all'), dict(remat='products')])
 def test_transformer_equals_numpy(own):
     """Head by head, position by position, layer by layer: rotary embeddings, the causal mask, SwiGLU, RMSNorm."""
     model = _create('transformer', **own)

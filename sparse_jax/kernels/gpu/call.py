@@ -1,10 +1,21 @@
 """How a kernel body becomes a call: operands by name, and the name that compiled programs and profiles show."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+
+def once(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A kernel as a function of its own in the program, which is lowered once for all layers of the same shapes: a third of a second each.
+
+    Args:
+      function: of operands, and of keyword arguments that are static.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    return jax.jit(function, static_argnames=[p.name for p in parameters if p.kind is p.KEYWORD_ONLY])
 
 
 def call(body: Callable[..., None], name: str, operands: Any, *, interpret=None, **options) -> jax.Array:

@@ -29,7 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparse_jax.kernels.gpu.call import call
+from sparse_jax.kernels.gpu.call import call, once
 from sparse_jax.kernels.gpu.config import ACC, SPLIT_M, Config, swizzled, window_rows
 
 
@@ -79,6 +79,7 @@ def _tiling(kernel: str, block: tuple[int, int], config: Config) -> _Tiling:
     )
 
 
+@once
 def gradient(operands: Operands, *, k_blocks: int, block: tuple[int, int], config: Config, interpret=None) -> jax.Array:
     """The weight gradient; all sides are multiples of their tiles.
 
@@ -156,6 +157,7 @@ def _gradient_kernel(gmem: Operands, dw_gmem, zeros_smem, *dw_smems, k_blocks: i
         plgpu.wait_smem_to_gmem(0)
 
 
+@once
 def partial_gradients(operands: Operands, *, block: tuple[int, int], num_splits: int, config: Config, interpret=None) -> jax.Array:
     """The units' sums over each of `num_splits` parts of the images and pixels; other arguments as in :func:`gradient`.
 
@@ -201,6 +203,7 @@ def _partial_kernel(gmem: Operands, sums_gmem, *sums_smems, num_splits: int, til
         plgpu.wait_smem_to_gmem(0)
 
 
+@once
 def scores(operands: ScoreOperands, *, block: tuple[int, int], config: Config, interpret=None) -> jax.Array:
     """Sums of each row's absolute values, in each block of the dense weight gradient; other arguments as in :func:`gradient`.
 

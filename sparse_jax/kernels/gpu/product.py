@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparse_jax.kernels.gpu.call import call
+from sparse_jax.kernels.gpu.call import call, once
 from sparse_jax.kernels.gpu.config import ACC, Config, swizzled
 
 
@@ -59,6 +59,7 @@ class _Tiling(NamedTuple):
     transpose_rhs: bool
 
 
+@once
 def product(
     operands: Operands,
     *,

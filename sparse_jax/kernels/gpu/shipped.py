@@ -1,0 +1,118 @@
+"""Times of the kernels on devices that were measured, which come with the package: for shapes nobody has measured, by interpolation.
+
+Each file of ``measured/`` is of one kind of device: its name, the version of the kernels, and rows of device times, as
+``python -m benchmarks.gpu`` writes them. A product of another shape is taken to reach the rate, in operations a second on existing units,
+that is interpolated between the rows of the same kernel and block: over the density, and over the number of weights.
+"""
+
+import functools
+import json
+import math
+import pathlib
+from typing import Any, NamedTuple
+
+from sparse_jax.core import errors
+
+VERSION = 1  # of the kernels: times of another one are not read
+_FOLDER = pathlib.Path(__file__).parent / 'measured'
+
+
+class Row(NamedTuple):
+    """One measured product."""
+
+    kernel: str
+    operations: float  # of the dense product
+    weights: int
+    is_matrix: bool  # else a convolution
+    block: int  # the smaller side
+    density: float
+    seconds: float
+    dense_seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Operations a second on existing units."""
+        return self.operations * self.density / self.seconds
+
+
+def file_of(device: str) -> pathlib.Path:
+    """Where the rows of a kind of device are.
+
+    >>> file_of('NVIDIA H200').name
+    'nvidia_h200.json'
+    """
+    return _FOLDER / (device.lower().replace(' ', '_') + '.json')
+
+
+@functools.cache
+def rows(device: str) -> tuple[Row, ...]:
+    """What was measured on a kind of device; nothing for one that was not, and for times of another version of the kernels, which is said.
+
+    Args:
+      device: as jax names its kind, such as 'NVIDIA H200'.
+    """
+    path = file_of(device)
+    if not path.exists():
+        return ()
+    content = json.loads(path.read_text())
+    if content['kernels'] != VERSION or content['device'] != device:
+        errors.say_once(
+            f'sparse_jax: {path.name} has times of version {content["kernels"]} of the kernels on {content["device"]}, not of version '
+            f'{VERSION} on {device}: they are not read. Measure anew with python -m benchmarks.gpu.'
+        )
+        return ()
+    return tuple(map(_row, content['rows']))
+
+
+def _row(fields: dict[str, Any]) -> Row:
+    x, w = fields['x'], fields['w']
+    operations = 2.0 * math.prod(x[:3]) * math.prod(w)
+    seconds = 1e-6 * fields['microseconds'], 1e-6 * fields['dense_microseconds']
+    return Row(fields['kernel'], operations, math.prod(w), w[0] == w[1] == 1, min(fields['block']), fields['density'], *seconds)
+
+
+def seconds(
+    device: str, kernel: str, operations: float, *, weights: int, is_matrix: bool, block: int, density: float
+) -> float | None:
+    """The time of a sparse product, as interpolated; never at a higher rate than any that was measured.
+
+    Args:
+      device: kind of device.
+      kernel: 'forward', 'input_gradient' or 'weight_gradient'.
+      operations: of the dense product: two for each weight and pixel.
+      weights: existing or not.
+      is_matrix: whether it is a matrix product, else a convolution.
+      block: the block's smaller side.
+      density: of the weight.
+
+    Returns:
+      Seconds; None where nothing of that kernel and block was measured.
+
+    Example:
+      >>> known = seconds('NVIDIA H200', 'forward', 2 * 8192 * 4096**2, weights=4096**2, is_matrix=True, block=64, density=0.1)
+      >>> round(1e6 * known)
+      76
+    """
+    known = [row for row in rows(device) if row.kernel == kernel and row.block == block]
+    known = [row for row in known if row.is_matrix == is_matrix] or known
+    if not known:
+        return None
+    largest = max(row.weights for row in known)
+    by_density = sorted((math.log(row.density), math.log(row.rate)) for row in known if row.weights == largest)
+    rate = _interpolated(by_density, math.log(density))
+    for row in [row for row in known if row.weights < largest][
+        :1
+    ]:  # how much slower a smaller product is, where both were measured
+        loss = math.log(row.rate) - _interpolated(by_density, math.log(row.density))
+        part = math.log(largest / weights) / math.log(largest / row.weights)
+        rate += loss * min(max(part, 0.0), 1.0)
+    return operations * density / math.exp(min(rate, max(math.log(row.rate) for row in known)))
+
+
+def _interpolated(points: list[tuple[float, float]], x: float) -> float:
+    """Linear between points, constant beyond them."""
+    below = max((p for p in points if p[0] <= x), default=points[0])
+    above = min((p for p in points if p[0] >= x), default=points[-1])
+    if above[0] == below[0]:
+        return below[1] if x >= below[0] else above[1]
+    return below[1] + (above[1] - below[1]) * (x - below[0]) / (above[0] - below[0])

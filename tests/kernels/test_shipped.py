@@ -1,0 +1,45 @@
+"""Times of measured devices: read as they stand, and interpolated between."""
+
+import json
+
+import pytest
+
+from sparse_jax.kernels.gpu import shipped
+
+H200 = 'NVIDIA H200'
+
+
+@pytest.mark.parametrize('row', [row for row in shipped.rows(H200) if row.kernel != 'scores'])
+def test_a_measured_product_takes_what_was_measured(row):
+    found = shipped.seconds(
+        H200, row.kernel, row.operations, weights=row.weights, is_matrix=row.is_matrix, block=row.block, density=row.density
+    )
+    assert found == pytest.approx(row.seconds, rel=0.02)
+
+
+def test_between_measured_products():
+    def time(density, side=4096):
+        shape = dict(weights=side**2, is_matrix=True, block=64)
+        return shipped.seconds(H200, 'forward', 2 * 8192 * side**2, **shape, density=density)
+
+    assert time(0.05) < time(0.07) < time(0.1) < time(0.3) < time(0.5)
+    assert time(0.1, 2048) == pytest.approx(39e-6)  # as many weights as 1024 to 4096
+    assert 39e-6 < time(0.1, 3072) < 76e-6
+    best = max(row.rate for row in shipped.rows(H200) if row.kernel == 'forward' and row.block == 64)
+    assert 2 * 8192 * 8192**2 * 0.5 / time(0.5, 8192) <= best * 1.001
+
+
+def test_what_was_not_measured():
+    assert shipped.rows('NVIDIA H100 80GB HBM3') == ()
+    assert shipped.seconds(H200, 'forward', 1e12, weights=10**6, is_matrix=True, block=16, density=0.1) is None
+
+
+def test_times_of_other_kernels_are_told_and_not_read(tmp_path, monkeypatch, caplog):
+    content = json.loads(shipped.file_of(H200).read_text()) | {'kernels': shipped.VERSION + 1}
+    monkeypatch.setattr(shipped, '_FOLDER', tmp_path)
+    shipped.file_of(H200).write_text(json.dumps(content))
+    shipped.rows.cache_clear()
+    try:
+        assert shipped.rows(H200) == ()
+    finally:
+        shipped.rows.cache_clear()
