@@ -3,9 +3,12 @@
 make test-gpu-aot [PYTHON=python3.12] installs what that takes.
 """
 
+import math
+
 import pytest
 
-from benchmarks.gpu import machine_code, model
+from benchmarks.gpu import machine_code, model, program, step
+from sparse_jax.aot import hlo, lowering
 from sparse_jax.kernels.gpu import config as config_lib
 from tests.aot.lowered import check_compiled, needs_compiler, steps
 
@@ -57,3 +60,19 @@ def test_too_large_tiles_are_refused_by_the_compiler_as_by_the_rule():
 @pytest.mark.parametrize('name', steps)
 def test_whole_training_steps_compile_and_their_collectives_are_counted(name):
     check_compiled(steps[name]('cuda'))
+
+
+@pytest.mark.parametrize('method', ('dense', 'sparse_momentum'))
+def test_a_transformers_step_keeps_neither_scores_nor_activations_in_float32(method):
+    config = step.settings('lm_2048', method, 0.2, 64)
+    config.model.depth, config.model.features, config.model.heads, config.data.length = 2, 512, 4, 256
+    lowered = lowering.lower(config, 'cuda')
+    kernels = program.kernels(lowered.compiled_text)
+    assert {kernel.part for kernel in kernels} >= {'attention', 'optimizer', 'normalisation and activations'}
+    assert sum(kernel.count for kernel in kernels if kernel.kind) == (0 if method == 'dense' else 42)
+    tokens, length = config.data.batch_size * config.data.length, config.data.length  # more of them than any weight has rows
+    for _, row, _ in hlo.executed(hlo.parse(lowered.compiled_text)):
+        for kind, sizes in hlo.arrays(row.shape):
+            assert sizes[-2:] != (length, length), row.path
+            is_kept = 'transpose(' not in row.path  # else of the backward pass
+            assert not (is_kept and kind == 'f32' and math.prod(sizes) >= tokens * 512), (row.path, sizes)
