@@ -9,6 +9,7 @@ Reference: Dao et al., FlashAttention, 2022.
 
 import functools
 import importlib.util
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -49,15 +50,19 @@ def choose(shape: tuple[int, ...], dtype: Any) -> backend.Choice:
     if target.platform() != 'gpu' or device.interpret():
         return backend.Choice('xla', '')
     choice = _on_gpu(shape, dtype)
-    because = (
-        f', which keeps no scores but makes them twice, since no kernel takes these operands: {choice.reason}'
-        if choice.reason
-        else ''
-    )
-    errors.say_once(
-        f'sparse_jax: attention of {"x".join(map(str, shape))} {jnp.dtype(dtype).name} by {choice.implementation}{because}.'
-    )
+    named = f'attention of {"x".join(map(str, shape))} {jnp.dtype(dtype).name}'
+    if choice.reason:
+        errors.say_once(
+            f'sparse_jax: {named} by XLA, whose scores are written and made twice, since no kernel takes these operands: {choice.reason}.'
+        )
+    else:
+        _log(f'{named} by {choice.implementation}')
     return choice
+
+
+@functools.cache
+def _log(message: str) -> None:
+    logging.getLogger('sparse_jax').info('%s', message)
 
 
 def _on_gpu(shape: tuple[int, ...], dtype: Any) -> backend.Choice:
