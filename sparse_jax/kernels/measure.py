@@ -20,6 +20,7 @@ from sparse_jax.core.granularity import Granularity
 from sparse_jax.kernels import api, backend, store
 from sparse_jax.kernels.builder import make_pattern
 from sparse_jax.kernels.cpu import compiler, lanes
+from sparse_jax.kernels.gpu import shipped
 from sparse_jax.kernels.pattern import Pattern, is_pattern, with_dense_gradients
 from sparse_jax.kernels.reference import Geometry
 
@@ -189,8 +190,28 @@ def _measured_once(call: Call, density: float, dense_gradient: bool) -> dict[str
     key = json.dumps([machine, *what, density, dense_gradient, list(names)])
     if (seconds := _read().get(key)) and seconds.keys() == set(names):
         return seconds
+    if 'gpu' in names and (seconds := shipped_seconds(jax.devices()[0].device_kind, call, density, dense_gradient)):
+        return seconds
     seconds = measure(call, density, dense_gradient=dense_gradient)
     store.write(_FILE, _read() | {key: seconds})
+    return seconds
+
+
+def shipped_seconds(device: str, call: Call, density: float, dense_gradient: bool) -> dict[str, float]:
+    """Seconds as of :func:`measure` where the package knows this kind of GPU and such a call; else nothing."""
+    weights = math.prod(call.w)
+    operations = 2.0 * math.prod(call.geometry.output_shape(call.x, call.w)[:3]) * weights
+    shape: dict[str, Any] = dict(weights=weights, is_matrix=call.w[:2] == (1, 1))
+    seconds = {'dense': 0.0, 'gpu': 0.0}
+    for kernel in ('forward', 'input_gradient', 'weight_gradient'):
+        if kernel == 'input_gradient' and not call.input_gradient:
+            continue
+        dense = shipped.dense_seconds(device, kernel, operations, **shape)
+        sparse = shipped.seconds(device, kernel, operations, **shape, block=min(call.granularity.sides), density=density)
+        if dense is None or sparse is None:
+            return {}
+        seconds['dense'] += dense
+        seconds['gpu'] += dense if kernel == 'weight_gradient' and dense_gradient else sparse
     return seconds
 
 

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from sparse_jax.core import granularity
+from sparse_jax.kernels import measure, reference
 from sparse_jax.kernels.gpu import shipped
 
 H200 = 'NVIDIA H200'
@@ -43,3 +45,13 @@ def test_times_of_other_kernels_are_told_and_not_read(tmp_path, monkeypatch, cap
         assert shipped.rows(H200) == ()
     finally:
         shipped.rows.cache_clear()
+
+
+def test_a_layer_is_chosen_by_what_was_measured():
+    geometry, block = reference.Geometry(), granularity.get('block:64x64')
+    call = measure.Call('fc', (8192, 1, 1, 4096), (1, 1, 4096, 4096), geometry, block, 'bfloat16')
+    sparse, window = (measure.shipped_seconds(H200, call, 0.1, dense) for dense in (False, True))
+    assert sparse == pytest.approx({'dense': (304 + 306 + 330) * 1e-6, 'gpu': (76 + 76 + 88) * 1e-6}, rel=0.02)
+    assert window['gpu'] == pytest.approx((76 + 76 + 330) * 1e-6, rel=0.02)
+    assert measure.shipped_seconds(H200, call._replace(granularity=granularity.get('block:16x16')), 0.1, False) == {}
+    assert measure.shipped_seconds('another', call, 0.1, False) == {}

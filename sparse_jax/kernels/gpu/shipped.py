@@ -109,6 +109,15 @@ def seconds(
     return operations * density / math.exp(min(rate, max(math.log(row.rate) for row in known)))
 
 
+def dense_seconds(device: str, kernel: str, operations: float, *, weights: int, is_matrix: bool) -> float | None:
+    """The time of the dense product, at the rate of the measured one that is nearest by weights; arguments as of :func:`seconds`."""
+    known = [row for row in rows(device) if row.kernel == kernel and row.is_matrix == is_matrix]
+    if not known:
+        return None
+    nearest = min(known, key=lambda row: (abs(math.log(row.weights / weights)), row.density))
+    return operations / nearest.operations * nearest.dense_seconds
+
+
 def _interpolated(points: list[tuple[float, float]], x: float) -> float:
     """Linear between points, constant beyond them."""
     below = max((p for p in points if p[0] <= x), default=points[0])
