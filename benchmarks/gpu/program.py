@@ -83,7 +83,7 @@ def _bytes(program: Program, computation: str, row: Instruction) -> int:
     if row.opcode in _SLICES:
         return 2 * hlo.size_of(row.shape)
     results = hlo.arrays(row.shape)
-    if row.opcode == 'custom-call' and len(results) > 1 and results[-1][0] == 's8':  # the last one is its workspace
+    if row.opcode == 'custom-call' and len(results) > 1 and results[-1][0] in ('s8', 'u8'):  # the last one is its workspace
         written = hlo.size_of(row.shape) - math.prod(results[-1][1])
     else:
         written = hlo.size_of(row.shape)
@@ -171,9 +171,21 @@ def _custom_call(program: Program, computation: str, call: Instruction, part: st
             else math.sqrt(math.prod(left) * math.prod(right) / math.prod(result))
         )
         return '', (), 2.0 * math.prod(result) * length
+    if '$conv' in target:
+        return '', (), _convolution_operations(call, target, operands, results)
     if part == 'attention':
         return '', (), _attention_operations(call, operands, results)
     raise ValueError(f'{call.name}: custom calls to {target} have no formula ({call.path or "without a name"}).')
+
+
+def _convolution_operations(call: Instruction, target: str, operands: Sequence[tuple[int, ...]], results) -> float:
+    """Two for each weight and pixel of the convolution's result, in all three products."""
+    if 'BackwardFilter' in target:
+        images, weight = operands[1], results[0]
+    else:
+        images, weight = operands[0] if 'BackwardInput' in target else results[0], operands[1]
+    labels = call.attribute(r'dim_labels=[\w?]+_[\w?]+->([\w?]+)')
+    return 2.0 * math.prod(images) / images[labels.index('f')] * math.prod(weight)
 
 
 def _attention_operations(call: Instruction, operands: Sequence[tuple[int, ...]], results: Sequence[tuple[int, ...]]) -> float:
@@ -212,11 +224,11 @@ def _part(program: Program, row: Instruction, inside: Sequence[Instruction], cal
     opcodes = {x.opcode for x in inside} | {row.opcode}
     if call is not None and any('sparse_jax_' in path for path in paths):
         return 'sparse products', line
-    if any('attention' in path or 'BTNH' in path or 'BNTS' in path for path in paths) or _is_scores(row):
+    if any('attention' in path or 'BTNH' in path or 'BNTS' in path for path in paths):
         return 'attention', line
     if any('/tokamax/' in file for file, _, _ in source) or any('attention' in function for _, _, function in source[:3]):
         return 'attention', line
-    if 'dot' in opcodes or (call is not None and 'cublas' in call.attributes):
+    if {'dot', 'convolution'} & opcodes or (call is not None and re.search(r'cublas|\$conv', call.attributes)):
         return 'dense products', line
     if not opcodes - _COPIES and all(not _is_float(x) for x in inside if x.opcode in _ARITHMETIC):
         return 'copies', line
@@ -229,9 +241,3 @@ def _part(program: Program, row: Instruction, inside: Sequence[Instruction], cal
 
 def _is_float(row: Instruction) -> bool:
     return 'f' in row.shape.partition('[')[0]
-
-
-def _is_scores(row: Instruction) -> bool:
-    """Whether a kernel works on arrays of [..., length, length], though its path does not say so."""
-    sizes = max((sizes for _, sizes in hlo.arrays(row.shape)), key=len, default=())
-    return len(sizes) >= 4 and sizes[-1] == sizes[-2] >= 128

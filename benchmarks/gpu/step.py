@@ -26,7 +26,8 @@ DENSE = 750e12  # operations a second of dense products in bfloat16
 LAUNCH = 3e-6  # seconds between two kernels
 DEVICE = 'NVIDIA H200'  # whose sparse products were measured
 LANGUAGE_MODELS = {'lm_2048': (4, 2048, 16, 512), 'lm_4096': (4, 4096, 8, 1024)}  # layers, features, sequences and their length
-MODELS = (*LANGUAGE_MODELS, 'lm_350m', 'vgg_d', 'wrn_16_8')
+_SMALL = {'vgg_d': 'conv1_1/*,out/*', 'wrn_16_8': 'conv/*,out/*'}  # layers that are smaller than a block
+MODELS = (*LANGUAGE_MODELS, 'lm_350m', *_SMALL)
 
 
 class Part(NamedTuple):
@@ -70,6 +71,7 @@ def settings(model: str, method: str, density: float, block: int, remat: str = '
 
         config = importlib.import_module(f'configs.cifar10_{model}').get_config('offline')
         config.data.batch_size = 128
+        config.sparsity.dense = '' if method == 'dense' else _SMALL[model]
     config.model.dtype, config.sparsity.method = 'bfloat16', method
     if method != 'dense':
         config.sparsity.density, config.sparsity.granularity = density, f'block:{block}x{block}'
@@ -112,20 +114,24 @@ def _part(kernel: program.Kernel, density: float, block: int) -> Part:
 def _sparse(kernel: program.Kernel, density: float, block: int) -> tuple[float, int, float]:
     """Operations, bytes and seconds of a sparse product."""
     first, second, *_, result = kernel.shapes
-    weight = result if kernel.kind == 'weight_gradient' else second
-    pixels = math.prod(
-        first[:-1] if kernel.kind == 'input_gradient' else second[:-1] if kernel.kind == 'weight_gradient' else result[:-1]
-    )
-    dense = 2.0 * pixels * math.prod(weight)
-    arrays = 2 * (math.prod(first) + math.prod(result) + math.prod(second))
-    moved = round(arrays - 2 * math.prod(weight) * ((1 - density) if kernel.kind != 'weight_gradient' else 0))
-    is_matrix = math.prod(weight[:-2]) == 1
+    is_partial = kernel.kind == 'weight_gradient' and len(result) == 4  # [parts, units, inputs, outputs], added up after the kernel
+    if is_partial:
+        weights = kernel.shapes[4][-1] * first[-1] * second[-1]  # the table of pixels has a column for each tap
+    elif kernel.kind == 'weight_gradient':
+        weights = math.prod(result)
+    else:
+        weights = math.prod(second)
+    over = {'forward': result, 'input_gradient': first, 'weight_gradient': second}[kernel.kind]
+    operations = 2.0 * math.prod(over[:-1]) * weights * density
+    moved = 2 * (math.prod(first) + (math.prod(second) if kernel.kind == 'weight_gradient' else density * weights))
+    moved = round(moved + (4 * result[0] * density * weights if is_partial else 2 * math.prod(result)))
+    is_matrix = first[1] == 1
     measured = shipped.seconds(
-        DEVICE, kernel.kind, dense, weights=math.prod(weight), is_matrix=is_matrix, block=block, density=density
+        DEVICE, kernel.kind, operations / density, weights=weights, is_matrix=is_matrix, block=block, density=density
     )
     if measured is None:
         raise ValueError(f'{kernel.name}: no {kernel.kind} in blocks of {block} was measured on {DEVICE}.')
-    return dense * density, moved, max(measured, moved / MEMORY)
+    return operations, moved, max(measured, moved / MEMORY)
 
 
 def _sum(rows) -> Part:

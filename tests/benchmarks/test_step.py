@@ -90,3 +90,20 @@ def test_a_sparse_product_is_known_by_its_name():
     (kernel,) = program.kernels(text)
     assert (kernel.part, kernel.kind) == ('sparse products', 'forward')
     assert kernel.shapes == ((64, 1, 32), (1, 32, 48), (4,), (64, 1, 48))
+
+
+@pytest.mark.parametrize(('target', 'operands', 'result'), [
+    ('Forward', ('bf16[2,8,8,16]{3,2,1,0}', 'bf16[32,3,3,16]{3,2,1,0}'), 'bf16[2,8,8,32]{3,2,1,0}'),
+    ('BackwardInput', ('bf16[2,8,8,32]{3,2,1,0}', 'bf16[32,3,3,16]{3,2,1,0}'), 'bf16[2,8,8,16]{3,2,1,0}'),
+    ('BackwardFilter', ('bf16[2,8,8,16]{3,2,1,0}', 'bf16[2,8,8,32]{3,2,1,0}'), 'bf16[32,3,3,16]{3,2,1,0}'),
+])  # fmt: skip
+def test_convolutions_by_hand(target, operands, result):
+    text = f"""ENTRY %main (a: {operands[0]}, b: {operands[1]}) -> {result} {{
+  %a = {operands[0]} parameter(0)
+  %b = {operands[1]} parameter(1)
+  %both = ({result}, u8[1000]{{0}}) custom-call(%a, %b), dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$conv{target}"
+  ROOT %y = {result} get-tuple-element(%both), index=0
+}}"""
+    (kernel,) = program.kernels(text)
+    assert kernel.operations == 2 * (2 * 8 * 8) * (32 * 3 * 3 * 16) and kernel.part == 'dense products'
+    assert kernel.bytes == 2 * (2 * 8 * 8 * 16 + 2 * 8 * 8 * 32 + 32 * 3 * 3 * 16)
