@@ -61,7 +61,8 @@ def _leaf_fingerprint(x: jax.Array) -> jax.Array:
     return jnp.stack([jnp.sum(hashed, dtype=jnp.uint32), jnp.sum(_mix(hashed + jnp.uint32(0x85EBCA6B)), dtype=jnp.uint32)])
 
 
-# One leaf at a time: its hashes are as large as it is.
+# One leaf at a time, each awaited: its hashes are as large as it is, and several programs with collectives in flight at once wait for each
+# other for ever on CPU devices (each takes the threads that the other needs, and hosts begin them in different orders).
 _jitted = functools.cache(lambda sharding: jax.jit(_leaf_fingerprint, out_shardings=sharding))
 
 
@@ -80,7 +81,7 @@ def fingerprint(tree: Any) -> str:
     """
     mesh = next((x.sharding.mesh for x in jax.tree.leaves(tree) if isinstance(getattr(x, 'sharding', None), NamedSharding)), None)
     hashed = _jitted(None if mesh is None else NamedSharding(mesh, P()))
-    rows = jax.device_get([hashed(leaf) for leaf in jax.tree.leaves(tree)])
+    rows = [jax.device_get(hashed(leaf)) for leaf in jax.tree.leaves(tree)]
     return ' '.join(f'{int(a):08x}{int(b):08x}' for a, b in rows)
 
 
@@ -93,14 +94,14 @@ _pack = jax.jit(functools.partial(jnp.packbits, axis=-1))
 
 def _packed(tree: Any) -> Any:
     """Masks as a bit a weight, eight of the last axis in a byte; other arrays as they are, not copied."""
-    return jax.tree.map(lambda x: _pack(x) if _is_mask(x) else x, tree)
+    return jax.tree.map(lambda x: jax.block_until_ready(_pack(x)) if _is_mask(x) else x, tree)
 
 
 def _unpacked(tree: Any, target: Any) -> Any:
     """The reverse; target: shapes and shardings."""
 
     def back(x, t):
-        return _unpack(x, t.shape[-1], t.sharding) if _is_mask(t) else x
+        return jax.block_until_ready(_unpack(x, t.shape[-1], t.sharding)) if _is_mask(t) else x
 
     return jax.tree.map(back, tree, target)
 
