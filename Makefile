@@ -5,13 +5,14 @@
 # make lint    checks style and types
 # make reliability measures how reliable runs are: kills, signals, damaged files (forty minutes); FLAGS=--reduced: seven
 # make test-gpu-aot, make test-tpu-aot   compile the kernels for a GPU and a TPU that need not be there, and run them in the interpreter
+# make check-gpu  checks and times everything on a GPU, in twelve minutes; FLAGS=--minutes=4: the most telling; FLAGS=--dry_run: without a GPU
 # The first call makes a virtual environment in .venv and installs what requirements.txt pins. PYTHON=python3.12 picks another one.
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test test-slow test-core test-gpu-aot test-tpu-aot fuzz lint reliability clean
+.PHONY: train test test-slow test-core test-gpu-aot test-tpu-aot check-gpu fuzz lint reliability clean
 
 train: $(VENV)/installed
 	$(RUN) launch.py --config=configs/mnist_lenet300.py:offline --workdir=runs/mnist_lenet300
@@ -34,6 +35,12 @@ test-gpu-aot: $(AOT)/gpu-installed
 
 test-tpu-aot: $(AOT)/tpu-installed
 	AOT=1 JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest -n 2 --dist worksteal tests/kernels/test_tpu_kernels.py tests/aot/test_tpu.py
+
+# On the machine with the GPU: by the Python that has jax for it, else, for a dry run, by the one that make installs.
+NEEDED = import absl, flax, grain, jax, ml_collections, mlxtend, optax, orbax.checkpoint, rich
+check-gpu:
+	@if $(PYTHON) -c '$(NEEDED)' 2> /dev/null; then $(PYTHON) -m benchmarks.gpu.check_device $(FLAGS); \
+	else $(MAKE) $(VENV)/installed && $(RUN) -m benchmarks.gpu.check_device $(FLAGS); fi
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

@@ -79,7 +79,7 @@ def _fastest(kernel: str, shape: Shape, block: tuple[int, int], arrays: tuple, c
 
 
 @functools.cache
-def _dense(kernel: str, shape: Shape) -> Callable:
+def dense_product(kernel: str, shape: Shape) -> Callable:
     """XLA's dense product of the same operands."""
     geometry = shape.geometry
     if kernel == 'forward':
@@ -144,7 +144,7 @@ def _measure(shape: Shape, block: tuple[int, int], sparsity: float, configs: dic
 
     for kernel, config in configs.items():
         run = jax.jit(model.function(kernel, shape, block, config)[0])
-        dense, sparse = turns([_dense(kernel, shape), run], arguments(kernel, *arrays), rounds=rounds)
+        dense, sparse = turns([dense_product(kernel, shape), run], arguments(kernel, *arrays), rounds=rounds)
         cost = model.cost(kernel, shape, block, sparsity, config)
         predicted = {f'predicted_{rate}': cost.seconds(rate, gpu) for rate in model.FEED}
         seconds = _Seconds(dense, sparse, predicted_dense=model.dense_seconds(shape, gpu), **predicted)

@@ -19,6 +19,7 @@ import jax
 import matplotlib.pyplot as plt
 
 import launch
+from benchmarks import trace
 from benchmarks.layers import compare
 from benchmarks.steps import train_step, twins
 
@@ -95,43 +96,6 @@ def _product_operations(shapes) -> float:
     return 2.0 * math.prod(weight) * min(pixels, default=0)
 
 
-def events(folder: pathlib.Path, module: str) -> list[tuple[float, float, str]]:
-    """Reads a trace; returns begin, end (ns) and name of each instruction that ran."""
-    (path,) = folder.glob('**/*.xplane.pb')
-    ran = []
-    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-        for line in plane.lines:
-            starts, ends = {}, []
-            for event in line.events:
-                stats = dict(event.stats)
-                if event.name.startswith('end: '):
-                    ends.append((stats.get('_c'), event.start_ns + event.duration_ns))
-                elif stats.get('hlo_module') == module:
-                    starts[stats.get('_p')] = event.start_ns, event.start_ns + event.duration_ns, str(stats['hlo_op'])
-            ends = dict(ends)
-            ran += [(begin, max(end, ends.get(key, end)), name) for key, (begin, end, name) in starts.items()]
-    return sorted(ran)
-
-
-def shares(ran: list[tuple[float, float, str]]) -> dict[str, float]:
-    """Returns seconds by name: each moment is divided equally among what runs in it, or counts as 'nothing runs'.
-
-    >>> {name: round(s * 1e9, 3) for name, s in sorted(shares([(0, 10, 'a'), (5, 15, 'b'), (20, 30, 'a')]).items())}
-    {'a': 17.5, 'b': 7.5, 'nothing runs': 5.0}
-    """
-    marks = sorted([(begin, 1, name) for begin, _, name in ran] + [(end, -1, name) for _, end, name in ran])
-    running: collections.Counter[str] = collections.Counter()
-    seconds: dict[str, float] = {}
-    last = marks[0][0]
-    for time, change, name in marks:
-        names = [n for n, count in running.items() for _ in range(count)]
-        for n in names or ['nothing runs']:
-            seconds[n] = seconds.get(n, 0.0) + (time - last) * 1e-9 / max(1, len(names))
-        running[name] += change
-        last = time
-    return {name: s for name, s in seconds.items() if s}
-
-
 def measure(
     name: str, density: float, batch_size: int, dense_gradients: bool, steps: int, layout: str
 ) -> tuple[list[dict], list[dict]]:
@@ -151,7 +115,7 @@ def measure(
             with jax.profiler.trace(folder):
                 state, _ = compiled(state, batch, ours.patterns)
                 jax.block_until_ready(state)
-            seconds.update(shares(events(pathlib.Path(folder), 'jit_train_step')))
+            seconds.update(trace.shares(trace.events(pathlib.Path(folder), 'jit_train_step')))
     rows = []
     for instruction, total in seconds.items():
         kind, bytes_, operations = by_name.get(instruction, Instruction('other', 0, 0))

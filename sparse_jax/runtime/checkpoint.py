@@ -11,7 +11,7 @@ import json
 import logging
 import pathlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -61,9 +61,24 @@ def _leaf_fingerprint(x: jax.Array) -> jax.Array:
     return jnp.stack([jnp.sum(hashed, dtype=jnp.uint32), jnp.sum(_mix(hashed + jnp.uint32(0x85EBCA6B)), dtype=jnp.uint32)])
 
 
-# One leaf at a time, each awaited: its hashes are as large as it is, and several programs with collectives in flight at once wait for each
-# other for ever on CPU devices (each takes the threads that the other needs, and hosts begin them in different orders).
-_jitted = functools.cache(lambda sharding: jax.jit(_leaf_fingerprint, out_shardings=sharding))
+_SMALL = 2**20  # elements of the arrays that are worked on together
+
+
+def _by_size(leaves: list[Any], function: Callable[[list[Any]], list[Any]]) -> list[Any]:
+    """A function's results for some arrays: of all small ones in one call, of each large one in a call of its own, which is awaited.
+
+    What it needs on the way is as large as its arrays. And several programs with collectives in flight at once would wait for each other
+    for ever on CPU devices: each takes the threads that the other needs, and hosts begin them in different orders.
+    """
+    large = [i for i, x in enumerate(leaves) if x.size > _SMALL]
+    small = [i for i, x in enumerate(leaves) if x.size <= _SMALL]
+    results = {}
+    for group in [small, *([i] for i in large)]:
+        results |= dict(zip(group, jax.block_until_ready(function([leaves[i] for i in group])), strict=True)) if group else {}
+    return [results[i] for i in range(len(leaves))]
+
+
+_jitted = functools.cache(lambda sharding: jax.jit(lambda leaves: [_leaf_fingerprint(x) for x in leaves], out_shardings=sharding))
 
 
 def fingerprint(tree: Any) -> str:
@@ -81,7 +96,7 @@ def fingerprint(tree: Any) -> str:
     """
     mesh = next((x.sharding.mesh for x in jax.tree.leaves(tree) if isinstance(getattr(x, 'sharding', None), NamedSharding)), None)
     hashed = _jitted(None if mesh is None else NamedSharding(mesh, P()))
-    rows = [jax.device_get(hashed(leaf)) for leaf in jax.tree.leaves(tree)]
+    rows = jax.device_get(_by_size(jax.tree.leaves(tree), hashed))
     return ' '.join(f'{int(a):08x}{int(b):08x}' for a, b in rows)
 
 
@@ -89,12 +104,14 @@ def _is_mask(x: Any) -> bool:
     return x.dtype == jnp.bool_ and x.ndim > 0
 
 
-_pack = jax.jit(functools.partial(jnp.packbits, axis=-1))
+_pack = jax.jit(lambda masks: [jnp.packbits(x, axis=-1) for x in masks])
 
 
 def _packed(tree: Any) -> Any:
     """Masks as a bit a weight, eight of the last axis in a byte; other arrays as they are, not copied."""
-    return jax.tree.map(lambda x: jax.block_until_ready(_pack(x)) if _is_mask(x) else x, tree)
+    leaves, structure = jax.tree.flatten(tree)
+    packed = iter(_by_size([x for x in leaves if _is_mask(x)], _pack))
+    return structure.unflatten([next(packed) if _is_mask(x) else x for x in leaves])
 
 
 def _unpacked(tree: Any, target: Any) -> Any:

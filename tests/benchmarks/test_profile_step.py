@@ -6,11 +6,13 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
+from benchmarks import trace
 from benchmarks.steps import profile_step
 
 
 def test_doctests_of_the_benchmark():
     assert doctest.testmod(profile_step).failed == 0
+    assert doctest.testmod(trace).failed == 0
 
 
 def test_a_real_trace_is_shared_out_among_the_instructions_that_ran(tmp_path):
@@ -24,8 +26,8 @@ def test_a_real_trace_is_shared_out_among_the_instructions_that_ran(tmp_path):
     compiled(x, y).block_until_ready()
     with jax.profiler.trace(str(tmp_path)):
         compiled(x, y).block_until_ready()
-    ran = profile_step.events(pathlib.Path(tmp_path), 'jit_step')
-    seconds = profile_step.shares(ran)
+    ran = trace.events(pathlib.Path(tmp_path), 'jit_step')
+    seconds = trace.shares(ran)
     assert set(seconds) <= {*instructions, 'nothing runs'}
     duration = (max(end for _, end, _ in ran) - min(begin for begin, _, _ in ran)) * 1e-9
     assert abs(sum(seconds.values()) - duration) < 1e-6

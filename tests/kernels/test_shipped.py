@@ -1,14 +1,18 @@
 """Times of measured devices: read as they stand, and interpolated between."""
 
 import json
+import types
 
+import jax
 import pytest
 
 from sparse_jax.core import granularity
 from sparse_jax.kernels import measure, reference
+from sparse_jax.kernels.gpu import config as config_lib
 from sparse_jax.kernels.gpu import shipped
 
 H200 = 'NVIDIA H200'
+WEIGHT = 'weight_gradient', (1, 1, 4096, 4096), (64, 64), 'bfloat16'
 
 
 @pytest.mark.parametrize('row', [row for row in shipped.rows(H200) if row.kernel != 'scores'])
@@ -40,18 +44,32 @@ def test_times_of_other_kernels_are_told_and_not_read(tmp_path, monkeypatch, cap
     content = json.loads(shipped.file_of(H200).read_text()) | {'kernels': shipped.VERSION + 1}
     monkeypatch.setattr(shipped, '_FOLDER', tmp_path)
     shipped.file_of(H200).write_text(json.dumps(content))
-    shipped.rows.cache_clear()
+    for cached in (shipped.rows, shipped._content):
+        cached.cache_clear()
     try:
-        assert shipped.rows(H200) == ()
+        assert shipped.rows(H200) == () and shipped.tiles(H200, *WEIGHT) is None
     finally:
-        shipped.rows.cache_clear()
+        for cached in (shipped.rows, shipped._content):
+            cached.cache_clear()
+
+
+def test_tiles_that_were_measured_are_taken_where_they_divide_the_images(monkeypatch):
+    monkeypatch.setattr(config_lib.device, 'is_absent', lambda: False)
+    monkeypatch.setattr(config_lib, 'measured', dict)
+    monkeypatch.setattr(jax, 'devices', lambda: [types.SimpleNamespace(device_kind=H200)])
+    kernel, w, block, dtype = WEIGHT
+    best = config_lib.Config(64, 64, 4, 4)
+    assert best.fits(kernel, block)
+    assert [config_lib.choose(kernel, (n, 1, 1, 4096), w, block, dtype) == best for n in (8192, 640, 100)] == [True, True, False]
+    assert config_lib.choose(kernel, (100, 1, 1, 4096), w, block, dtype) == config_lib.rule(kernel, block, 100)
+    assert config_lib.choose('forward', (8192, 1, 1, 4096), w, block, dtype) == config_lib.rule('forward', block, 8192)
 
 
 def test_a_layer_is_chosen_by_what_was_measured():
     geometry, block = reference.Geometry(), granularity.get('block:64x64')
     call = measure.Call('fc', (8192, 1, 1, 4096), (1, 1, 4096, 4096), geometry, block, 'bfloat16')
     sparse, window = (measure.shipped_seconds(H200, call, 0.1, dense) for dense in (False, True))
-    assert sparse == pytest.approx({'dense': (304 + 306 + 330) * 1e-6, 'gpu': (76 + 76 + 88) * 1e-6}, rel=0.02)
+    assert sparse == pytest.approx({'dense': (304 + 306 + 330) * 1e-6, 'gpu': (76 + 76 + 78) * 1e-6}, rel=0.02)
     assert window['gpu'] == pytest.approx((76 + 76 + 330) * 1e-6, rel=0.02)
     assert measure.shipped_seconds(H200, call._replace(granularity=granularity.get('block:16x16')), 0.1, False) == {}
     assert measure.shipped_seconds('another', call, 0.1, False) == {}

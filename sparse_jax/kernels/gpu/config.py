@@ -10,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparse_jax.core import errors
 from sparse_jax.kernels import device, store
+from sparse_jax.kernels.gpu import shipped
 
 ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]  # an accumulator in registers
 SHARED_MEMORY = 232_448  # bytes that a program may have on Hopper
@@ -147,7 +148,8 @@ def key(kernel: str, x: tuple[int, ...], w: tuple[int, ...], block: tuple[int, i
 
 
 def choose(kernel: str, x: tuple[int, ...], w: tuple[int, ...], block: tuple[int, int], dtype) -> Config:
-    """The config that was measured to be the best for these shapes on this device, or else by rule.
+    """The config that was measured to be the best for these shapes on this device, here or by what comes with the package, or else by
+    rule.
 
     Args:
       kernel: 'forward', 'input_gradient', 'weight_gradient' or 'scores'.
@@ -156,7 +158,15 @@ def choose(kernel: str, x: tuple[int, ...], w: tuple[int, ...], block: tuple[int
       block: inputs and outputs.
       dtype: of both.
     """
-    return measured().get(key(kernel, x, w, block, dtype)) or rule(kernel, block, x[0])
+    return measured().get(key(kernel, x, w, block, dtype)) or _shipped(kernel, x, w, block, dtype) or rule(kernel, block, x[0])
+
+
+def _shipped(kernel: str, x: tuple[int, ...], w: tuple[int, ...], block: tuple[int, int], dtype) -> Config | None:
+    """For any number of images that its tiles divide: what is summed in a program is theirs only."""
+    if device.is_absent():
+        return None
+    fields = shipped.tiles(jax.devices()[0].device_kind, kernel, w, block, jnp.dtype(dtype).name)
+    return Config(**fields) if fields and x[0] % fields['block_m'] == 0 else None
 
 
 def measured() -> dict[str, Config]:

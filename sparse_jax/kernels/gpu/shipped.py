@@ -1,8 +1,9 @@
 """Times of the kernels on devices that were measured, which come with the package: for shapes nobody has measured, by interpolation.
 
-Each file of ``measured/`` is of one kind of device: its name, the version of the kernels, and rows of device times, as
-``python -m benchmarks.gpu`` writes them. A product of another shape is taken to reach the rate, in operations a second on existing units,
-that is interpolated between the rows of the same kernel and block: over the density, and over the number of weights.
+Each file of ``measured/`` is of one kind of device: its name, the version of the kernels, rows of device times, as
+``python -m benchmarks.gpu`` writes them, and tile sizes that took less time than the rule's. A product of another shape is taken to
+reach the rate, in operations a second on existing units, that is interpolated between the rows of the same kernel and block: over the
+density, and over the number of weights.
 """
 
 import functools
@@ -51,17 +52,40 @@ def rows(device: str) -> tuple[Row, ...]:
     Args:
       device: as jax names its kind, such as 'NVIDIA H200'.
     """
-    path = file_of(device)
+    content = _content(device)
+    faster = {_key(fields): fields['microseconds'] for fields in content['tiles']}
+    return tuple(_row(fields | {'microseconds': faster.get(_key(fields), fields['microseconds'])}) for fields in content['rows'])
+
+
+def tiles(device: str, kernel: str, w: tuple[int, ...], block: tuple[int, int], dtype: str) -> dict[str, int] | None:
+    """The tile sizes that were measured to be the best for a weight, as fields of :class:`~sparse_jax.kernels.gpu.config.Config`.
+
+    >>> tiles('NVIDIA H200', 'weight_gradient', (1, 1, 4096, 4096), (64, 64), 'bfloat16')
+    {'block_m': 64, 'block_k': 64, 'num_stages': 4, 'units_per_program': 4}
+    """
+    wanted = kernel, [*w], [*block], dtype
+    found = [row for row in _content(device)['tiles'] if (row['kernel'], row['w'], row['block'], row['dtype']) == wanted]
+    return {name: found[0][name] for name in ('block_m', 'block_k', 'num_stages', 'units_per_program')} if found else None
+
+
+@functools.cache
+def _content(device: str) -> dict[str, Any]:
+    path, nothing = file_of(device), {'rows': [], 'tiles': []}
     if not path.exists():
-        return ()
+        return nothing
     content = json.loads(path.read_text())
     if content['kernels'] != VERSION or content['device'] != device:
         errors.say_once(
             f'sparse_jax: {path.name} has times of version {content["kernels"]} of the kernels on {content["device"]}, not of version '
             f'{VERSION} on {device}: they are not read. Measure anew with python -m benchmarks.gpu.'
         )
-        return ()
-    return tuple(map(_row, content['rows']))
+        return nothing
+    return content
+
+
+def _key(fields: dict[str, Any]) -> tuple:
+    """Which product was measured; better tiles were looked for at a tenth of the units."""
+    return fields['kernel'], *fields['x'], *fields['w'], *fields['block'], fields.get('density', 0.1)
 
 
 def _row(fields: dict[str, Any]) -> Row:
