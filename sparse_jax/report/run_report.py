@@ -160,9 +160,8 @@ def _draw(path: pathlib.Path, rows: list[dict[str, Any]], title: str, input_coun
         last_axes.set_ylim(bottom=0)
     for axes in (loss_axes, accuracy_axes, density_axes):
         axes.grid(alpha=0.3)
-    partial = path.with_suffix('.tmp.png')
-    figure.savefig(partial, dpi=110)
-    partial.replace(path)
+    with records.replacing(path, '.tmp.png') as partial:
+        figure.savefig(partial, dpi=110)
 
 
 def _draw_learning(loss_axes, accuracy_axes, rows: list[dict[str, Any]], markers: dict[str, Any]) -> None:

@@ -1,11 +1,12 @@
 """The JSON files of a workdir: written whole or not at all, and read in this one place, each against what it must hold."""
 
+import contextlib
 import json
 import os
 import pathlib
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 CONFIG, DATA, KERNELS, MACHINE, RESULT, SWEEP = 'config.json', 'data.json', 'kernels.json', 'run.json', 'result.json', 'sweep.json'
@@ -33,11 +34,18 @@ def write(path: pathlib.Path, content: Any) -> None:
     """Writes a JSON file that is either whole or not there; what has its name and is no file is put aside. A result has a checksum."""
     if path.name == RESULT:
         content = content | {_CHECKSUM: _checksum(content)}
-    partial = path.with_suffix('.tmp')
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + '\n')
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path, suffix: str = '.tmp') -> Iterator[pathlib.Path]:
+    """Gives the path to write a file at, which then takes the place of `path`; what has either name and is no file is put aside."""
+    partial = path.with_suffix(suffix)
     for name in (path, partial):
-        if name.is_dir():
+        if os.path.lexists(name) and not name.is_file():
             put_aside(name)
-    partial.write_text(json.dumps(content, indent=2) + '\n')
+    yield partial
     os.replace(partial, path)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import pathlib
 import sys
 from typing import Any
@@ -25,11 +24,8 @@ class Writer:
         """Args: step: of the checkpoint, 0 for a new run. logged: the last step up to it that the log has a line of."""
         path = workdir / records.METRICS
         kept = _kept(path, step, logged) if step else []
-        if os.path.lexists(path) and not path.is_file():
-            records.put_aside(path)
-        partial = path.with_suffix('.tmp')
-        partial.write_text(''.join(line + '\n' for line in kept))
-        partial.replace(path)
+        with records.replacing(path) as partial:
+            partial.write_text(''.join(line + '\n' for line in kept))
         self._file = path.open('a', buffering=1)
         self._events = _summary_writer(workdir) if tensorboard else None
 

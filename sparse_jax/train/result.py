@@ -1,7 +1,6 @@
 """What a run leaves at its end: result.json, run.json, and what the report needs of the masks."""
 
 import datetime
-import pathlib
 import platform
 import resource
 import socket
@@ -77,15 +76,10 @@ def _result(run: Run, state: state_lib.TrainState, seconds: float, mean_density:
 
 def _write(run: Run, result: dict[str, Any], input_counts: np.ndarray | None, start: int) -> None:
     if input_counts is not None:
-        _write_array(run.folder / INPUT_COUNTS, input_counts)
+        with records.replacing(run.folder / INPUT_COUNTS, '.tmp.npy') as partial:
+            np.save(partial, input_counts)
     records.write(run.folder / records.MACHINE, _machine(run, start))
     records.write(run.folder / records.RESULT, result)  # last: its presence says that the run is finished
-
-
-def _write_array(path: pathlib.Path, array: np.ndarray) -> None:
-    partial = path.with_suffix('.tmp.npy')
-    np.save(partial, array)
-    partial.replace(path)
 
 
 def _machine(run: Run, start: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from configs import mnist_lenet300
@@ -211,3 +212,30 @@ def test_a_result_that_cannot_be_read_and_no_checkpoint_is_one_error(tmp_path):
     (folder / 'result.json').write_text('[]')
     with pytest.raises(ValueError, match=r'result.json cannot be read \(it is not a JSON object\)'):
         train.train(_config(), folder)
+
+
+@pytest.mark.parametrize('kind', ['folder', 'broken link', 'nothing', 'file'])
+@pytest.mark.parametrize('name', ['counts.npy', 'counts.tmp.npy'])
+def test_a_file_takes_the_place_of_whatever_has_its_name(kind, name, tmp_path):
+    path = tmp_path / name
+    if kind == 'folder':
+        path.mkdir()
+        (path / 'mine').write_text('kept')
+    elif kind == 'broken link':
+        path.symlink_to(tmp_path / 'nowhere')
+    elif kind == 'file':
+        path.write_text('old')
+    with records.replacing(tmp_path / 'counts.npy', '.tmp.npy') as partial:
+        np.save(partial, np.arange(3))
+    np.testing.assert_array_equal(np.load(tmp_path / 'counts.npy'), [0, 1, 2])
+    aside = sorted(path.name for path in tmp_path.iterdir() if path.name != 'counts.npy')
+    assert aside == ([f'{name}.corrupt'] if kind in ('folder', 'broken link') else [])
+    if kind == 'folder':
+        assert (tmp_path / f'{name}.corrupt' / 'mine').read_text() == 'kept'
+
+
+def test_a_picture_whose_name_a_folder_has_is_drawn(tmp_path):
+    (tmp_path / 'report.png').mkdir()
+    rows = [{'step': 1, 'loss': 2.0}, {'step': 2, 'loss': 1.0}]
+    run_report.draw(tmp_path / 'report.png', rows, title='a run', input_counts=None)
+    assert (tmp_path / 'report.png').stat().st_size > 5000
