@@ -8,6 +8,9 @@ from typing import Any
 
 import jax
 
+from sparse_jax import config as config_lib
+from sparse_jax.runtime import failures
+
 # XLA emits a fused loop through a context of MLIR of its own, which takes some 300 MB for the thousands of loops of a mask update; by the
 # older emitters it takes a tenth, and a third more time. For programs that run seldom; releases of jax that have one kind of emitter do
 # not know the option. (Random bits are no such program: by the older emitters they take three times as long to compile.)
@@ -34,6 +37,18 @@ def frugal_compiler_options() -> dict[str, bool] | None:
 @functools.cache
 def _trim() -> Callable[[int], int] | None:
     return getattr(ctypes.CDLL(None), 'malloc_trim', None) if sys.platform.startswith('linux') else None
+
+
+def exhausted(config: config_lib.Config, error: Exception) -> str:
+    """What to say where a device has no memory left: how much was wanted, and which settings take less."""
+    batch, parts = config.data.batch_size, config.train.accumulate
+    less = [f'config.data.batch_size={max(1, batch // 2)} instead of {batch}'] if batch > 1 else []
+    if batch % (2 * parts) == 0:
+        less.append(f'config.train.accumulate={2 * parts} (the same batch, in parts)')
+    if config.model.name == 'transformer' and config.model.remat != 'all':
+        less.append("config.model.remat='all' (activations are computed again)")
+    device = jax.devices()[0].device_kind
+    return f'the device ({device}) has no memory left ({failures.reason(error)[:160]}). Less is taken by {", or ".join(less or ["a smaller model"])}.'
 
 
 def release() -> None:

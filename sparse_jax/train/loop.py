@@ -124,18 +124,29 @@ def _train(run: Run, is_held: Callable[[], bool]) -> dict[str, Any]:
         _LOG.info(
             'sparse: %s; %s', ', '.join(layer.name for layer in experiment.layers), stats.dense_leaves(devices.shapes.opt_state)
         )
-    start, state, seconds = restored or (0, init(key), 0.0)
-    sums = state_lib.NonzeroSums(state_lib.sizes(experiment, state), start, checkpoints.totals(start) if restored else None)
-    try:
+    with _ended(config, checkpoints):
+        start, state, seconds = restored or (0, init(key), 0.0)
+        sums = state_lib.NonzeroSums(state_lib.sizes(experiment, state), start, checkpoints.totals(start) if restored else None)
         kernels = kernel_choice.LayerKernels(config, experiment, folder, start, devices)
         with hosts.Preemption() as preemption:
             state, seconds = _train_loop(run, checkpoints, kernels, state, start, seconds, sums, preemption, is_held)
             checkpoints.close()
         return finish(run, state, seconds, sums.mean_density(), start)
+
+
+@contextlib.contextmanager
+def _ended(config: config_lib.Config, checkpoints: checkpoint.Checkpoints) -> Iterator[None]:
+    """What ends a run, with what it leaves and what would help."""
+    try:
+        yield
     except state_lib.NonFiniteError as error:
         raise state_lib.NonFiniteError(f'{error} {_saved(checkpoints)} The same command would end here again.') from None
     except checkpoint.SaveError as error:
         raise checkpoint.SaveError(f'{error} {_saved(checkpoints)} Where that is mended, the same command goes on.') from error
+    except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        raise RuntimeError(f'{memory.exhausted(config, error)} {_saved(checkpoints)}') from error
     except ValueError as error:  # no longer the input's fault
         raise RuntimeError(f'the run failed: {error}') from error
 

@@ -8,8 +8,8 @@ import pytest
 
 from sparse_jax.core import granularity
 from sparse_jax.kernels import measure, reference
+from sparse_jax.kernels.gpu import clock, shipped
 from sparse_jax.kernels.gpu import config as config_lib
-from sparse_jax.kernels.gpu import shipped
 
 H200 = 'NVIDIA H200'
 WEIGHT = 'weight_gradient', (1, 1, 4096, 4096), (64, 64), 'bfloat16'
@@ -73,3 +73,11 @@ def test_a_layer_is_chosen_by_what_was_measured():
     assert window['gpu'] == pytest.approx((76 + 76 + 330) * 1e-6, rel=0.02)
     assert measure.shipped_seconds(H200, call._replace(granularity=granularity.get('block:16x16')), 0.1, False) == {}
     assert measure.shipped_seconds('another', call, 0.1, False) == {}
+
+
+def test_without_a_gpu_there_are_no_times_of_its_clock_and_the_hosts_counts(monkeypatch):
+    assert clock.device_seconds(jax.jit(lambda x: x + 1), jax.numpy.ones(3)) is None
+    monkeypatch.setattr(measure.target, 'platform', lambda: 'gpu')
+    monkeypatch.setattr(measure, 'candidates', lambda call: ('dense', 'reference'))
+    call = measure.Call('fc', (8, 1, 1, 32), (1, 1, 32, 32), reference.Geometry(), granularity.get('block:16x16'), 'float32')
+    assert all(seconds > 0 for seconds in measure.measure(call, 0.5, rounds=3).values())

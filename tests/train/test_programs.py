@@ -1,11 +1,13 @@
 """The programs of a run's steps: those that are compiled ahead are those that are called, bit for bit."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from configs import mnist_lenet300
 from sparse_jax import config as config_lib
-from sparse_jax import kernels
+from sparse_jax import kernels, train
 from sparse_jax.core import masks as masks_lib
 from sparse_jax.runtime import checkpoint, records, workdir
 from sparse_jax.train import programs
@@ -61,3 +63,18 @@ def test_a_run_that_began_when_remat_was_true_or_false_goes_on(tmp_path):
         config.model.remat = 'products'
         assert workdir.differences(config, tmp_path) == [f"model.remat: '{now}' there, 'products' given"]
         config.model.remat = 'none'
+
+
+def test_a_device_without_memory_is_told_with_what_takes_less(tmp_path, monkeypatch):
+    def exhausted(self, kind, *arguments):
+        return jnp.zeros(2**46)  # as the allocator really says it
+
+    monkeypatch.setattr(programs.Programs, '__call__', exhausted)
+    config = mnist_lenet300.get_config('offline')
+    config.mesh.data = config.mesh.model = 1
+    config.train.steps = 4
+    with pytest.raises(RuntimeError, match='no memory left') as told:
+        train.train(config, tmp_path / 'run')
+    said = str(told.value)
+    assert '\n' not in said and 'allocating 281474976710656 bytes' in said and 'Nothing had been saved.' in said
+    assert 'config.data.batch_size=50 instead of 100' in said and 'config.train.accumulate=2' in said and 'remat' not in said
