@@ -44,6 +44,7 @@ def _run(name: str, dry: bool, seconds: float, out: pathlib.Path) -> list[Row]:
             code = process.wait(max(1.0, seconds))
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # what it has started too
+        process.wait()
     took = f'{time.monotonic() - begin:.0f} s'
     found = file.with_suffix('.json')
     rows = [Row(*row) for row in json.loads(found.read_text())] if found.exists() else []

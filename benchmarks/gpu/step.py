@@ -12,12 +12,16 @@ PyTorch's step is the same network, compiled, with its flash attention and fused
 """
 
 import argparse
+import atexit
+import functools
 import importlib
 import importlib.util
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -49,16 +53,32 @@ def settings(model: str, method: str, density: float, block: int, remat: str = '
         config.model.remat = remat
     elif model == 'lm_350m':
         config = lm_350m.get_config()
-        config.data.name, config.data.batch_size, config.train.accumulate = 'stdlib', 32, 1
+        config.data.dir, config.data.tokenizer = _made_up_text(50_257, words=3_000_000)
+        config.data.batch_size, config.train.accumulate = 32, 1
         config.model.remat = remat
     else:
         config = importlib.import_module(f'configs.cifar10_{model}').get_config('offline')
         config.data.batch_size = 128
         config.sparsity.dense = '' if method == 'dense' else _SMALL[model]
-    config.model.dtype, config.sparsity.method = 'bfloat16', method
+    config.model.dtype, config.sparsity.method, config.mesh.data, config.mesh.model = 'bfloat16', method, 1, 1
     if method != 'dense':
         config.sparsity.density, config.sparsity.granularity = density, f'block:{block}x{block}'
     return config
+
+
+@functools.cache
+def _made_up_text(vocabulary: int, words: int) -> tuple[str, str]:
+    """A folder of words and a tokenizer that knows as many: only their numbers decide a program."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix='made_up_text'))
+    atexit.register(shutil.rmtree, folder)
+    for i in range(40):
+        (folder / f'{i}.txt').write_text('w0 ' * (words // 40))
+    tokens = {f'w{i}': i for i in range(vocabulary)}
+    model = {'type': 'WordLevel', 'vocab': tokens, 'unk_token': 'w0'}
+    (folder / 'tokenizer.json').write_text(
+        json.dumps({'version': '1.0', 'added_tokens': [], 'pre_tokenizer': {'type': 'Whitespace'}, 'model': model})
+    )
+    return str(folder), str(folder / 'tokenizer.json')
 
 
 def predict(config: config_lib.Config) -> tuple[parts.Step, str]:

@@ -31,9 +31,10 @@ def show(folder: pathlib.Path) -> None:
     result = {key: value for key, value in records.read(path).items() if value is not None}
     if not (folder / REPORT).exists():
         _draw_run(folder, result)
-    if collect.machine_of(folder).get('kernels', 'auto') == 'auto':
+    machine = collect.machine_of(folder)
+    if machine.get('kernels', 'auto') == 'auto':
         kernel_choice.print_table(folder)
-    print_table(result)
+    print_table(result, machine.get('attention'))
 
 
 def _draw_run(folder: pathlib.Path, result: dict[str, Any]) -> None:
@@ -55,11 +56,12 @@ def _bytes(count: float) -> str:
     return f'{count / 1024:.0f} KiB' if count < 1024**2 else f'{count / 1024**2:.1f} MiB'
 
 
-def print_table(result: dict[str, Any]) -> None:
+def print_table(result: dict[str, Any], attention: str | None = None) -> None:
     """Prints a run's result: sizes, accuracy and time.
 
     Args:
       result: content of ``result.json``.
+      attention: what computed it, in a Transformer.
     """
     console = Console()
     layers = result.get('layers', {})
@@ -85,6 +87,8 @@ def print_table(result: dict[str, Any]) -> None:
     facts.add_row('size sparse, float32 values + 1-bit mask', _bytes(sparse))
     _add_rows(facts, result, _COST)
     facts.add_row('steps', f'{result["steps"]:,}')
+    if attention:
+        facts.add_row('attention by', attention)
     facts.add_row('training time', f'{result["seconds"]:.1f} s ({result["steps"] / max(result["seconds"], 1e-9):.3g} steps/s)')
     console.print(facts)
 

@@ -240,7 +240,9 @@ _WRONG: dict[str, Callable[[dict[str, Any]], str]] = {
     CONFIG: _config,
     DATA: _fields({'fingerprint': _is_text}, {}),
     KERNELS: _kernels,
-    MACHINE: _fields({}, _each(('device', 'kernels', 'jax'), _is_text) | _each(('max_memory_mib', 'resumed_at'), _is_count)),
+    MACHINE: _fields(
+        {}, _each(('device', 'kernels', 'jax', 'attention'), _is_text) | _each(('max_memory_mib', 'resumed_at'), _is_count)
+    ),
     RESULT: _result,
     SWEEP: _fields({'runs': _is_texts}, {}),
 }

@@ -12,6 +12,7 @@ import numpy as np
 
 from sparse_jax import stats
 from sparse_jax.core import masks as masks_lib
+from sparse_jax.models import attention
 from sparse_jax.runtime import hosts, records
 from sparse_jax.train import state as state_lib
 from sparse_jax.train.evaluate import results
@@ -95,10 +96,23 @@ def _machine(run: Run, start: int) -> dict[str, Any]:
         'processes': jax.process_count(),
         'mesh': dict(mesh.shape) if mesh else None,
         'kernels': run.config.sparsity.kernels,
+        **({'attention': _attention(run)} if run.config.model.name == 'transformer' else {}),
         'jax': jax.__version__,
         'python': sys.version.split()[0],
         'max_memory_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
+
+
+def _attention(run: Run) -> str:
+    """What computed attention in the training step."""
+    config, length = run.config, run.experiment.example.shape[1]
+    shape = (
+        config.data.batch_size // config.train.accumulate,
+        length,
+        config.model.heads,
+        config.model.features // config.model.heads,
+    )
+    return attention.choose(shape, config.model.dtype).implementation
 
 
 def _input_counts(run: Run, state: state_lib.TrainState) -> np.ndarray | None:

@@ -1,6 +1,7 @@
 """The picture and the table of a run, from metrics made up."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -88,3 +89,8 @@ def test_metrics_after_the_checkpoint_and_a_line_cut_off_are_dropped(tmp_path):
     writer.write(200, {'loss': 0.25, 'density': {'a': 0.5}})
     writer.close()
     assert metrics.read(tmp_path) == [{'step': 100, 'loss': 1.0}, {'step': 200, 'loss': 0.25, 'density': {'a': 0.5}}]
+
+
+def test_the_table_says_what_computed_attention(capsys):
+    run_report.print_table(_result({'fc/kernel': [50, 1000]}), 'cudnn')
+    assert re.search(r'attention by\s*│\s*cudnn', capsys.readouterr().out)
