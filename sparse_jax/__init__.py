@@ -17,7 +17,7 @@ from sparse_jax.core.schedules import Timing, needs_dense_gradient
 from sparse_jax.core.sparsify import sparsify
 
 if TYPE_CHECKING:
-    from sparse_jax import kernels, stats
+    from sparse_jax import export, kernels, stats
 
 __all__ = [
     'Rule',
@@ -29,6 +29,7 @@ __all__ = [
     'check_sparse',
     'criteria',
     'distributions',
+    'export',
     'get_masks',
     'granularity',
     'kernels',
@@ -45,7 +46,7 @@ __all__ = [
     'stats',
 ]
 
-_LAZY = ('kernels', 'stats')  # the optimizer needs neither
+_LAZY = ('export', 'kernels', 'stats')  # the optimizer needs none of them
 
 # `from sparse_jax.criteria import magnitude` works as `sj.criteria.magnitude` does: the modules of the core, by their public paths.
 for _module in (criteria, distributions, granularity, masks, methods, momentum, schedules, selection):
