@@ -4,6 +4,8 @@
     python launch.py --mode=sweep --config=configs/mnist_lenet300.py:offline --workdir=runs/sweep \\
         --sweep='sparsity.density=0.05,0.1;sparsity.method=sparse_momentum,rigl;seed=0,1,2' --sweep='sparsity.method=dense;seed=0,1,2'
     python launch.py --mode=report --workdir=runs
+    python launch.py --workdir=runs/mnist_lenet300                                # goes on with the run that is there
+    python launch.py --mode=export --workdir=runs/mnist_lenet300 --to=lenet.npz   # its network, as one file
     python launch.py --distributed --config=... --workdir=...   # on every host; finds SLURM, Open MPI, Kubernetes, TPU and xpk clusters
 
     python launch.py --config=... --lower_only=cuda   # or tpu: shows what the step compiles to there; runs nothing, needs no such device
@@ -46,6 +48,7 @@ class _Mode(NamedTuple):
 MODES = {
     'train': _Mode('Train (the default); resumes from the last checkpoint.', ('config', 'workdir')),
     'evaluate': _Mode('Evaluate the last checkpoint of a run; writes nothing.', ('config', 'workdir')),
+    'export': _Mode('Write the network of the last checkpoint into --to=FILE.npz or .safetensors.', ('config', 'workdir', 'to')),
     'sweep': _Mode('Train all combinations of --sweep, then report on them.', ('config', 'workdir', 'sweep', 'jobs')),
     'report': _Mode('Summarize finished runs in tables, figures and a page.', ('workdir', 'runs')),
 }
@@ -78,6 +81,7 @@ _RUNS = flags.DEFINE_multi_string(
     [],
     'Folder of runs to report on, if not --workdir, where the report is written. Repeatable.',
 )
+_TO = flags.DEFINE_string('to', None, 'File that --mode=export writes; its suffix is the format.')
 _LOWER_ONLY = flags.DEFINE_string(
     'lower_only',
     None,
@@ -90,9 +94,9 @@ _PROCESS = flags.DEFINE_integer('process_id', None, 'With --coordinator: number 
 _INITIALIZATION = flags.DEFINE_integer('initialization_timeout', 120, 'Seconds to wait for all hosts to come (120).', 1)
 _HEARTBEAT = flags.DEFINE_integer('heartbeat_timeout', 30, 'Seconds until a silent host counts as dead (30).', 1)
 _DEBUG = flags.DEFINE_boolean('debug', False, 'Show the tracebacks and notes of libraries where a run fails.')
-_OF_MODES = (_CONFIG, _WORKDIR, _SWEEP, _JOBS, _RUNS)
+_OF_MODES = (_CONFIG, _WORKDIR, _SWEEP, _JOBS, _RUNS, _TO)
 _OF_HOSTS = (_COORDINATOR, _PROCESSES, _PROCESS, _INITIALIZATION, _HEARTBEAT)
-_FLAGS = (_CONFIG, _WORKDIR, _MODE, _LIST_SETTINGS, _SWEEP, _JOBS, _RUNS, _LOWER_ONLY, _DEBUG, _DISTRIBUTED, *_OF_HOSTS)
+_FLAGS = (_CONFIG, _WORKDIR, _MODE, _LIST_SETTINGS, _SWEEP, _JOBS, _RUNS, _TO, _LOWER_ONLY, _DEBUG, _DISTRIBUTED, *_OF_HOSTS)
 
 
 def _has_accelerator() -> bool:
@@ -156,6 +160,8 @@ def main(argv) -> int:
             _sweep(folder)
         elif _MODE.value == 'evaluate':
             train.evaluate(_CONFIG.value, folder)
+        elif _MODE.value == 'export':
+            train.export(_CONFIG.value, folder, pathlib.Path(_TO.value or ''))
         else:
             from sparse_jax.report import run_report
 
@@ -196,8 +202,24 @@ def _arguments(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _missing(name: str) -> str:
-    examples = {'config': 'configs/mnist_lenet300.py:offline', 'workdir': 'runs/mnist_lenet300', 'sweep': "'seed=0,1,2'"}
+    examples = {
+        'config': 'configs/mnist_lenet300.py:offline', 'workdir': 'runs/mnist_lenet300', 'sweep': "'seed=0,1,2'", 'to': 'network.npz',
+    }  # fmt: skip
     return f'--{name} is missing: give for instance --{name}={examples[name]}.'
+
+
+def _with_stored_config(argv: Sequence[str]) -> list[str]:
+    """The command line, with the settings of the run in --workdir as its config where it names none."""
+    arguments = dict(_arguments(argv[1:]))
+    folder = arguments.get('workdir', '')
+    is_of_run = arguments.get('mode', 'train') in ('train', 'evaluate', 'export') and not arguments.keys() & {
+        'config',
+        'lower_only',
+    }
+    if is_of_run and folder and any((pathlib.Path(folder) / name).is_file() for name in ('settings.json', 'config.json')):
+        stored = pathlib.Path(__file__).parent / 'sparse_jax' / 'train' / 'stored.py'
+        return [argv[0], f'--config={stored}:{folder}', *argv[1:]]
+    return list(argv)
 
 
 def _check_before_parsing(argv: Sequence[str]) -> None:
@@ -233,7 +255,7 @@ def _check_mode() -> None:
     takes = MODES[name].flags
     if 'config' in takes and not _CONFIG.value:
         raise usage.WrongConfig(_missing('config'))
-    for flag in (_WORKDIR, _SWEEP):
+    for flag in (_WORKDIR, _SWEEP, _TO):
         if flag.name in takes and not flag.value and not _LOWER_ONLY.value:
             raise ValueError(_missing(flag.name))
     for flag in _OF_MODES:
@@ -268,6 +290,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
             0 if len(argv) > 1 else _wrong_input('nothing to do: give at least --config and --workdir, as in the example above.')
         )
     try:
+        argv = _with_stored_config(argv)
         _check_before_parsing(argv[1:])
         rest = flags.FLAGS(argv)
         if len(rest) > 1:

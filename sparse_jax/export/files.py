@@ -61,7 +61,7 @@ def save(
       ([[0.0, 2.0], [3.0, 0.0]], 2, {'accuracy': 0.93})
       >>> folder.cleanup()
     """
-    path, units = _checked(path), granularity_lib.get(granularity)
+    path, units = check_path(path), granularity_lib.get(granularity)
     arrays: dict[str, np.ndarray] = {}
     described: dict[str, Any] = {}
     for name, value, mask in leaves.pairs(params, masks):
@@ -93,7 +93,7 @@ def load(path: str | os.PathLike, like: Any = None) -> tuple[Any, Any, dict[str,
     Raises:
       ValueError: if the file is damaged, of something else, or of another network than `like`.
     """
-    path = _checked(path)
+    path = check_path(path)
     if not path.is_file():
         raise ValueError(f'{path} is not a file.')
     try:
@@ -147,10 +147,17 @@ def _text(units: Granularity) -> str:
     return f'block:{units.rows}x{units.columns}' + (':kernel' if units.whole_kernel else '')
 
 
-def _checked(path: str | os.PathLike) -> pathlib.Path:
+def check_path(path: str | os.PathLike) -> pathlib.Path:
+    """The path; ValueError where its suffix names no format, and ImportError where its format needs a package that is not there.
+
+    >>> check_path('network.npz').name
+    'network.npz'
+    """
     path = pathlib.Path(path)
     if path.suffix not in _SUFFIXES:
         raise ValueError(f'path={str(path)!r}: its suffix must be {" or ".join(_SUFFIXES)}.')
+    if path.suffix == '.safetensors':
+        _safetensors()
     return path
 
 

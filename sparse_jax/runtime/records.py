@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 CONFIG, DATA, KERNELS, MACHINE, RESULT, SWEEP = 'config.json', 'data.json', 'kernels.json', 'run.json', 'result.json', 'sweep.json'
+SETTINGS = 'settings.json'  # all of them, as the run was started last; those of config.json stay
 METRICS = 'metrics.jsonl'
 _CHECKSUM = 'checksum'  # of a result, which nothing else would tell from one with another digit
 _BY_LAYER = ('density', 'share', 'pruned', 'grown')  # metrics that are a number for each layer
@@ -244,5 +245,6 @@ _WRONG: dict[str, Callable[[dict[str, Any]], str]] = {
         {}, _each(('device', 'kernels', 'jax', 'attention'), _is_text) | _each(('max_memory_mib', 'resumed_at'), _is_count)
     ),
     RESULT: _result,
+    SETTINGS: _config,
     SWEEP: _fields({'runs': _is_texts}, {}),
 }

@@ -76,6 +76,16 @@ def evaluate(config: config_lib.Config, folder: pathlib.Path) -> dict[str, Any]:
     Raises:
       ValueError: if there is no checkpoint, or it is damaged, or of another experiment.
     """
+    run, step, state = restored(config, folder)
+    sizes = state_lib.sizes(run.experiment, state)
+    result = {'step': step, 'nonzeros': sizes.nonzeros, 'density': sizes.density, **results(run, state)}
+    if hosts.is_host0():
+        print(json.dumps(result, indent=2))
+    return result
+
+
+def restored(config: config_lib.Config, folder: pathlib.Path) -> tuple[Run, int, state_lib.TrainState]:
+    """A workdir's run, and its newest checkpoint's step and state, of which nothing is changed. Raises as :func:`evaluate`."""
     workdir.check_name(folder)
     if not (folder / 'checkpoints').is_dir():
         raise ValueError(f'--workdir={folder} has no checkpoint: train first, with --mode=train.')
@@ -87,8 +97,4 @@ def evaluate(config: config_lib.Config, folder: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f'--workdir={folder} has no complete checkpoint: train first, with --mode=train.')
     state, _ = checkpoints.restore(step, run.devices.shapes, run.experiment.layer_codes)
     checkpoints.close()
-    sizes = state_lib.sizes(run.experiment, state)
-    result = {'step': step, 'nonzeros': sizes.nonzeros, 'density': sizes.density, **results(run, state)}
-    if hosts.is_host0():
-        print(json.dumps(result, indent=2))
-    return result
+    return run, step, state

@@ -102,6 +102,7 @@ def _check_locked(run: Run, holder: str) -> None:
 def _begin(run: Run) -> None:
     """The first files of a workdir; what is left of an earlier end of the run goes."""
     records.write(run.folder / records.CONFIG, config_lib.identity(run.config))
+    records.write(run.folder / records.SETTINGS, config_lib.flatten(run.config))
     if run.data.fingerprint:
         records.write(run.folder / records.DATA, {'fingerprint': run.data.fingerprint})
     if os.path.lexists(path := run.folder / records.RESULT):  # it cannot be read, else the run would be finished
@@ -127,6 +128,8 @@ def _train(run: Run, is_held: Callable[[], bool]) -> dict[str, Any]:
     with _ended(config, checkpoints):
         start, state, seconds = restored or (0, init(key), 0.0)
         sums = state_lib.NonzeroSums(state_lib.sizes(experiment, state), start, checkpoints.totals(start) if restored else None)
+        if start and hosts.is_host0():
+            _LOG.info('resumed at step %d of %d.', start, experiment.total_steps)
         kernels = kernel_choice.LayerKernels(config, experiment, folder, start, devices)
         with hosts.Preemption() as preemption:
             state, seconds = _train_loop(run, checkpoints, kernels, state, start, seconds, sums, preemption, is_held)

@@ -1,0 +1,56 @@
+"""A run's trained network as one file."""
+
+import pathlib
+from typing import Any
+
+import jax
+
+from sparse_jax import config as config_lib
+from sparse_jax import export as export_lib
+from sparse_jax.core import masks as masks_lib
+from sparse_jax.runtime import hosts
+from sparse_jax.train.evaluate import restored
+
+
+def export(config: config_lib.Config, folder: pathlib.Path, to: pathlib.Path) -> None:
+    """Writes the network of a workdir's newest checkpoint into a file, which :func:`sparse_jax.export.load` reads.
+
+    Weights are those that evaluation takes: averages where the run keeps them. Running statistics of normalisation stand beside the
+    weights, by the names of their layers. The file's info has the run's settings, the step, and sizes.
+
+    Args:
+      config: the settings, the same as it was trained with.
+      folder: the workdir.
+      to: path of the file; its suffix picks the format: ``.npz`` or ``.safetensors``.
+
+    Raises:
+      ValueError: if the file cannot be written, or there is no checkpoint, or it is damaged, or of another experiment.
+    """
+    try:
+        export_lib.check_path(to)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    if not to.parent.is_dir():
+        raise ValueError(f'--to={to}: the folder {to.parent} does not exist.')
+    run, step, state = restored(config, folder)
+    params, model_state = state.average if state.average is not None else (state.params, state.model_state)
+    if config.sparsity.method == 'dense':
+        masks = jax.tree.map(lambda _: True, params)
+    else:
+        masks = masks_lib.get_masks(state.opt_state)
+        params = masks_lib.apply_masks(params, masks)
+    params, masks, model_state = run.devices.host((params, masks, model_state))
+    info: dict[str, Any] = {'settings': config_lib.identity(config), 'step': step}
+    granularity = 'unstructured' if config.sparsity.method == 'dense' else config.sparsity.granularity
+    tree, its_masks = (_merged(a, b) for a, b in ((params, model_state), (masks, jax.tree.map(lambda _: True, model_state))))
+    hosts.run_on_host0(lambda: export_lib.save(to, tree, its_masks, info, granularity=granularity))
+    if hosts.is_host0():
+        print(f'{to} is written: step {step}, {to.stat().st_size:,} bytes.')
+
+
+def _merged(a: Any, b: Any) -> dict[str, Any]:
+    """Two nested dictionaries as one; they have no leaf in common."""
+    merged = dict(a)
+    for name, value in dict(b).items():
+        merged[name] = _merged(merged[name], value) if name in merged else value
+    return merged
