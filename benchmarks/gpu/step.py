@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
+from absl import logging
 
 from benchmarks.gpu import measured, parts, program
 from benchmarks.gpu.parts import Part
@@ -39,7 +40,10 @@ LANGUAGE_MODELS = {  # layers, features, sequences and their length
     'lm_4096': (4, 4096, 8, 1024),
     'lm_128': (2, 128, 2, 64),
 }
-_SMALL = {'vgg_d': 'conv1_1/*,out/*', 'wrn_16_8': 'conv/*,out/*'}  # layers that are smaller than a block
+_SMALL = {
+    'vgg_d': 'conv1_1/*,out/*',
+    'wrn_16_8': 'conv/*,fc/*,block1_1/conv1/*,block1_1/shortcut/*',
+}  # layers that are smaller than a block
 MODELS = (*LANGUAGE_MODELS, 'lm_350m', *_SMALL)
 
 
@@ -192,6 +196,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(arguments)
+    logging.set_verbosity(logging.ERROR)  # tokamax warns of every call that it has not tuned on a device that is not here
     print(parts.ASSUMED + '\n')
     if args.program:
         print(table(parts.count(args.program.read_text(), args.density, args.block), args.lines, args.host_ms * 1e-3))
