@@ -69,7 +69,9 @@ _CONFIG = config_flags.DEFINE_config_file('config', help_string='Config file, FI
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run: checkpoints, metrics, report.')
 _MODE = flags.DEFINE_string('mode', 'train', f'What to do: {", ".join(MODES)}.')
 _LIST_SETTINGS = flags.DEFINE_boolean('list_settings', False, 'Print every setting, as --config has it, and exit.')
-_SWEEP = flags.DEFINE_multi_string('sweep', [], 'All combinations of NAME=VALUE,VALUE;NAME=VALUE. Repeatable.')
+_SWEEP = flags.DEFINE_multi_string(
+    'sweep', [], 'All combinations of NAME=VALUE,VALUE;NAME=VALUE, or NAME=0:5 for 0 to 4. Repeatable.'
+)
 _JOBS = flags.DEFINE_integer(
     'jobs',
     None,

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from sparse_jax.train.result import headline
 
 _LOG = logging.getLogger('sparse_jax')
 _NAME_BYTES = 200
+_LONGEST_RANGE = 1000  # of values in a grid
 
 # A run ends with the sweep, however that ends (Linux: PR_SET_PDEATHSIG), and stays on its cores. Done in the child's first moments and not
 # between fork and exec, as forking a process with jax's threads is unsafe.
@@ -43,7 +45,8 @@ def parse(grids: Sequence[str]) -> list[dict[str, str]]:
     """The points of grids, each once, in order.
 
     Args:
-      grids: each ``name=value,value;name=value``: all combinations. Several grids: one after the other.
+      grids: each ``name=value,value;name=value``: all combinations. Several grids: one after the other. A value ``a:b`` stands for the
+        whole numbers from a up to, not including, b.
 
     Returns:
       Settings as text, by name.
@@ -54,6 +57,8 @@ def parse(grids: Sequence[str]) -> list[dict[str, str]]:
     Example:
       >>> parse(['sparsity.density=0.1,0.2;seed=0', 'sparsity.method=dense;seed=0'])[1:]
       [{'sparsity.density': '0.2', 'seed': '0'}, {'sparsity.method': 'dense', 'seed': '0'}]
+      >>> [point['seed'] for point in parse(['seed=0:3,10'])]
+      ['0', '1', '2', '10']
     """
     points: list[dict[str, str]] = []
     for grid in grids:
@@ -62,7 +67,7 @@ def parse(grids: Sequence[str]) -> list[dict[str, str]]:
             name, equals, values = axis.partition('=')
             if not equals or not all(value.strip() for value in values.split(',')):
                 raise ValueError(f'--sweep={grid!r}: {axis!r} is not of the form name=value,value, such as seed=0,1,2.')
-            axes.append([(name.strip(), value.strip()) for value in values.split(',')])
+            axes.append([(name.strip(), value) for part in values.split(',') for value in _values(name.strip(), part.strip())])
         if not axes:
             raise ValueError("--sweep is empty: give for instance --sweep='sparsity.density=0.05,0.1;seed=0,1,2'.")
         names = [axis[0][0] for axis in axes]
@@ -70,6 +75,18 @@ def parse(grids: Sequence[str]) -> list[dict[str, str]]:
             raise ValueError(f'--sweep={grid!r}: {twice} is there twice: give all its values at once, {twice}=a,b.')
         points += [point for point in map(dict, itertools.product(*axes)) if point not in points]
     return points
+
+
+def _values(name: str, text: str) -> list[str]:
+    """A value, or those of a range."""
+    if not (found := re.fullmatch(r'(-?\d{1,10}):(-?\d{1,10})', text)):
+        return [text]
+    first, stop = map(int, found.groups())
+    if not 0 < stop - first <= _LONGEST_RANGE:
+        raise ValueError(
+            f'--sweep: {name}={text} must have 1 to {_LONGEST_RANGE} numbers: from {first} up to, not including, {stop}.'
+        )
+    return [str(value) for value in range(first, stop)]
 
 
 def names(points: Sequence[Mapping[str, str]]) -> list[str]:
