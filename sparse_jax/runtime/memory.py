@@ -18,7 +18,10 @@ from sparse_jax.runtime import failures
 # not know the option. (Random bits are no such program: by the older emitters they take three times as long to compile.)
 _FRUGAL = {'xla_cpu_use_fusion_emitters': False}
 
-_GROWN, _SECONDS = 1.1, 2.0  # how much larger a process may become before memory is released again, and how often that is looked at
+_GROWN, _SECONDS = (
+    1.15,
+    4.0,
+)  # how much larger a process may become before memory is released again, and how often that is looked at
 _FIRST = 4  # steps after a new program until the buffers have found their places in the heap
 
 
@@ -79,12 +82,13 @@ class Settling:
     def __init__(self):
         release()  # what the start has left
         self._seen: set[Any] = set()
-        self._left, self._floor, self._next_look = 0, _resident(), 0.0
+        self._left, self._next_look = 0, 0.0
+        self._level: int | None = None  # of memory, in steps that followed the last release
 
     def before(self, *program: Any) -> None:
         """The program that these names stand for will be called."""
         if program not in self._seen:
-            release()
+            self.release()
 
     def after(self, *program: Any) -> None:
         """It has run, or is on its way."""
@@ -96,10 +100,12 @@ class Settling:
             self.release()
         elif (now := time.monotonic()) >= self._next_look:
             self._next_look = now + _SECONDS
-            if _resident() > _GROWN * self._floor:
+            if self._level is None:
+                self._level = _resident()
+            elif _resident() > _GROWN * self._level:
                 self.release()
 
     def release(self) -> None:
         """Now: before what runs seldom and takes much."""
         release()
-        self._floor = _resident()  # what is left is in use
+        self._level, self._next_look = None, time.monotonic() + _SECONDS
