@@ -2,9 +2,7 @@
 
 import ctypes
 import functools
-import os
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,10 +16,6 @@ from sparse_jax.runtime import failures
 # not know the option. (Random bits are no such program: by the older emitters they take three times as long to compile.)
 _FRUGAL = {'xla_cpu_use_fusion_emitters': False}
 
-_GROWN, _SECONDS = (
-    1.15,
-    4.0,
-)  # how much larger a process may become before memory is released again, and how often that is looked at
 _FIRST = 4  # steps after a new program until the buffers have found their places in the heap
 
 
@@ -66,29 +60,19 @@ def release() -> None:
         trim(0)
 
 
-def _resident() -> int:
-    """Bytes of this process in memory; 0 where the system does not tell."""
-    try:
-        with open('/proc/self/statm') as file:
-            return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
-    except (OSError, ValueError):
-        return 0
-
-
 class Settling:
     """Releases memory while a run's programs come to be: before each one is compiled, after its first step, and until the buffers have
-    found their places again. Later, where the process has grown all the same: a heap that nothing is given back from falls to pieces."""
+    found their places again."""
 
     def __init__(self):
         release()  # what the start has left
         self._seen: set[Any] = set()
-        self._left, self._next_look = 0, 0.0
-        self._level: int | None = None  # of memory, in steps that followed the last release
+        self._left = 0
 
     def before(self, *program: Any) -> None:
         """The program that these names stand for will be called."""
         if program not in self._seen:
-            self.release()
+            release()
 
     def after(self, *program: Any) -> None:
         """It has run, or is on its way."""
@@ -97,15 +81,4 @@ class Settling:
             self._left = _FIRST
         if self._left:
             self._left -= 1
-            self.release()
-        elif (now := time.monotonic()) >= self._next_look:
-            self._next_look = now + _SECONDS
-            if self._level is None:
-                self._level = _resident()
-            elif _resident() > _GROWN * self._level:
-                self.release()
-
-    def release(self) -> None:
-        """Now: before what runs seldom and takes much."""
-        release()
-        self._level, self._next_look = None, time.monotonic() + _SECONDS
+            release()
