@@ -207,7 +207,8 @@ def _missing(name: str) -> str:
     examples = {
         'config': 'configs/mnist_lenet300.py:offline', 'workdir': 'runs/mnist_lenet300', 'sweep': "'seed=0,1,2'", 'to': 'network.npz',
     }  # fmt: skip
-    return f'--{name} is missing: give for instance --{name}={examples[name]}.'
+    of_run = ' With the --workdir of a run that exists none is needed.' if name == 'config' else ''
+    return f'--{name} is missing: give for instance --{name}={examples[name]}.{of_run}'
 
 
 def _with_stored_config(argv: Sequence[str]) -> list[str]:

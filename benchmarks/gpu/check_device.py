@@ -2,7 +2,7 @@
 
     make check-gpu                        # twelve minutes
     make check-gpu FLAGS=--minutes=4      # the most telling checks first
-    make check-gpu FLAGS=--dry_run        # here, without a GPU: tiny shapes, kernels in the interpreter, three minutes
+    make check-gpu FLAGS=--dry_run        # here, without a GPU: tiny shapes, kernels in the interpreter, four minutes
 
 Each check is a process of its own and may fail alone; those that no time is left for are listed as not run. After each one the table is
 printed anew and kept, as JSON and with each check's output, in --out. PyTorch beside is used where it is installed, and tokamax.
@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gpu import checks
+from benchmarks.gpu import checks, measured
 from benchmarks.gpu.checks import CHECKS, Row
 
 
@@ -97,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.only:
         run = checks.DRY.get(args.only, CHECKS[args.only].run) if args.dry_run else CHECKS[args.only].run
         return _one(run(args.dry_run), args.out / f'{args.only.replace(" ", "_")}.json')
+    if not args.dry_run and (reason := measured.no_gpu()):
+        parser.error(f'{reason}: name a Python that has jax for it, as in make check-gpu PYTHON=python3, or give --dry_run.')
     if args.out.exists() and any(args.out.iterdir()):
         parser.error(f'--out={args.out} is there already: name another folder, or remove it.')
     args.out.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,8 @@ import collections
 import functools
 import pathlib
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from typing import Any, NamedTuple
@@ -20,6 +22,14 @@ from sparse_jax.train import kernel_choice
 from sparse_jax.train import run as run_lib
 
 IDLE, OTHER = 'nothing runs', 'not in the program'  # rows beside the program's parts
+
+
+def no_gpu() -> str:
+    """Why nothing can be measured here; empty where jax sees a GPU. Asked in a process of its own, as one that asks takes its memory."""
+    command = [sys.executable, '-c', 'import jax; print(jax.default_backend())']
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    seen = (done.stdout.strip() or done.stderr.strip() or 'nothing').splitlines()[-1]
+    return '' if seen == 'gpu' else f'{sys.executable} sees no GPU by jax, but {seen}'
 
 
 class Measured(NamedTuple):

@@ -197,12 +197,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(arguments)
     logging.set_verbosity(logging.ERROR)  # tokamax warns of every call that it has not tuned on a device that is not here
-    print(parts.ASSUMED + '\n')
-    if args.program:
-        print(table(parts.count(args.program.read_text(), args.density, args.block), args.lines, args.host_ms * 1e-3))
-        return
-    if args.predict and (reason := compile_only.unavailable('gpu')):
+    if not 0 < args.density <= 1:
+        parser.error(f'--density={args.density}: must be in (0, 1].')
+    if args.program and not args.program.is_file():
+        parser.error(f'--program={args.program} is not a file.')
+    if args.program is None and args.predict and (reason := compile_only.unavailable('gpu')):
         parser.error(f'nothing can be compiled for a GPU here: {reason}.')
+    if args.measure and (reason := measured.no_gpu()):
+        parser.error(f'{reason}: --predict needs none.')
+    print(parts.ASSUMED + '\n')
+    try:
+        if args.program:
+            print(table(parts.count(args.program.read_text(), args.density, args.block), args.lines, args.host_ms * 1e-3))
+        else:
+            _print_steps(args)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _print_steps(args: argparse.Namespace) -> None:
+    """Each method's step, and how they compare."""
     configs = {name: settings(args.model, name, args.density, args.block, args.remat) for name in args.methods.split(',')}
     rival = torch_step(next(iter(configs.values())), args.torch_python) if args.measure else None
     drawn, times = {}, []

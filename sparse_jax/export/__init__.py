@@ -4,9 +4,9 @@ Trees are those that training has: params, and masks like them, a bool array whe
 Results are numpy arrays, on the host.
 """
 
-from sparse_jax.export.files import check_path, load, save
+from sparse_jax.export.files import load, save
 from sparse_jax.export.leaves import masks_from
 from sparse_jax.export.matrices import to_bcoo, to_scipy
 from sparse_jax.export.torch_layout import from_torch_state, to_torch_state
 
-__all__ = ['check_path', 'from_torch_state', 'load', 'masks_from', 'save', 'to_bcoo', 'to_scipy', 'to_torch_state']
+__all__ = ['from_torch_state', 'load', 'masks_from', 'save', 'to_bcoo', 'to_scipy', 'to_torch_state']

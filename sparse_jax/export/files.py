@@ -9,7 +9,6 @@ import io
 import json
 import os
 import pathlib
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -52,6 +51,7 @@ def save(
       ValueError: where the trees do not fit, a weight off its mask is not zero, or the path or `info` cannot be used.
 
     Example:
+      >>> import tempfile
       >>> folder = tempfile.TemporaryDirectory()
       >>> path = pathlib.Path(folder.name, 'network.npz')
       >>> kernel = np.array([[0.0, 2.0], [3.0, 0.0]])
@@ -147,15 +147,19 @@ def _text(units: Granularity) -> str:
     return f'block:{units.rows}x{units.columns}' + (':kernel' if units.whole_kernel else '')
 
 
-def check_path(path: str | os.PathLike) -> pathlib.Path:
+def check_path(path: str | os.PathLike, name: str = 'path') -> pathlib.Path:
     """The path; ValueError where its suffix names no format, and ImportError where its format needs a package that is not there.
+
+    Args:
+      path: of a file that is to be written or read.
+      name: of the argument, for messages.
 
     >>> check_path('network.npz').name
     'network.npz'
     """
     path = pathlib.Path(path)
     if path.suffix not in _SUFFIXES:
-        raise ValueError(f'path={str(path)!r}: its suffix must be {" or ".join(_SUFFIXES)}.')
+        raise ValueError(f'{name}={str(path)!r}: its suffix must be {" or ".join(_SUFFIXES)}.')
     if path.suffix == '.safetensors':
         _safetensors()
     return path
@@ -178,26 +182,15 @@ def _write(path: pathlib.Path, arrays: dict[str, np.ndarray], header: str) -> No
         buffer = io.BytesIO()
         np.savez(buffer, **{_HEADER: np.frombuffer(header.encode(), np.uint8), **plain})  # pyright: ignore[reportArgumentType]
         content = buffer.getvalue()
+    partial = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    except OSError as error:
-        raise ValueError(f'path={str(path)!r} cannot be written ({error.strerror}).') from error
-    try:
-        with os.fdopen(handle, 'wb') as file:
-            file.write(content)
-        os.chmod(partial, 0o666 & ~_umask())
+        partial.write_bytes(content)
         os.replace(partial, path)
     except OSError as error:
         raise ValueError(f'path={str(path)!r} cannot be written ({error.strerror}).') from error
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(partial)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], str]:

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 
 from sparse_jax import config as config_lib
-from sparse_jax import export as export_lib
 from sparse_jax.core import masks as masks_lib
+from sparse_jax.export import files
 from sparse_jax.runtime import hosts
 from sparse_jax.train.evaluate import restored
 
@@ -16,7 +16,7 @@ def export(config: config_lib.Config, folder: pathlib.Path, to: pathlib.Path) ->
     """Writes the network of a workdir's newest checkpoint into a file, which :func:`sparse_jax.export.load` reads.
 
     Weights are those that evaluation takes: averages where the run keeps them. Running statistics of normalisation stand beside the
-    weights, by the names of their layers. The file's info has the run's settings, the step, and sizes.
+    weights, by the names of their layers. The file's info has the run's settings and the step.
 
     Args:
       config: the settings, the same as it was trained with.
@@ -27,7 +27,7 @@ def export(config: config_lib.Config, folder: pathlib.Path, to: pathlib.Path) ->
       ValueError: if the file cannot be written, or there is no checkpoint, or it is damaged, or of another experiment.
     """
     try:
-        export_lib.check_path(to)
+        files.check_path(to, name='--to')
     except ImportError as error:
         raise ValueError(str(error)) from error
     if not to.parent.is_dir():
@@ -43,7 +43,7 @@ def export(config: config_lib.Config, folder: pathlib.Path, to: pathlib.Path) ->
     info: dict[str, Any] = {'settings': config_lib.identity(config), 'step': step}
     granularity = 'unstructured' if config.sparsity.method == 'dense' else config.sparsity.granularity
     tree, its_masks = (_merged(a, b) for a, b in ((params, model_state), (masks, jax.tree.map(lambda _: True, model_state))))
-    hosts.run_on_host0(lambda: export_lib.save(to, tree, its_masks, info, granularity=granularity))
+    hosts.run_on_host0(lambda: files.save(to, tree, its_masks, info, granularity=granularity))
     if hosts.is_host0():
         print(f'{to} is written: step {step}, {to.stat().st_size:,} bytes.')
 

@@ -47,6 +47,20 @@ def test_no_time_left_is_told_and_the_table_is_kept(tmp_path, capsys):
     assert 'is there already: name another folder' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(('run', 'flags', 'message'), [
+    (check_device.main, ['--out=out'], 'sees no GPU by jax, but cpu: name a Python that has jax for it'),
+    (step.main, ['--measure'], 'sees no GPU by jax, but cpu: --predict needs none'),
+    (step.main, ['--predict', '--program=nowhere.txt'], '--program=nowhere.txt is not a file'),
+    (step.main, ['--predict', '--density=7'], '--density=7.0: must be in (0, 1]'),
+    (step.main, [], 'one of the arguments --predict --measure is required'),
+])  # fmt: skip
+def test_what_cannot_be_measured_or_predicted_is_told_first(run, flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run(flags)
+    assert ended.value.code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_what_a_check_found_before_it_failed_counts(tmp_path, capsys):
     def failing():
         yield checks.Row('one', 'fine', 'fine', True)

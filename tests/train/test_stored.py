@@ -73,6 +73,16 @@ def test_an_exported_run_is_its_last_checkpoint(workdir, tmp_path, capsys):
     assert sorted(path.name for path in workdir.rglob('*')) == before
 
 
+def test_a_dense_run_is_exported_whole(tmp_path):
+    config = _config()
+    config.sparsity.method, config.sparsity.dense_gradient_window = 'dense', config_lib.Config().sparsity.dense_gradient_window
+    config.sparsity.update_every = config_lib.Config().sparsity.update_every
+    train.train(config, tmp_path / 'run')
+    train.export(config, tmp_path / 'run', tmp_path / 'network.npz')
+    params, masks, _ = sj.export.load(tmp_path / 'network.npz')
+    assert params['fc1']['kernel'].shape == (784, 300) and all(mask.ndim == 0 for mask in jax.tree.leaves(masks))
+
+
 def test_statistics_of_normalisation_stand_beside_the_weights():
     merged = exporting._merged({'norm': {'scale': 1}, 'fc': {'kernel': 2}}, {'norm': {'mean': 3, 'var': 4}})
     assert merged == {'norm': {'scale': 1, 'mean': 3, 'var': 4}, 'fc': {'kernel': 2}}
@@ -83,7 +93,7 @@ def test_statistics_of_normalisation_stand_beside_the_weights():
 
 
 @pytest.mark.parametrize(('to', 'message'), [
-    ('network.pt', 'its suffix must be .npz or .safetensors'),
+    ('network.pt', "--to='.*network.pt': its suffix must be .npz or .safetensors"),
     ('nowhere/network.npz', 'the folder .*nowhere does not exist'),
 ])  # fmt: skip
 def test_what_cannot_be_exported_is_told_first(to, message, workdir, tmp_path):

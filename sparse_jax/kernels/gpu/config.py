@@ -162,7 +162,7 @@ def choose(kernel: str, x: tuple[int, ...], w: tuple[int, ...], block: tuple[int
 
 
 def _shipped(kernel: str, x: tuple[int, ...], w: tuple[int, ...], block: tuple[int, int], dtype) -> Config | None:
-    """For any number of images that its tiles divide: what is summed in a program is theirs only."""
+    """What comes with the package for this kind of device: of a weight, whatever the number of images, which its tiles must divide."""
     if device.is_absent():
         return None
     fields = shipped.tiles(jax.devices()[0].device_kind, kernel, w, block, jnp.dtype(dtype).name)
