@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from sparse_jax.runtime import failures
 # not know the option. (Random bits are no such program: by the older emitters they take three times as long to compile.)
 _FRUGAL = {'xla_cpu_use_fusion_emitters': False}
 
+_SECONDS = 2.0  # at least between two releases, but for those of a new program: small networks change programs many times a second
 _FIRST = 4  # steps after a new program until the buffers have found their places in the heap
 
 
@@ -62,17 +64,18 @@ def release() -> None:
 
 class Settling:
     """Releases memory while a run's programs come to be: before each one is compiled, after its first step, and until the buffers have
-    found their places again."""
+    found their places again; later where another program takes over, whose buffers do not fit into the holes of the one before."""
 
     def __init__(self):
         release()  # what the start has left
         self._seen: set[Any] = set()
-        self._left = 0
+        self._left, self._last, self._next = 0, (), time.monotonic()
 
     def before(self, *program: Any) -> None:
         """The program that these names stand for will be called."""
-        if program not in self._seen:
-            release()
+        if program not in self._seen or (program != self._last and time.monotonic() >= self._next):
+            self._release()
+        self._last = program
 
     def after(self, *program: Any) -> None:
         """It has run, or is on its way."""
@@ -81,4 +84,8 @@ class Settling:
             self._left = _FIRST
         if self._left:
             self._left -= 1
-            release()
+            self._release()
+
+    def _release(self) -> None:
+        release()
+        self._next = time.monotonic() + _SECONDS

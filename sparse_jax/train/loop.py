@@ -202,7 +202,7 @@ def _train_loop(
             if step % config.log.every == 0 or step == last:
                 log.means(step)
             if step % eval_every == 0 or step == last:
-                memory.release()  # it runs seldom, and takes much
+                settling.before('evaluation')
                 log.evaluation(step, part, evaluate_part(run, evaluate, state, part, patterns))
                 settling.after('evaluation')
             stopping = preemption.reached(step) and step < last
@@ -214,7 +214,7 @@ def _train_loop(
             if stopping or step % config.checkpoint.every == 0 or step == last:
                 if not all_finite(state.params):
                     raise state_lib.NonFiniteError(f'a parameter is not finite after step {step}: lower optimizer.learning_rate.')
-                memory.release()  # it runs seldom, and takes much
+                settling.before('save')
                 checkpoints.save(step, state, seconds + time.perf_counter() - begin, sums.after(step))
                 settling.after('save')
             if stopping:
