@@ -18,15 +18,20 @@ from sparse_jax.kernels.backend import IMPLEMENTATIONS, unsupported
 from sparse_jax.kernels.builder import make_pattern, make_patterns
 from sparse_jax.kernels.cpu.lanes import convolve_by_lanes, from_lanes, lanes_unavailable, max_pool_by_lanes, to_lanes
 from sparse_jax.kernels.device import lowering_for
+from sparse_jax.kernels.freeze import freeze
+from sparse_jax.kernels.layout import CompactWeight, Layout
 from sparse_jax.kernels.pattern import Pattern, with_dense_gradients
 from sparse_jax.kernels.scores import block_scores
 
 __all__ = [
     'IMPLEMENTATIONS',
+    'CompactWeight',
+    'Layout',
     'Pattern',
     'block_scores',
     'convolve',
     'convolve_by_lanes',
+    'freeze',
     'from_lanes',
     'lanes_unavailable',
     'lowering_for',

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_jax.kernels import arguments, backend, reference
+from sparse_jax.kernels.layout import CompactWeight
 from sparse_jax.kernels.pattern import Pattern
 from sparse_jax.kernels.reference import Geometry
 
@@ -96,10 +97,32 @@ def _apply(x, w, pattern, geometry, dense_gradient, implementation):
     return y if x.shape == shape else y.reshape(*shape[:-1], w.shape[-1])
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _frozen_product(x, weight: CompactWeight, geometry: Geometry, implementation: str):
+    return backend.FROZEN[implementation].frozen(x, weight, geometry)
+
+
+@_frozen_product.defjvp
+def _no_gradient(geometry, implementation, primals, tangents):
+    del geometry, implementation, primals, tangents
+    raise NotImplementedError(
+        'frozen weights are for inference, and have no gradients: train with sparse_dot(x, w, pattern), and freeze what came out.'
+    )
+
+
+def _apply_frozen(x, weight: CompactWeight, geometry: Geometry, implementation: str | None) -> jax.Array:
+    shape, layout = x.shape, weight.layout
+    if weight.ndim == 2 or (weight.shape[:2] == (1, 1) and geometry == Geometry()):  # one tap: a matrix product of all pixels
+        x = x.reshape(math.prod(shape[:-1]), 1, 1, shape[-1])
+    choice = backend.choose_frozen(implementation, x.dtype, layout)
+    y: jax.Array = _frozen_product(x, weight, geometry, choice.implementation)  # pyright: ignore[reportAssignmentType]
+    return y if x.shape == shape else y.reshape(*shape[:-1], weight.shape[-1])
+
+
 def sparse_dot(
     x: jax.Array,
-    w: jax.Array,
-    pattern: Pattern,
+    w: jax.Array | CompactWeight,
+    pattern: Pattern | None = None,
     *,
     dense_gradient: bool = False,
     implementation: str | None = None,
@@ -112,8 +135,9 @@ def sparse_dot(
 
     Args:
       x: [..., in].
-      w: [in, out], of x's type, and zero off the pattern (checked at run time with SPARSE_JAX_DEBUG=1 in the environment).
-      pattern: of w: see :func:`make_pattern`.
+      w: [in, out], of x's type, and zero off the pattern (checked at run time with SPARSE_JAX_DEBUG=1 in the environment); or a frozen
+        weight of that shape: see :func:`freeze`.
+      pattern: of w: see :func:`make_pattern`. None with a frozen weight.
       dense_gradient: whether the gradient with respect to w is wanted at all positions; so too if the pattern says so.
       implementation: ``'reference'`` (plain XLA), ``'cpu'`` (C++, float32), ``'gpu'`` (Hopper, blocks with sides of 32, 64 or 128, bfloat16
         or float16) or ``'tpu'`` (blocks of 128x128, bfloat16 or float32); None: the one that the pattern names, or else by rule: on CPU
@@ -137,14 +161,17 @@ def sparse_dot(
 
     Reference: Gale et al., Sparse GPU kernels for deep learning, 2020; Nikdan et al., SparseProp, 2023.
     """
-    arguments.check_product('sparse_dot', x, w, pattern, 2)
+    if isinstance(w, CompactWeight):
+        arguments.check_frozen('sparse_dot', x, w, 2, pattern, dense_gradient)
+        return _apply_frozen(x, w, Geometry(), implementation)
+    pattern = arguments.check_product('sparse_dot', x, w, pattern, 2)
     return _apply(x, w, pattern, Geometry(), dense_gradient or pattern.dense_gradient, implementation)
 
 
 def sparse_conv(
     x: jax.Array,
-    w: jax.Array,
-    pattern: Pattern,
+    w: jax.Array | CompactWeight,
+    pattern: Pattern | None = None,
     *,
     strides: tuple[int, int] = (1, 1),
     padding: str | Sequence[tuple[int, int]] = 'SAME',
@@ -159,8 +186,8 @@ def sparse_conv(
 
     Args:
       x: [batch, height, width, in].
-      w: [height, width, in, out], of x's type, and zero off the pattern.
-      pattern: of w: see :func:`make_pattern`.
+      w: [height, width, in, out], of x's type, and zero off the pattern; or a frozen weight of that shape.
+      pattern: of w: see :func:`make_pattern`. None with a frozen weight.
       strides: steps in rows and columns.
       padding: ``'SAME'``, ``'VALID'``, or pixels before and after in rows and columns, such as ((1, 1), (1, 1)).
       dilation: distance of neighbouring taps in rows and columns.
@@ -188,10 +215,16 @@ def sparse_conv(
         raise NotImplementedError(f'sparse_conv: groups={groups} is not there yet: take groups=1, or a dense convolution.')
     if x.ndim != 4:
         raise ValueError(f'sparse_conv: x must be [batch, height, width, in], got shape {tuple(x.shape)}.')
-    arguments.check_product('sparse_conv', x, w, pattern, 4)
+    frozen = isinstance(w, CompactWeight)
+    if frozen:
+        arguments.check_frozen('sparse_conv', x, w, 4, pattern, dense_gradient)
+    else:
+        pattern = arguments.check_product('sparse_conv', x, w, pattern, 4)
     geometry = arguments.geometry_of('sparse_conv', x.shape, w.shape, strides, padding, dilation)
     if w.shape[:2] == (1, 1) and geometry.padding == ((0, 0), (0, 0)):  # only every s-th pixel is read
         x, geometry = x[:, :: geometry.strides[0], :: geometry.strides[1]], Geometry()
+    if frozen or pattern is None:
+        return _apply_frozen(x, w, geometry, implementation)  # pyright: ignore[reportArgumentType]
     return _apply(x, w, pattern, geometry, dense_gradient or pattern.dense_gradient, implementation)
 
 

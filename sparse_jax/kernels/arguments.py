@@ -10,13 +10,16 @@ from jax import lax
 from jax.core import Tracer
 
 from sparse_jax.core import errors
+from sparse_jax.core import granularity as granularity_lib
+from sparse_jax.core.granularity import Unstructured
 from sparse_jax.kernels import reference, sharded
+from sparse_jax.kernels.layout import CompactWeight
 from sparse_jax.kernels.pattern import Pattern
 from sparse_jax.kernels.reference import Geometry
 
 
-def check_product(name: str, x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array, pattern: Pattern, axes: int) -> None:
-    """ValueError unless x, w of so many axes and its pattern fit together."""
+def check_product(name: str, x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array, pattern: Pattern | None, axes: int) -> Pattern:
+    """The pattern; ValueError unless x, w of so many axes and its pattern fit together."""
     where = f' (layer {pattern.name})' if isinstance(pattern, Pattern) and pattern.name else ''
     if not isinstance(pattern, Pattern):
         dense = ' A leaf whose pattern is None is dense: multiply with jnp.dot or kernels.convolve.' if pattern is None else ''
@@ -44,6 +47,36 @@ def check_product(name: str, x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array, 
     if split is not None and x.shape[0] % split.mesh.shape['data']:
         raise ValueError(
             f"{name}: x has {x.shape[0]} rows, which the mesh's data={split.mesh.shape['data']} does not divide{where}."
+        )
+    return pattern
+
+
+def check_frozen(name: str, x: jax.Array, weight: CompactWeight, axes: int, pattern: Pattern | None, dense_gradient: bool) -> None:
+    """ValueError unless x and a compact weight of so many axes fit together."""
+    layout = weight.layout
+    where = f' (layer {layout.name})' if layout.name else ''
+    if pattern is not None or dense_gradient:
+        raise ValueError(
+            f'{name}: a frozen weight knows its pattern and has no gradient{where}: pass neither pattern nor dense_gradient.'
+        )
+    if layout.pointers.ndim != 1:
+        raise ValueError(f'{name}: the frozen weight holds several layers, one a row{where}: take one row, as lax.scan does.')
+    *_, outputs = granularity_lib.tap_units(layout.granularity, layout.shape)
+    sides = () if isinstance(layout.granularity, Unstructured) else layout.granularity.sides
+    if layout.pointers.shape != (outputs + 1,) or weight.values.shape != (*layout.indices.shape, *sides):
+        raise ValueError(
+            f'{name}: a frozen weight of shape {weight.shape} in {layout.granularity} has {outputs + 1} pointers and values of shape '
+            f'{(*layout.indices.shape, *sides)}, got {layout.pointers.shape[0]} and {tuple(weight.values.shape)}{where}: make it with freeze.'
+        )
+    if len(weight.shape) != axes:
+        raise ValueError(f'{name}: w must have {axes} axes, got shape {weight.shape}{where}.')
+    if x.ndim == 0 or x.shape[-1] != weight.shape[-2]:
+        raise ValueError(
+            f'{name}: x of shape {tuple(x.shape)} has {x.shape[-1] if x.ndim else "no"} features, w of shape {weight.shape} takes {weight.shape[-2]}{where}.'
+        )
+    if x.dtype != weight.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f'{name}: x and w must be of one floating-point type, got {x.dtype} and {weight.dtype}{where}: cast one of them.'
         )
 
 

@@ -20,6 +20,7 @@ from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core.granularity import Granularity, Unstructured
 from sparse_jax.kernels import device, gpu, reference, sharded, store, tpu
 from sparse_jax.kernels.cpu import operations as cpu
+from sparse_jax.kernels.layout import CompactWeight, Layout
 from sparse_jax.kernels.pattern import Pattern
 from sparse_jax.kernels.reference import Geometry
 
@@ -57,6 +58,12 @@ class ScoringBackend(Backend, Protocol):
     ) -> jax.Array: ...
 
 
+class FrozenBackend(Backend, Protocol):
+    """A backend that also multiplies with compact weights, for inference."""
+
+    def frozen(self, x: jax.Array, weight: CompactWeight, geometry: Geometry) -> jax.Array: ...
+
+
 class _Pallas:
     """A package of Pallas kernels, whose operations.py, and with it Pallas, is imported when one runs."""
 
@@ -91,6 +98,7 @@ class _Pallas:
 
 SCORING: dict[str, ScoringBackend] = {'reference': reference, 'gpu': _Pallas(gpu), 'tpu': _Pallas(tpu)}
 BACKENDS: dict[str, Backend] = {'reference': reference, 'cpu': cpu, 'gpu': SCORING['gpu'], 'tpu': SCORING['tpu']}
+FROZEN: dict[str, FrozenBackend] = {'reference': reference, 'cpu': cpu}
 IMPLEMENTATIONS = tuple(BACKENDS)
 
 
@@ -160,6 +168,35 @@ def choose(implementation: str | None, dtype, pattern: Pattern, *, empty: bool) 
     if named or target.platform() != 'cpu':
         layer = f' {pattern.name}' if pattern.name else ''
         errors.say_once(f"sparse_jax: the reference multiplies{layer} instead of '{choice.implementation}': {reason}.")
+    return Choice('reference', reason)
+
+
+def choose_frozen(implementation: str | None, dtype, layout: Layout) -> Choice:
+    """What multiplies with a compact weight in a product that is being traced: a name that is given, or the platform's kernels where it has
+    such ones, else the reference, which makes the whole weight at each call.
+
+    Args:
+      implementation: the name given with the product; None: none.
+      dtype: type of x and of the values.
+      layout: of the weight.
+
+    Raises:
+      NotImplementedError: if the implementation that is named with the product cannot run.
+      ValueError: if there is no implementation of that name.
+    """
+    named = implementation or layout.implementation
+    name = named or (target.platform() if target.platform() in FROZEN else 'reference')
+    reason = unsupported(name, dtype, layout.granularity)
+    if not reason and name not in FROZEN:
+        reason = 'it has no kernel for frozen weights'
+    if not reason:
+        return Choice(name, 'it is named' if named else '')
+    if implementation:
+        raise NotImplementedError(
+            f"implementation={implementation!r} does not run here: {reason}. Take implementation=None or 'reference'."
+        )
+    layer = f' {layout.name}' if layout.name else ''
+    errors.say_once(f"sparse_jax: the reference multiplies{layer} instead of '{name}': {reason}.")
     return Choice('reference', reason)
 
 

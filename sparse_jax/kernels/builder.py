@@ -21,14 +21,14 @@ from sparse_jax.core.granularity import Block, Granularity, Unstructured
 from sparse_jax.kernels import backend, sharded
 from sparse_jax.kernels.pattern import Pattern, capacity
 
-_NOT_GIVEN = Unstructured()
+NOT_GIVEN = Unstructured()
 
 
 def as_granularity(function: str, granularity: str | Granularity, block: Sequence[int] | None) -> Granularity:
     """The granularity that a caller of `function` means by these two arguments, of which one may be given."""
     if block is None:
         return granularity_lib.get(granularity)
-    if granularity is not _NOT_GIVEN:
+    if granularity is not NOT_GIVEN:
         raise ValueError(f'{function}: got both granularity={granularity!r} and block={block!r}: pass one of them.')
     return as_block(function, block)
 
@@ -47,7 +47,7 @@ def as_block(function: str, block: Sequence[int]) -> Granularity:
 def make_pattern(
     mask: Any,
     *,
-    granularity: str | Granularity = _NOT_GIVEN,
+    granularity: str | Granularity = NOT_GIVEN,
     block: tuple[int, int] | None = None,
     implementation: str | None = None,
     at_least: int = 0,
@@ -158,7 +158,7 @@ def _whole_units(mask: np.ndarray, granularity: Granularity, name: str) -> np.nd
 def make_patterns(
     masks: Any,
     *,
-    granularity: str | Granularity = _NOT_GIVEN,
+    granularity: str | Granularity = NOT_GIVEN,
     block: tuple[int, int] | None = None,
     stacked: Callable[[str, Any], bool] | None = None,
     implementations: Mapping[str, str] | None = None,
@@ -191,7 +191,7 @@ def make_patterns(
       >>> patterns['fc']['bias'], patterns['fc']['kernel'].shape
       (None, (4, 4))
     """
-    masks, layers = _layers(masks, granularity, block, stacked)
+    masks, layers = layers_of('make_patterns', masks, granularity, block, stacked)
     is_leaf = lambda x: x is None or isinstance(x, Pattern)
     before = {p.name: p for p in jax.tree.leaves(previous, is_leaf=is_leaf) if p is not None}
     named, leaves = implementations or {}, layers_lib.leaf_paths(masks)
@@ -224,15 +224,17 @@ def make_patterns(
     return jax.tree.unflatten(jax.tree.structure(masks), [make(p, m) for p, m in leaves])
 
 
-def _layers(masks: Any, granularity: Any, block: Any, stacked: Any) -> tuple[Any, dict[str, tuple[bool, Granularity]]]:
-    """Masks, and of each sparse leaf by its path whether it holds a layer in each row, and its granularity."""
+def layers_of(
+    function: str, masks: Any, granularity: Any, block: Any, stacked: Any
+) -> tuple[Any, dict[str, tuple[bool, Granularity]]]:
+    """Masks that a function was given as such or as a state, and of each sparse leaf by its path whether it holds a layer in each row, and its granularity."""
     tree = masks_lib.masks_in(masks)
     if tree is masks:
-        unit = as_granularity('make_patterns', granularity, block)
+        unit = as_granularity(function, granularity, block)
         sparse = [(path, mask) for path, mask in layers_lib.leaf_paths(tree) if np.ndim(mask)]
         return tree, {path: (stacked is not None and bool(stacked(path, mask)), unit) for path, mask in sparse}
-    if granularity is not _NOT_GIVEN or block is not None or stacked is not None:
-        raise ValueError('make_patterns: the state knows granularity, block and stacked; give them with masks only.')
+    if granularity is not NOT_GIVEN or block is not None or stacked is not None:
+        raise ValueError(f'{function}: the state knows granularity, block and stacked; give them with masks only.')
     return tree, {layer.name: (layer.depth is not None, unit) for layer, unit in masks_lib.layers_in(masks)}
 
 

@@ -9,6 +9,7 @@ from jax import lax
 
 from sparse_jax.core import target
 from sparse_jax.core.granularity import Block, Granularity
+from sparse_jax.kernels.layout import CompactWeight
 from sparse_jax.kernels.pattern import Pattern
 
 
@@ -83,6 +84,12 @@ def forward(x: jax.Array, w: jax.Array, pattern: Pattern, geometry: Geometry) ->
     """y[n, p, o] = sum over taps t and inputs c of w[t, c, o] x[n, s p + t, c]."""
     del pattern
     return convolve_dense(x, w, geometry)
+
+
+def frozen(x: jax.Array, weight: CompactWeight, geometry: Geometry) -> jax.Array:
+    """The forward product with a compact weight."""
+    w = weight.to_dense()
+    return convolve_dense(x, w if w.ndim == 4 else w[None, None], geometry)
 
 
 def input_gradient(dy: jax.Array, w: jax.Array, pattern: Pattern, geometry: Geometry, x_shape: tuple[int, ...]) -> jax.Array:

@@ -134,7 +134,7 @@ def create(
         else:
             x = x.astype(compute)
             count = len(x)
-            if module.takes_lanes and _by_lanes(layout, x, patterns, train):
+            if module.takes_lanes and _by_lanes(layout, x, params, patterns, train):
                 x = by_lanes.begin(jnp.pad(x, ((0, -count % by_lanes.BATCH), (0, 0), (0, 0), (0, 0))), train=train)
             logits = model(x, train=train, rng=rng, patterns=patterns)[:count]
         logits = logits.astype(jnp.float32)
@@ -143,13 +143,16 @@ def create(
     return Model(init, apply, transformer.stacked if module.takes_tokens else None)
 
 
-def _by_lanes(layout: str, x: Any, patterns: Any, train: bool) -> bool:
+def _by_lanes(layout: str, x: Any, params: Any, patterns: Any, train: bool) -> bool:
     """Whether images are to lie by lanes; ValueError where that was asked for and cannot be."""
     if not train and (layout == 'lanes' or len(x) >= by_lanes.BATCH):  # where no example sees another, a batch may be filled up
         x = jax.ShapeDtypeStruct((by_lanes.BATCH, *x.shape[1:]), x.dtype)
     is_pattern = lambda p: isinstance(p, kernels.Pattern)
     named = {p.implementation for p in jax.tree.leaves(patterns, is_leaf=is_pattern) if is_pattern(p)}
     if layout == 'channels' or (layout == 'auto' and ('reference' in named or jax.device_count() > 1)):
+        return False
+    is_frozen = lambda leaf: isinstance(leaf, kernels.CompactWeight)
+    if any(map(is_frozen, jax.tree.leaves(params, is_leaf=is_frozen))):
         return False
     reason = kernels.lanes_unavailable(x.shape[0], x.dtype)
     if reason and layout == 'lanes':

@@ -51,6 +51,14 @@ def pattern_at(patterns: Any, *path: str) -> Any:
     return patterns
 
 
+def kernel_of(kernel: nnx.Param, dtype: Any) -> Any:
+    """A layer's kernel in this type: an array, or a frozen weight, which needs no pattern."""
+    value = kernel.get_value()
+    if isinstance(value, kernels.CompactWeight):
+        return dataclasses.replace(value, values=value.values.astype(dtype))
+    return value.astype(dtype)
+
+
 class Network(nnx.Module):
     """A whole model, and what it can do."""
 
@@ -69,11 +77,12 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, pattern=None, *, out_dtype: Any = None) -> jax.Array:
         """Args: x: [..., in]. pattern: the kernel's sparsity pattern, or None. out_dtype: None: x's. Returns: [..., out]."""
-        if pattern is None:
-            y = jnp.matmul(x, self.kernel[...].astype(x.dtype), preferred_element_type=out_dtype)
+        kernel = kernel_of(self.kernel, x.dtype)
+        if pattern is None and isinstance(kernel, jax.Array):
+            y = jnp.matmul(x, kernel, preferred_element_type=out_dtype)
         else:
             wide = jnp.dtype(out_dtype or x.dtype)
-            y = kernels.sparse_dot(x.astype(wide), self.kernel[...].astype(wide), pattern)
+            y = kernels.sparse_dot(x.astype(wide), kernel_of(self.kernel, wide), pattern)
         return y + self.bias[...].astype(y.dtype) if self.use_bias else y
 
 
@@ -105,8 +114,8 @@ class Conv(nnx.Module):
         if isinstance(x, ByLanes):
             bias = self.bias[...] if self.use_bias else None
             return by_lanes.convolve(x, self.kernel[...], bias, pattern, residual, self.strides, self.padding)
-        kernel = self.kernel[...].astype(x.dtype)
-        if pattern is None:
+        kernel = kernel_of(self.kernel, x.dtype)
+        if pattern is None and isinstance(kernel, jax.Array):
             y = kernels.convolve(x, kernel, strides=self.strides, padding=self.padding)
         else:
             y = kernels.sparse_conv(x, kernel, pattern, strides=self.strides, padding=self.padding)

@@ -21,6 +21,12 @@ CASES = [
     (2, 6, 6, 16, 16, (1, 1), (2, 2), ((1, 1), (1, 1)), (1, 1), 0.3, None),
     (2, 6, 6, 18, 10, (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 0.2, (4, 4)),
     (70, 1, 1, 19, 23, (1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1), 0.3, (8, 4)),
+    # few rows, whose lists are walked as they are
+    (1, 1, 1, 60, 70, (1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1), 0.2, None),
+    (16, 1, 1, 300, 200, (1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1), 0.3, None),
+    (50, 1, 1, 100, 250, (1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1), 0.2, None),
+    (128, 1, 1, 70, 90, (1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1), 0.1, None),
+    (200, 1, 1, 400, 300, (1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1), 0.3, None),
     (1, 3, 3, 1, 1, (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 1.0, None),
     (2, 4, 4, 6, 6, (3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1), 0.0, None),
     # so many patches that there are more tiles than threads, and parts of the weight gradient
@@ -98,6 +104,21 @@ def errors(case, implementation: str, seed: int = 0):
     expected[2] = np.where(mask, expected[2], 0)
     largest = lambda a: max(np.abs(a).max(initial=0), 1e-30)
     return got, [float(np.abs(np.asarray(a) - b).max(initial=0) / largest(b)) for a, b in zip(got, expected, strict=True)]
+
+
+def frozen(case, seed: int = 0):
+    """The output with frozen weights by the C++ kernel, and its largest error against float64, relative to the largest value."""
+    import jax.numpy as jnp
+
+    from sparse_jax import kernels
+
+    strides, padding, dilation, block = case[6], case[7], case[8], case[10]
+    x, mask, w, dy = make(case, seed)
+    weight = kernels.freeze(w, mask, **({} if block is None else dict(granularity=f'block:{block[0]}x{block[1]}')))
+    options = dict(strides=strides, padding=padding, dilation=dilation, implementation='cpu')
+    y = np.asarray(kernels.sparse_conv(jnp.asarray(x), weight, **options))
+    expected = convolution(x, w, dy, strides, padding, dilation)[0]
+    return y, float(np.abs(y - expected).max(initial=0) / max(np.abs(expected).max(initial=0), 1e-30))
 
 
 # batch, height, width, in, out, taps, stride, padding, density
@@ -216,7 +237,9 @@ def main() -> None:
         for seed in range(2):
             got, wrong = errors(case, 'cpu', seed)
             assert max(wrong) < 2e-6, (case, wrong)
-            for array in got:
+            y, wrong = frozen(case, seed)
+            assert wrong < 2e-6, (case, wrong)
+            for array in (*got, y):
                 digest.update(np.asarray(array).tobytes())
     for case in BY_LANES:
         for mode in ('sparse', 'dense', 'dense gradient'):

@@ -16,11 +16,12 @@ import numpy as np
 from sparse_jax.core import errors, target
 from sparse_jax.core.granularity import Granularity, Unstructured
 from sparse_jax.kernels.cpu import compiler
+from sparse_jax.kernels.layout import CompactWeight
 from sparse_jax.kernels.pattern import Pattern
 from sparse_jax.kernels.reference import Geometry
 
 _logger = logging.getLogger('sparse_jax')
-_HANDLERS = ('forward', 'input_gradient', 'weight_gradient', 'pool', 'pool_gradient')
+_HANDLERS = ('forward', 'frozen', 'input_gradient', 'weight_gradient', 'pool', 'pool_gradient')
 # launch.MALLOC: that module restarts Python before anything imports jax, as this one does
 MALLOC = ':'.join(f'glibc.malloc.{name}' for name in ('mmap_max=0', 'trim_threshold=1000000000000', 'arena_max=1', 'hugetlb=1'))
 _LARGE = 2**22  # elements of an array
@@ -72,9 +73,13 @@ def call(name: str, shapes: Sequence[tuple[int, ...]], *operands, pattern: Patte
     # by input, also for the product by output: the order in which the weight lies in memory
     lists = (empty, empty) if pattern is None else (pattern.transposed_indices, pattern.transposed_pointers)
     sides = (Unstructured() if pattern is None else pattern.granularity).sides
-    numbers = (*geometry.strides, *(low for low, _ in geometry.padding), *geometry.dilation, *sides)
+    numbers = _numbers(geometry, sides)
     arguments = [lists if operand is LISTS else [operand] for operand in operands]
     return kernel(name, results, geometry=np.array(numbers, np.int64))(*itertools.chain(*arguments))
+
+
+def _numbers(geometry: Geometry, sides: tuple[int, int]) -> tuple[int, ...]:
+    return (*geometry.strides, *(low for low, _ in geometry.padding), *geometry.dilation, *sides)
 
 
 @functools.cache
@@ -108,6 +113,15 @@ def forward(x: jax.Array, w: jax.Array, pattern: Pattern, geometry: Geometry) ->
     """As in reference.py."""
     shapes = geometry.output_shape(x.shape, w.shape), (0,)
     return call('forward', shapes, x, nothing(), w, LISTS, nothing(), pattern=pattern, geometry=geometry)[0]
+
+
+def frozen(x: jax.Array, weight: CompactWeight, geometry: Geometry) -> jax.Array:
+    """As in reference.py."""
+    layout = weight.layout
+    taps = layout.shape[:-2] or (1, 1)
+    result = jax.ShapeDtypeStruct(geometry.output_shape(x.shape, (*taps, *layout.shape[-2:])), jnp.float32)
+    numbers = np.array((*taps, *_numbers(geometry, layout.granularity.sides)), np.int64)
+    return kernel('frozen', result, geometry=numbers)(x, weight.values, layout.indices, layout.pointers)
 
 
 def input_gradient(dy: jax.Array, w: jax.Array, pattern: Pattern, geometry: Geometry, x_shape: tuple[int, ...]) -> jax.Array:

@@ -9,11 +9,11 @@ inline constexpr int kOutputs = 4;  // destination channels at once; with a quar
 
 // Weights in the order of use: [block][group of kOutputs destination channels][source channel in the block][tap of this pass][kOutputs].
 struct DensePlan {
-  int64_t block, blocks, rows, groups, taps;
+  int64_t block, blocks, rows, groups, taps, sources;
   std::vector<int32_t> offset;  // of each (source channel in a block, tap) in the packed window
   float* weights;
 
-  int64_t length(int64_t b, int64_t sources) const { return std::min(block, sources - b * block) * taps; }
+  int64_t length(int64_t b) const { return std::min(block, sources - b * block) * taps; }
   const float* panel(int64_t b, int64_t group) const { return weights + (b * groups + group) * block * taps * kOutputs; }
 };
 
@@ -22,10 +22,10 @@ inline int64_t dense_block(const Pass& pass, int64_t sources) {
   return std::min(sources, std::max<int64_t>(4, int64_t(40e3 / bytes) / 4 * 4));
 }
 
-inline DensePlan make_dense_plan(ffi::ThreadPool& pool, const List& list, const Pass& pass, const Geometry& g, const float* values,
+inline DensePlan make_dense_plan(const Threads& pool, const List& list, const Pass& pass, const Geometry& g, const float* values,
                                  Lease& scratch) {
   const int64_t sources = list.transposed ? list.outputs : list.inputs, rows = list.transposed ? list.inputs : list.outputs;
-  DensePlan plan{dense_block(pass, sources), 0, rows, (rows + kOutputs - 1) / kOutputs, 0, {}, nullptr};
+  DensePlan plan{dense_block(pass, sources), 0, rows, (rows + kOutputs - 1) / kOutputs, 0, sources, {}, nullptr};
   plan.blocks = (sources + plan.block - 1) / plan.block;
   std::vector<int64_t> taps;
   std::vector<int32_t> in_window;

@@ -11,9 +11,8 @@
 //
 // The limits. Operations: kTile multiply-adds a nonzero and tile. Bytes: as many operands of the first or the second cache (plan.h says
 // which); from memory, each image once for each block of channels, and the halo of its patches.
-#include "plan.h"
+#include "matrix.h"
 #include "pool.h"
-#include "product.h"
 
 namespace sparse_jax {
 namespace {
@@ -68,10 +67,10 @@ Activation activation_of(const F32& numbers, int64_t channels) {
   return {p, p + channels, p + 2 * channels};
 }
 
-Pass forward_pass(const Geometry& g, const Image& from, const Image& to) {
+Pass forward_pass(const Geometry& g, const Image& from, const Image& to, bool dense) {
   Pass pass{forward_axis(to.height, from.height, g.taps_y, g.stride_y, g.pad_y, g.dilation_y),
             forward_axis(to.width, from.width, g.taps_x, g.stride_x, g.pad_x, g.dilation_x)};
-  choose_patch(pass, from);
+  choose_patch(pass, from, dense);
   return pass;
 }
 
@@ -86,12 +85,17 @@ void forward(ffi::ThreadPool& pool, const F32& x, const F32& activation, const F
     return;
   }
   const List list = list_of(index, pointer, from, to, numbers, false);
-  const Pass pass = forward_pass(g, from, to);
+  const Pass pass = forward_pass(g, from, to, list.dense());
   const int64_t tiles = pass.tiles(from.units());
   const Source source{x.typed_data(), from, activation_of(activation, from.channels)};
+  if (is_few_rows(list, pass, g, from, to)) {
+    check(list.pointers > list.inputs, "it has too few pointers for its inputs");
+    const Places places(pass, from, to, 0);
+    return with_vectors(pass, [&](auto v) { FewRows{pool, list, pass, w.typed_data()}.forward<v>(source, places, y.typed_data()); });
+  }
   if (!from.by_lanes) {
     const Pieces pieces(pool, tiles, tiles, to.channels);
-    return product(pool, list, pass, g, w.typed_data(), source, to, pieces, false, Plainly{y.typed_data()});
+    return product(pool, list, pass, g, w.typed_data(), source, to, pieces, false, Plainly{y.typed_data(), pass.vectors});
   }
   const Pieces pieces(pool, tiles, std::min(tiles, kParts), to.channels);
   const bool wanted = statistics.element_count() > 0;
@@ -140,16 +144,40 @@ void input_gradient(ffi::ThreadPool& pool, const F32& dy, const F32& x, const F3
       Pass pass{backward_axis(to.height, from.height, py, g.taps_y, g.stride_y, g.pad_y, g.dilation_y),
                 backward_axis(to.width, from.width, px, g.taps_x, g.stride_x, g.pad_x, g.dilation_x)};
       if (pass.y.count == 0 || pass.x.count == 0) continue;  // a stride beyond the image
-      choose_patch(pass, from);
+      choose_patch(pass, from, list.dense());
+      if (is_few_rows(list, pass, g, from, to)) {
+        check(list.pointers > list.inputs, "it has too few pointers for its inputs");
+        const Places places(pass, from, to, 0);
+        with_vectors(pass, [&](auto v) { FewRows{pool, list, pass, w.typed_data()}.input_gradient<v>(source, places, dx.typed_data()); });
+        continue;
+      }
       const int64_t tiles = pass.tiles(from.units());
       const Pieces pieces(pool, tiles, from.by_lanes ? std::min(tiles, kParts) : tiles, to.channels);
       if (from.by_lanes)
         product(pool, list, pass, g, w.typed_data(), source, to, pieces, true,
                 EachChannel<Backward>{{x.typed_data(), f, dx.typed_data(), larger_than_caches(dx.typed_data(), dx.element_count()), &sums}});
       else
-        product(pool, list, pass, g, w.typed_data(), source, to, pieces, true, Plainly{dx.typed_data()});
+        product(pool, list, pass, g, w.typed_data(), source, to, pieces, true, Plainly{dx.typed_data(), pass.vectors});
     }
   if (f.mean) write_sums(pool, sums, gradients.typed_data());
+}
+
+// The forward product with a frozen kernel. The attribute begins with its taps in rows and columns.
+void frozen(ffi::ThreadPool& pool, const F32& x, const F32& values, const S32& index, const S32& pointer, F32& y, Numbers numbers) {
+  const Numbers geometry(numbers.begin() + 2, numbers.size() - 2);
+  const Geometry g = geometry_of(numbers, geometry);
+  const Image from = image_of(x.dimensions()), to = image_of(y.dimensions());
+  if (y.element_count() == 0 || x.element_count() == 0 || index.element_count() == 0)
+    return void(std::fill_n(y.typed_data(), y.element_count(), 0.0f));
+  const FrozenList list{index.typed_data(), pointer.typed_data(), values.typed_data(), int64_t(index.element_count()),
+                        int64_t(pointer.element_count()), from.channels, to.channels, geometry[6], geometry[7]};
+  check(int64_t(values.element_count()) >= list.indices * list.block_rows * list.block_columns, "it has more units than values");
+  check(list.pointers > list.rows(), "it has too few pointers for its outputs");
+  if (from.count <= kFewVectors && from.height * from.width * to.height * to.width * g.taps_y * g.taps_x * list.block_rows * list.block_columns == 1)
+    return times_vectors(pool, list, x.typed_data(), from.count, y.typed_data());
+  const Cut c = cut(pool, list, forward_pass(g, from, to, false), from);
+  const Source source{x.typed_data(), from, {}};
+  product(c.threads, make_frozen_plan(c.threads, list, c.pass, g, c.block), c.pass, source, to, c.pieces, false, Plainly{y.typed_data(), c.pass.vectors});
 }
 
 void pool_maxima(ffi::ThreadPool& pool, const F32& x, const F32& activation, F32& y, Numbers window) {
@@ -196,7 +224,7 @@ void dense_weight_gradient(ffi::ThreadPool& pool, const Geometry& g, const Pass&
       pack(dy.data, dy.image, dy.activation, places.destination, kTile, low, high, gradients);
       transpose_outputs(gradients, high - low, memory);
       pack(x.data, x.image, x.activation, places.source, positions, first, first + length, window);
-      dispatch(pass, [&](auto rows, auto columns, auto s) {
+      dispatch<false>(pass, [&](auto rows, auto columns, auto s, auto) {
         for (int64_t panel = 0; panel < panels; panel++)
           for (int64_t k = 0; k < pairs; k += kPairs)
             dense_dot<rows, columns, s>(window, row_stride(pass), pass.x.stride, &offset[k], int(std::min<int64_t>(kPairs, pairs - k)),
@@ -220,8 +248,13 @@ void weight_gradient(ffi::ThreadPool& pool, const F32& x, const F32& activation,
   const Source gradient{dy.typed_data(), image_of(dy.dimensions()), {}};
   const Image &from = source.image, &to = gradient.image;
   const List list = list_of(index, pointer, from, to, numbers, false);
-  const Pass pass = forward_pass(g, from, to);
+  const Pass pass = forward_pass(g, from, to, list.dense());
   if (list.dense()) return dense_weight_gradient(pool, g, pass, source, gradient, dw.typed_data());
+  if (is_few_rows(list, pass, g, from, to)) {
+    check(list.pointers > list.inputs, "it has too few pointers for its inputs");
+    const Places places(pass, from, to, 0);
+    return with_vectors(pass, [&](auto v) { FewRows{pool, list, pass, nullptr}.weight_gradient<v>(source, gradient, places, dw.typed_data()); });
+  }
   const int64_t positions = pass.positions(), tiles = pass.tiles(from.units()), parts = std::min(tiles, kGradientParts);
   const Pieces pieces(pool, tiles, parts, to.channels);
   Lease plan_scratch, partial_scratch;
@@ -233,12 +266,12 @@ void weight_gradient(ffi::ThreadPool& pool, const F32& x, const F32& activation,
     float* mine = partial + pieces.part(i) * nonzeros;
     for (int64_t b = 0; b < plan.blocks; b++) std::fill(mine + plan.start[b * plan.rows + first], mine + plan.start[b * plan.rows + last], 0.0f);
     Vector* window = window_scratch.get<Vector>(plan.block * positions);
-    Vector* gradients = tile_scratch.get<Vector>((last - first) * kTile);
+    Vector* gradients = tile_scratch.get<Vector>((last - first) * pass.vectors);
     Vector* waiting = waiting_scratch.get<Vector>(plan.block * g.taps_y * g.taps_x + kLanes);
     for (int64_t t = pieces.first_tile(i); t < pieces.last_tile(i); t++) {
       const Places places(pass, from, to, t);
-      pack(gradient.data, to, {}, places.destination, kTile, first, last, gradients);
-      dispatch(pass, [&](auto rows, auto columns, auto s) {
+      pack(gradient.data, to, {}, places.destination, pass.vectors, first, last, gradients);
+      dispatch<true>(pass, [&](auto rows, auto columns, auto s, auto vectors) {
         for (int64_t b = 0; b < plan.blocks; b++) {
           pack(source.data, from, source.activation, places.source, positions, b * plan.block,
                std::min(from.channels, (b + 1) * plan.block), window);
@@ -246,8 +279,8 @@ void weight_gradient(ffi::ThreadPool& pool, const F32& x, const F32& activation,
           float* to = mine + plan.start[b * plan.rows + first];
           int64_t count = 0;
           for (int64_t r = first; r < last; r++, ahead.some()) {
-            const Vector* gradient = gradients + (r - first) * kTile;
-            Vector* behind = dot<rows, columns, s>(window, row_stride(pass), pass.x.stride, plan.begin(b, r), plan.end(b, r), gradient,
+            const Vector* gradient = gradients + (r - first) * pass.vectors;
+            Vector* behind = dot<rows, columns, s, vectors>(window, row_stride(pass), pass.x.stride, plan.begin(b, r), plan.end(b, r), gradient,
                                                    waiting + count);
             count = reduce(waiting, behind - waiting, r + 1 == last, to);
           }
@@ -296,6 +329,10 @@ ffi::Error WeightGradientHandler(ffi::ThreadPool pool, F32 x, F32 activation, F3
   return guarded([&] { weight_gradient(pool, x, activation, dy, index, pointer, *dw, numbers); });
 }
 
+ffi::Error FrozenHandler(ffi::ThreadPool pool, F32 x, F32 values, S32 index, S32 pointer, ffi::Result<F32> y, Numbers numbers) {
+  return guarded([&] { frozen(pool, x, values, index, pointer, *y, numbers); });
+}
+
 ffi::Error PoolHandler(ffi::ThreadPool pool, F32 x, F32 activation, ffi::Result<F32> y, Numbers window) {
   return guarded([&] { pool_maxima(pool, x, activation, *y, window); });
 }
@@ -316,6 +353,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sparse_jax_input_gradient, InputGradientHandler,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sparse_jax_weight_gradient, WeightGradientHandler,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<S32>().Arg<S32>()
                                   .Ret<F32>().Attr<Numbers>("geometry"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparse_jax_frozen, FrozenHandler,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<F32>().Arg<S32>().Arg<S32>().Ret<F32>()
+                                  .Attr<Numbers>("geometry"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sparse_jax_pool, PoolHandler,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<F32>().Ret<F32>().Attr<Numbers>("window"));

@@ -34,6 +34,16 @@ struct Entry {
   };
 };
 
+// A range of entries as the inner loops walk it: the k-th from here on.
+struct Entries {
+  const Entry* at;
+
+  int32_t offset(int64_t k) const { return at[k].offset; }
+  float value(int64_t k) const { return at[k].value; }
+  int64_t operator-(Entries other) const { return at - other.at; }
+  void operator+=(int64_t k) { at += k; }
+};
+
 // Entries by block of source channels, then by destination channel, then by source channel.
 struct Plan {
   int64_t block, blocks, rows;
@@ -49,8 +59,9 @@ struct Plan {
 struct Pieces {
   int64_t tiles, parts, ranges, width, rows;
 
-  Pieces(const ffi::ThreadPool& pool, int64_t tiles, int64_t parts, int64_t rows) : tiles(tiles), parts(parts), rows(rows) {
-    const int64_t wanted = parts == 0 || parts >= 2 * pool.num_threads() ? 1 : (pool.num_threads() + parts - 1) / parts;
+  // shares: ranges a thread, where it is quickly done: one that wakes up late then has less to catch up.
+  Pieces(const Threads& pool, int64_t tiles, int64_t parts, int64_t rows, int64_t shares = 1) : tiles(tiles), parts(parts), rows(rows) {
+    const int64_t wanted = parts == 0 || parts >= 2 * pool.num_threads() ? 1 : (shares * pool.num_threads() + parts - 1) / parts;
     width = std::max<int64_t>(2 * kLanes, (rows + wanted * kLanes - 1) / (wanted * kLanes) * kLanes);
     ranges = (rows + width - 1) / width;
   }
@@ -64,13 +75,14 @@ struct Pieces {
 
 // Source channels a block. A small one keeps its packed window in the first cache, where an operand costs half of what it costs in
 // the second (measured: 195 against 104 GFLOP/s a core); but in each block an output's kTile sums are read and written again, which
-// costs as much as four nonzeros. So: small where outputs have more than a few nonzeros in a block, else half of the second cache.
+// costs as much as four nonzeros. So: small where outputs have more than a few nonzeros in a block, else half of the second cache. Of a small
+// tile an operand is a vector or a few, and costs what stands around it: then blocks gain nothing.
 inline int64_t block_channels(const Pass& pass, int64_t channels, double nonzeros_per_channel) {
   const double bytes = double(pass.positions()) * sizeof(Vector);
   const int64_t small = std::max<int64_t>(kLanes, int64_t(40e3 / bytes) / kLanes * kLanes);
   const int64_t large = std::max<int64_t>(kLanes, int64_t(512e3 / bytes) / kLanes * kLanes);
   const double cost_small = 1 + 4 / (nonzeros_per_channel * small), cost_large = 1.9 + 4 / (nonzeros_per_channel * large);
-  return std::min(channels, cost_small < cost_large ? small : large);
+  return std::min(channels, cost_small < cost_large && pass.vectors == kTile ? small : large);
 }
 
 // What an (output channel, tap) means in one pass, looked up instead of divided for.
@@ -105,7 +117,7 @@ inline void for_nonzeros(const List& list, const Operand* operands, int64_t taps
 }
 
 // values: the dense kernel; null where entries shall hold places instead.
-inline Plan make_plan(ffi::ThreadPool& pool, const List& list, const Pass& pass, const Geometry& g, const float* values, Lease& scratch) {
+inline Plan make_plan(const Threads& pool, const List& list, const Pass& pass, const Geometry& g, const float* values, Lease& scratch) {
   Plan plan;
   plan.rows = list.transposed ? list.inputs : list.outputs;
   const int64_t sources = list.transposed ? list.outputs : list.inputs, positions = pass.positions();

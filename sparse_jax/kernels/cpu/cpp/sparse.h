@@ -12,18 +12,43 @@ inline const Vector* next(const Vector* x, int64_t row_stride) {
   return x;
 }
 
-// All nonzeros of one destination channel and one block. The kTile sums stay in registers, so that a nonzero reads its operands and
-// writes nothing. S: stride in columns, 0 where it is known at run time only.
-template <int ROWS, int COLUMNS, int S>
-inline void accumulate(const Vector* window, int64_t row_stride, int64_t stride, const Entry* e, const Entry* end, bool first, Vector* out) {
-  constexpr int G = kTile / (ROWS * COLUMNS);
+// All nonzeros of one destination channel and one block, of a range [e, end) of a plan's or of a frozen list. The sums of the tile's V vectors
+// stay in registers, so that a nonzero reads its operands and writes nothing. S: stride in columns, 0 where it is known at run time only.
+template <int ROWS, int COLUMNS, int S, int V, typename E>
+inline void accumulate(const Vector* window, int64_t row_stride, int64_t stride, E e, E end, bool first, Vector* out) {
+  constexpr int G = V / (ROWS * COLUMNS);
   const int64_t s = S ? S : stride;
-  Vector sum[kTile];
+  if constexpr (V < 8 && V < kTile) {  // several nonzeros at once, as an addition waits for the one before
+    constexpr int kChains = V == 1 ? 4 : 8 / V;
+    Vector sum[kChains][V];
 #pragma GCC unroll 16
-  for (int i = 0; i < kTile; i++) sum[i] = first ? Vector{} : out[i];
-  for (; e != end; e++) {
-    const Vector* x = window + e->offset;
-    const Vector w = broadcast(e->value);
+    for (int k = 0; k < kChains; k++)
+#pragma GCC unroll 16
+      for (int i = 0; i < V; i++) sum[k][i] = first || k ? Vector{} : out[i];
+    auto add = [&](int k) __attribute__((always_inline)) {
+      const Vector* x = window + e.offset(k);
+      asm("" : "+r"(x));  // else each operand's address is worked out anew
+#pragma GCC unroll 16
+      for (int i = 0; i < V; i++) sum[k][i] += broadcast(e.value(k)) * x[i / G / COLUMNS * row_stride + i / G % COLUMNS * s * G + i % G];
+    };
+    for (; end - e >= kChains; e += kChains)
+#pragma GCC unroll 16
+      for (int k = 0; k < kChains; k++) add(k);
+    for (; end - e > 0; e += 1) add(0);
+#pragma GCC unroll 16
+    for (int i = 0; i < V; i++) {
+#pragma GCC unroll 16
+      for (int k = 1; k < kChains; k++) sum[0][i] += sum[k][i];
+      out[i] = sum[0][i];
+    }
+    return;
+  }
+  Vector sum[V];
+#pragma GCC unroll 16
+  for (int i = 0; i < V; i++) sum[i] = first ? Vector{} : out[i];
+  for (; end - e > 0; e += 1) {
+    const Vector* x = window + e.offset(0);
+    const Vector w = broadcast(e.value(0));
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++, x = next(x, row_stride))
 #pragma GCC unroll 16
@@ -32,7 +57,7 @@ inline void accumulate(const Vector* window, int64_t row_stride, int64_t stride,
         for (int g = 0; g < G; g++) sum[(r * COLUMNS + c) * G + g] += w * x[c * s * G + g];
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < kTile; i++) out[i] = sum[i];
+  for (int i = 0; i < V; i++) out[i] = sum[i];
 }
 
 // Each vector's sum over its lanes: lane l of the result is that of vector l. Of two vectors that are H apart, the lanes without the bit H
@@ -73,16 +98,16 @@ inline int64_t reduce(Vector* waiting, int64_t count, bool all, float*& to) {
 
 // Dot products, lane by lane, of a tile's output gradients (in registers) with its window, one vector for each nonzero of an output. They
 // are summed over lanes elsewhere: the constants of that would drive the gradients out of the registers.
-template <int ROWS, int COLUMNS, int S>
+template <int ROWS, int COLUMNS, int S, int V>
 inline Vector* dot(const Vector* window, int64_t row_stride, int64_t stride, const Entry* e, const Entry* end, const Vector* dy, Vector* to) {
-  constexpr int G = kTile / (ROWS * COLUMNS);
+  constexpr int G = V / (ROWS * COLUMNS);
   const int64_t s = S ? S : stride;
-  Vector y[kTile];
+  Vector y[V];
 #pragma GCC unroll 16
-  for (int i = 0; i < kTile; i++) y[i] = dy[i];
+  for (int i = 0; i < V; i++) y[i] = dy[i];
   for (; e != end; e++) {
     const Vector* x = window + e->offset;
-    Vector part[2];
+    Vector part[2] = {};
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++, x = next(x, row_stride))
 #pragma GCC unroll 16
@@ -97,18 +122,31 @@ inline Vector* dot(const Vector* window, int64_t row_stride, int64_t stride, con
   return to;
 }
 
-// Calls f with the patch's sides and the stride as compile-time numbers, so that the loops above unroll into registers.
-template <typename F>
+template <int N>
+inline constexpr std::integral_constant<int, N> number{};
+
+// Calls f with the patch's sides, the stride and the tile's vectors as compile-time numbers, so that the loops above unroll into registers.
+// SMALL: whether there are tiles of fewer vectors than kTile.
+template <bool SMALL, typename F>
 inline void dispatch(const Pass& pass, F f) {
   auto with_stride = [&](auto rows, auto columns) {
-    if (pass.x.stride == 1) return f(rows, columns, std::integral_constant<int, 1>{});
-    if (pass.x.stride == 2) return f(rows, columns, std::integral_constant<int, 2>{});
-    return f(rows, columns, std::integral_constant<int, 0>{});
+    if (pass.x.stride == 1) return f(rows, columns, number<1>, number<kTile>);
+    if (pass.x.stride == 2) return f(rows, columns, number<2>, number<kTile>);
+    return f(rows, columns, number<0>, number<kTile>);
   };
   constexpr int side = kTile == 16 ? 4 : 2;
-  if (pass.patch_rows == 1) return with_stride(std::integral_constant<int, 1>{}, std::integral_constant<int, 1>{});
-  if (pass.patch_columns == 2) return with_stride(std::integral_constant<int, 2>{}, std::integral_constant<int, 2>{});
-  return with_stride(std::integral_constant<int, side>{}, std::integral_constant<int, kTile / side>{});
+  if constexpr (SMALL) {  // a stride makes no difference to single pixels
+    if (pass.vectors < kTile && pass.patch_rows == 2) return f(number<2>, number<2>, number<0>, number<4>);
+    switch (pass.vectors == kTile ? 0 : pass.vectors) {
+      case 1: return f(number<1>, number<1>, number<1>, number<1>);
+      case 2: return f(number<1>, number<1>, number<1>, number<2>);
+      case 4: return f(number<1>, number<1>, number<1>, number<4>);
+      case 8: return f(number<1>, number<1>, number<1>, number<8>);
+    }
+  }
+  if (pass.patch_rows == 1) return with_stride(number<1>, number<1>);
+  if (pass.patch_columns == 2) return with_stride(number<2>, number<2>);
+  return with_stride(number<side>, number<kTile / side>);
 }
 
 }  // namespace sparse_jax

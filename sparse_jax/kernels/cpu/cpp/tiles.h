@@ -39,7 +39,8 @@ struct Axis {
 
 struct Pass {
   Axis y, x;
-  int64_t patch_rows = 0, patch_columns = 0, groups = 0;  // of a tile: rows x columns x groups = kTile
+  int64_t patch_rows = 0, patch_columns = 0, groups = 0;  // of a tile
+  int64_t vectors = kTile;                                // in a tile: rows x columns x groups
   int64_t window_rows = 0, window_columns = 0;
   int64_t lanes = kLanes;  // patches in a vector: one where its lanes are images
 
@@ -50,28 +51,35 @@ struct Pass {
   int64_t tiles(int64_t units) const { return (units * patches_y() * patches_x() + patches() - 1) / patches(); }
 };
 
-// The rectangle of the patch: the shape that wastes the least, of those that are compiled. Large squares share most of their window.
-inline void choose_patch(Pass& pass, const Image& from) {
-  const int64_t units = from.units();
+// Calls visit(pass) with each rectangle of a patch that is compiled. A few images by channels fill no tile of kTile vectors: smaller ones are
+// for kernels of single weights only.
+template <typename F>
+inline void for_patches(Pass pass, const Image& from, bool whole, F visit) {
   pass.lanes = from.by_lanes ? 1 : kLanes;
   const int64_t side = kTile == 16 ? 4 : 2;
-  const int64_t shapes[][2] = {{side, kTile / side}, {2, 2}, {1, 1}};
-  double best = -1;
+  const int64_t shapes[][3] = {{side, kTile / side, kTile}, {2, 2, kTile}, {1, 1, kTile}, {1, 1, 8}, {2, 2, 4}, {1, 1, 4}, {1, 1, 2}, {1, 1, 1}};
   for (const auto& shape : shapes) {
-    Pass p = pass;
-    p.patch_rows = shape[0];
-    p.patch_columns = shape[1];
-    p.groups = kTile / (shape[0] * shape[1]);
-    const double done = double(p.tiles(units)) * kTile;
-    const double window = double((shape[0] - 1) * p.y.stride + p.y.window) * ((shape[1] - 1) * p.x.stride + p.x.window);
-    const double cost = done * (1 + 0.1 * window / (shape[0] * shape[1]));
-    if (best < 0 || cost < best) {
-      best = cost;
-      pass = p;
-    }
+    if (shape[2] > kTile || ((from.by_lanes || whole) && shape[2] < kTile)) continue;
+    pass.patch_rows = shape[0];
+    pass.patch_columns = shape[1];
+    pass.vectors = shape[2];
+    pass.groups = pass.vectors / (shape[0] * shape[1]);
+    pass.window_rows = (pass.patch_rows - 1) * pass.y.stride + pass.y.window;
+    pass.window_columns = (pass.patch_columns - 1) * pass.x.stride + pass.x.window;
+    visit(pass);
   }
-  pass.window_rows = (pass.patch_rows - 1) * pass.y.stride + pass.y.window;
-  pass.window_columns = (pass.patch_columns - 1) * pass.x.stride + pass.x.window;
+}
+
+// The patch that wastes the least. Large squares share most of their window; a nonzero costs about one vector more than its tile has.
+inline void choose_patch(Pass& pass, const Image& from, bool whole) {
+  double best = -1;
+  for_patches(pass, from, whole, [&](const Pass& p) {
+    const double done = double(p.tiles(from.units())) * double(p.vectors + 1);
+    const double cost = done * (1 + 0.1 * double(p.window_rows * p.window_columns) / double(p.patch_rows * p.patch_columns));
+    if (best >= 0 && cost >= best) return;
+    best = cost;
+    pass = p;
+  });
 }
 
 // Puts the taps' offsets into the smallest window that holds those that ever meet the source: `shift` is where a tap of the first output
@@ -123,10 +131,20 @@ struct Tile {
 
   // Source pixels of the window, [rows][columns][patches]: where each begins in its image array; -1: outside, which reads zero.
   void sources(const Pass& pass, const Image& from, int64_t* out) const {
+    const int64_t patches = pass.patches(), step = from.by_lanes ? from.channels * kBatch : from.channels;  // of neighbouring pixels
+    int64_t first[kTile * kLanes], row[kTile * kLanes], column[kTile * kLanes];
+    for (int64_t j = 0; j < patches; j++) {
+      row[j] = unit[j] < 0 ? INT32_MIN : y[j] * pass.y.stride + pass.y.origin;
+      column[j] = x[j] * pass.x.stride + pass.x.origin;
+      first[j] = unit[j] < 0 ? 0 : from.at(unit[j], 0, 0);
+    }
     for (int64_t r = 0; r < pass.window_rows; r++)
-      for (int64_t c = 0; c < pass.window_columns; c++)
-        for (int64_t j = 0; j < pass.patches(); j++)
-          *out++ = at(j, y[j] * pass.y.stride + pass.y.origin + r, x[j] * pass.x.stride + pass.x.origin + c, from);
+      for (int64_t c = 0; c < pass.window_columns; c++, out += patches)
+        for (int64_t j = 0; j < patches; j++) {
+          const int64_t at_row = row[j] + r, at_column = column[j] + c;
+          const bool inside = (at_row >= 0) & (at_row < from.height) & (at_column >= 0) & (at_column < from.width);
+          out[j] = inside ? first[j] + (at_row * from.width + at_column) * step : -1;
+        }
   }
 
   // Destination pixels of the patch, likewise; -1: beyond the last one of this pass.
@@ -224,14 +242,14 @@ inline void pack(const float* data, const Image& image, const Activation& f, con
          : pack_by_lanes<false>(data, f, pixels, positions, first, last, out);
 }
 
-// Writes channels [first, last) of a tile, [channel - first][position], to the pixels that it stands for: the same squares, back.
-inline void unpack(const Vector* tile, const int64_t* pixels, int64_t first, int64_t last, float* image) {
+// Writes channels [first, last) of a tile, [channel - first][vectors], to the pixels that it stands for: the same squares, back.
+inline void unpack(const Vector* tile, int64_t vectors, const int64_t* pixels, int64_t first, int64_t last, float* image) {
   alignas(64) float edge[kLanes][kLanes];
-  for (int64_t p = 0; p < kTile; p++, pixels += kLanes)
+  for (int64_t p = 0; p < vectors; p++, pixels += kLanes)
     for (int64_t c = first; c < last; c += kLanes) {
       const int64_t width = std::min<int64_t>(kLanes, last - c);
       Vector rows[kLanes];
-      for (int i = 0; i < kLanes; i++) rows[i] = i < width ? tile[(c - first + i) * kTile + p] : Vector{};
+      for (int i = 0; i < kLanes; i++) rows[i] = i < width ? tile[(c - first + i) * vectors + p] : Vector{};
       transpose(rows);
       if (width == kLanes) {
         for (int l = 0; l < kLanes; l++)

@@ -44,6 +44,21 @@ inline Vector broadcast(float value) { return value - Vector{}; }
 inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 inline void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
 
+// Of each lane p[index], where no index reaches beyond `last`: a larger one reads that.
+inline Vector gather(const float* p, const int32_t* index, int32_t last) {
+#if defined(__AVX512F__)
+  const __m512i at = _mm512_min_epu32(_mm512_loadu_si512(index), _mm512_set1_epi32(last));
+  return reinterpret_cast<Vector>(_mm512_i32gather_ps(at, p, 4));
+#elif defined(__AVX2__)
+  const __m256i at = _mm256_min_epu32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), _mm256_set1_epi32(last));
+  return reinterpret_cast<Vector>(_mm256_i32gather_ps(p, at, 4));
+#else
+  Vector v;
+  for (int l = 0; l < kLanes; l++) v[l] = p[std::min(uint32_t(index[l]), uint32_t(last))];
+  return v;
+#endif
+}
+
 // Past the caches: what is written is larger than they are, and a line need not be read before it is written whole.
 inline void store_past_caches(float* p, Vector v) {
 #if defined(__AVX512F__)
@@ -145,10 +160,19 @@ class Lease {
   std::unique_ptr<Scratch> scratch_;
 };
 
+// XLA's threads, or some of them: for what takes no longer than it takes to wake them up, one is best.
+struct Threads {
+  ffi::ThreadPool& pool;
+  int64_t most;
+
+  Threads(ffi::ThreadPool& pool, int64_t most = INT64_MAX) : pool(pool), most(most) {}
+  int64_t num_threads() const { return std::min<int64_t>(most, pool.num_threads()); }
+};
+
 // Calls work(i) for each i below count, on XLA's threads and this one. Which thread takes which i is left to chance, so what is
 // computed must not depend on it. It waits for the work, not for the helpers: where all threads are busy with calls like this one
 // none of them would ever start, and this thread does all by itself.
-inline void parallel_for(ffi::ThreadPool& pool, int64_t count, const std::function<void(int64_t)>& work) {
+inline void parallel_for(const Threads& pool, int64_t count, const std::function<void(int64_t)>& work) {
   struct State {
     std::atomic<int64_t> next{0};
     int64_t done = 0;
@@ -177,7 +201,7 @@ inline void parallel_for(ffi::ThreadPool& pool, int64_t count, const std::functi
     state->done += mine;
     if (state->done == count) state->all_done.notify_all();
   };
-  for (int64_t i = 0; i < helpers; i++) pool.Schedule([run] { run(); });
+  for (int64_t i = 0; i < helpers; i++) pool.pool.Schedule([run] { run(); });
   run();
   std::unique_lock<std::mutex> lock(state->mutex);
   state->all_done.wait(lock, [&] { return state->done == count; });
