@@ -116,10 +116,10 @@ struct Cut {
 // begin; a vector that is packed or written; a pixel's place. And what passes before another thread is at work.
 inline constexpr double kNonzero = 0.5, kRow = 7, kSearch = 20, kVector = 3, kPlace = 0.7, kWake = 60e3;
 
-// What it costs for each vector of the tile, by the bytes of the window. Small tiles wait for the second cache later, and patches longer.
+// What it costs for each vector of the tile, by the bytes of the window. Where there are taps its operands lie pages apart.
 inline double operand_cost(const Pass& pass, double window) {
   if (pass.vectors == kTile) return window < 50e3 ? 0.55 : 0.85;
-  return window < 120e3 ? 0.55 : pass.patch_rows > 1 ? 1.6 : 0.6;
+  return window < 160e3 ? 0.55 : pass.positions() > pass.vectors ? 1.9 : 0.65;
 }
 
 inline Cut cut(const Threads& pool, const FrozenList& list, const Pass& shape, const Image& from) {

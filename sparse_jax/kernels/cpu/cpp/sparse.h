@@ -27,7 +27,7 @@ inline void accumulate(const Vector* window, int64_t row_stride, int64_t stride,
       for (int i = 0; i < V; i++) sum[k][i] = first || k ? Vector{} : out[i];
     auto add = [&](int k) __attribute__((always_inline)) {
       const Vector* x = window + e.offset(k);
-      asm("" : "+r"(x));  // else each operand's address is worked out anew
+      if (ROWS > 1) asm("" : "+r"(x));  // else each operand's address is worked out anew
 #pragma GCC unroll 16
       for (int i = 0; i < V; i++) sum[k][i] += broadcast(e.value(k)) * x[i / G / COLUMNS * row_stride + i / G % COLUMNS * s * G + i % G];
     };
