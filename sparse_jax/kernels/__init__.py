@@ -21,6 +21,7 @@ from sparse_jax.kernels.device import lowering_for
 from sparse_jax.kernels.freeze import freeze
 from sparse_jax.kernels.layout import CompactWeight, Layout
 from sparse_jax.kernels.pattern import Pattern, with_dense_gradients
+from sparse_jax.kernels.runner import Runner
 from sparse_jax.kernels.scores import block_scores
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     'CompactWeight',
     'Layout',
     'Pattern',
+    'Runner',
     'block_scores',
     'convolve',
     'convolve_by_lanes',

@@ -18,15 +18,13 @@ from sparse_jax import kernels
 from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core import layers as layers_lib
 from sparse_jax.core import masks as masks_lib
-from sparse_jax.kernels import backend, measure, sharded
+from sparse_jax.kernels import backend, measure, runner, sharded
 from sparse_jax.runtime import hosts, records
 from sparse_jax.train import devices as devices_lib
 from sparse_jax.train import state as state_lib
 from sparse_jax.train.console import named_table
 
 _LOG = logging.getLogger('sparse_jax')
-_MUCH = 1.5  # a density that has changed by this factor since a layer's choice is measured anew
-_SPARSE = 0.9  # above this density no sparse kernel is tried
 
 
 def check(config: config_lib.Config) -> None:
@@ -122,8 +120,7 @@ class LayerKernels:
         sparse = masks_lib.find_state(state.opt_state)
         if self._mesh is None:
             sparse = sparse._replace(masks=jax.device_get(sparse.masks))
-        counts = {path: (mask.sum(dtype='int32'), mask.size) for path, mask in layers_lib.leaf_paths(sparse.masks) if np.ndim(mask)}
-        densities = {path: int(count) / size for path, (count, size) in counts.items()}
+        densities = runner.densities(sparse.masks)
         if self._mode == 'auto':
             self._choose(step, state, sparse, densities)
             chosen = {path: row['implementation'] for path, row in self._chosen.items()}
@@ -142,8 +139,7 @@ class LayerKernels:
         stored = self._history.get(str(step), {})
         rows: dict[str, Any] = {}
         for path, density in densities.items():
-            last = self._chosen.get(path)
-            if last and 1 / _MUCH < density / last['density'] < _MUCH:
+            if runner.is_settled(self._chosen.get(path), density):
                 continue
             if self._calls is None and path not in stored:
                 self._calls = self._traced(state, sparse)
@@ -158,14 +154,10 @@ class LayerKernels:
 
     def _measured(self, path: str, density: float) -> dict[str, Any]:
         assert self._calls is not None
-        row: dict[str, Any] = {'density': density, 'implementation': 'dense', 'seconds': {}}
-        if path in self._calls and density <= _SPARSE and len(measure.candidates(self._calls[path])) > 1:
-            window, every = self._experiment.dense_gradient_steps, self._experiment.update_every
-            share = 1.0 if window is None else min(1.0, window / every)
-            row['seconds'] = measure.measured(self._calls[path], density, dense_share=share)
-            choice = backend.fastest(row['seconds'])
-            row['implementation'] = choice.implementation
-            _LOG.info('kernels: %s at %.2f%% takes %s (%s)', path, 100 * density, *choice)
+        window, every = self._experiment.dense_gradient_steps, self._experiment.update_every
+        row = runner.choose(self._calls.get(path), density, 1.0 if window is None else min(1.0, window / every))
+        if row['seconds']:
+            _LOG.info('kernels: %s at %.2f%% takes %s (%s)', path, 100 * density, *backend.fastest(row['seconds']))
         return row
 
     def _traced(self, state, sparse: masks_lib.SparsifyState) -> dict[str, measure.Call]:
@@ -177,11 +169,8 @@ class LayerKernels:
         x = jax.ShapeDtypeStruct((self._examples, *experiment.example.shape[1:]), experiment.example.dtype)
         # in training: an evaluation fills its batch up, and may lie by lanes where training does not
         apply = lambda params, model_state, x, patterns: experiment.apply(params, model_state, x, patterns, train=True)
-        calls = measure.products_of(apply, state.params, state.model_state, x, patterns)
         images = math.prod(x.shape) // (1 if self._mesh is None else self._mesh.shape['data'])
-        if calls and math.prod(calls[0].x) == images:  # the network's own input, whose gradient nobody wants
-            calls[0] = calls[0]._replace(input_gradient=False)
-        return {call.name: call for call in calls}
+        return runner.products(apply, (state.params, state.model_state, x), patterns, images)
 
 
 def _log_dense_layers(

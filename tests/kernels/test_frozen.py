@@ -175,7 +175,9 @@ def test_lists_of_another_weight_do_no_harm(place):
     for value in (-1, 10**6, 2**31 - 1):
         lists = dataclasses.replace(weight.layout, **{place: jnp.full_like(getattr(weight.layout, place), value)})
         for batch in (1, 20):
-            run = lambda batch=batch, lists=lists: kernels.sparse_dot(jnp.ones((batch, 64)), dataclasses.replace(weight, layout=lists))
+            run = lambda batch=batch, lists=lists: kernels.sparse_dot(
+                jnp.ones((batch, 64)), dataclasses.replace(weight, layout=lists)
+            )
             if place == 'indices':
                 assert run().shape == (batch, 48)
             else:
