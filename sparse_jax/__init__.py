@@ -17,7 +17,7 @@ from sparse_jax.core.schedules import Timing, needs_dense_gradient
 from sparse_jax.core.sparsify import sparsify
 
 if TYPE_CHECKING:
-    from sparse_jax import export, kernels, stats
+    from sparse_jax import export, kernels, nnx, stats
 
 __all__ = [
     'Rule',
@@ -37,6 +37,7 @@ __all__ = [
     'methods',
     'momentum',
     'needs_dense_gradient',
+    'nnx',
     'redistribution',
     'schedules',
     'selection',
@@ -46,7 +47,7 @@ __all__ = [
     'stats',
 ]
 
-_LAZY = ('export', 'kernels', 'stats')  # the optimizer needs none of them
+_LAZY = ('export', 'kernels', 'nnx', 'stats')  # the optimizer needs none of them
 
 # `from sparse_jax.criteria import magnitude` works as `sj.criteria.magnitude` does: the modules of the core, by their public paths.
 for _module in (criteria, distributions, granularity, masks, methods, momentum, schedules, selection):

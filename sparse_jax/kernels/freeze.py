@@ -50,7 +50,8 @@ def freeze(
       (Array([[3., 3.]], dtype=float32), Array([1., 2., 3.], dtype=float32))
     """
     masks, layers = builder.layers_of('freeze', masks, granularity, None, stacked)
-    if jax.tree.structure(params, is_leaf=is_compact) != jax.tree.structure(masks):
+    values, masks = layers_lib.leaf_paths(params, is_leaf=is_compact), layers_lib.leaf_paths(masks)
+    if [path for path, _ in values] != [path for path, _ in masks]:
         raise ValueError('freeze: masks must be a tree like params, with a scalar True at dense leaves: see sj.get_masks.')
 
     def leaf(path: str, value: Any, mask: Any) -> Any:
@@ -77,8 +78,8 @@ def freeze(
         wide = lambda *arrays: np.stack([fill(x) for x in arrays] if len(arrays[0]) != len(parts[0].layout.pointers) else arrays)
         return jax.device_put(jax.tree.map(wide, *parts))
 
-    pairs = zip(layers_lib.leaf_paths(params), jax.tree.leaves(masks), strict=True)
-    return jax.tree.unflatten(jax.tree.structure(masks), [leaf(path, value, mask) for (path, value), mask in pairs])
+    leaves = [leaf(path, value, mask) for (path, value), (_, mask) in zip(values, masks, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_compact), leaves)
 
 
 def _compact(value: np.ndarray, mask: np.ndarray, unit: Granularity, implementation: str | None, name: str) -> CompactWeight:

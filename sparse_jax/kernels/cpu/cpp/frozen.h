@@ -60,6 +60,7 @@ struct FrozenPlan {
     const int64_t r = output / block_columns, column = output % block_columns;
     for (int64_t k = start[b * list.rows() + r]; k < start[(b + 1) * list.rows() + r]; k++) {
       const uint32_t index = uint32_t(list.index[k]) & mask;
+      if (table[index] == block * positions) continue;  // a tap that meets no image
       const int64_t length = std::min(block_rows, list.inputs - int64_t(index) / taps * block_rows);
       const float* values = list.values + k * block_rows * block_columns + column;
       const int32_t offset = table[index], step = int32_t(positions);
