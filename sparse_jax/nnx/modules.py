@@ -11,7 +11,7 @@ from sparse_jax.core import masks as masks_lib
 from sparse_jax.core.schedules import Timing
 from sparse_jax.kernels.layout import is_compact
 from sparse_jax.kernels.pattern import is_pattern
-from sparse_jax.nnx.layers import SparseConv, SparseLinear
+from sparse_jax.nnx.layers import SparseConv, SparseLinear, SparsityPattern
 
 _EXCHANGED = {nnx.Linear: SparseLinear, nnx.Conv: SparseConv}
 
@@ -76,7 +76,7 @@ def set_patterns(module: nnx.Module, patterns: Any) -> None:
             "let implementations={path: 'dense'} leave such leaves without a pattern."
         )
     for path, layer in layers.items():
-        layer.pattern.set_value(found.get(path))
+        layer.pattern = SparsityPattern(found.get(path))  # a new one: the old may be of an outer trace
 
 
 def apply_masks(module: nnx.Module, masks: Any) -> None:
@@ -111,7 +111,7 @@ def freeze(module: nnx.Module, masks: Any, **options: Any) -> Any:
     for path, leaf in layers_lib.leaf_paths(frozen, is_leaf=is_compact):
         if path in layers and is_compact(leaf):
             layers[path].kernel.set_value(leaf)
-            layers[path].pattern.set_value(None)
+            layers[path].pattern = SparsityPattern(None)
     return new
 
 
