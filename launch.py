@@ -46,7 +46,7 @@ class _Mode(NamedTuple):
 
 
 MODES = {
-    'train': _Mode('Train (the default); resumes from the last checkpoint.', ('config', 'workdir')),
+    'train': _Mode('Train (the default); resumes from the last checkpoint.', ('config', 'workdir', 'init_from')),
     'evaluate': _Mode('Evaluate the last checkpoint of a run; writes nothing.', ('config', 'workdir')),
     'export': _Mode('Write the network of the last checkpoint into --to=FILE.npz or .safetensors.', ('config', 'workdir', 'to')),
     'sweep': _Mode('Train all combinations of --sweep, then report on them.', ('config', 'workdir', 'sweep', 'jobs')),
@@ -84,6 +84,7 @@ _RUNS = flags.DEFINE_multi_string(
     'Folder of runs to report on, if not --workdir, where the report is written. Repeatable.',
 )
 _TO = flags.DEFINE_string('to', None, 'File that --mode=export writes; its suffix is the format.')
+_INIT_FROM = flags.DEFINE_string('init_from', None, 'Workdir or exported file whose weights and masks a new run starts with.')
 _LOWER_ONLY = flags.DEFINE_string(
     'lower_only',
     None,
@@ -96,9 +97,23 @@ _PROCESS = flags.DEFINE_integer('process_id', None, 'With --coordinator: number 
 _INITIALIZATION = flags.DEFINE_integer('initialization_timeout', 120, 'Seconds to wait for all hosts to come (120).', 1)
 _HEARTBEAT = flags.DEFINE_integer('heartbeat_timeout', 30, 'Seconds until a silent host counts as dead (30).', 1)
 _DEBUG = flags.DEFINE_boolean('debug', False, 'Show the tracebacks and notes of libraries where a run fails.')
-_OF_MODES = (_CONFIG, _WORKDIR, _SWEEP, _JOBS, _RUNS, _TO)
+_OF_MODES = (_CONFIG, _WORKDIR, _SWEEP, _JOBS, _RUNS, _TO, _INIT_FROM)
 _OF_HOSTS = (_COORDINATOR, _PROCESSES, _PROCESS, _INITIALIZATION, _HEARTBEAT)
-_FLAGS = (_CONFIG, _WORKDIR, _MODE, _LIST_SETTINGS, _SWEEP, _JOBS, _RUNS, _TO, _LOWER_ONLY, _DEBUG, _DISTRIBUTED, *_OF_HOSTS)
+_FLAGS = (
+    _CONFIG,
+    _WORKDIR,
+    _MODE,
+    _LIST_SETTINGS,
+    _SWEEP,
+    _JOBS,
+    _RUNS,
+    _TO,
+    _INIT_FROM,
+    _LOWER_ONLY,
+    _DEBUG,
+    _DISTRIBUTED,
+    *_OF_HOSTS,
+)
 
 
 def _has_accelerator() -> bool:
@@ -167,6 +182,8 @@ def main(argv) -> int:
         else:
             from sparse_jax.report import run_report
 
+            if _INIT_FROM.value:
+                _CONFIG.value.train.init_from = _INIT_FROM.value
             train.train(_CONFIG.value, folder)
             hosts.run_on_host0(run_report.show, folder)
     except ValueError as error:

@@ -108,7 +108,11 @@ class Sparsity(_Section):
 @dataclasses.dataclass
 class Train(_Section):
     epochs: int = 100  # Passes over the training data; unused where train.steps is set.
-    steps: int = 0  # Length of the training in steps; 0: train.epochs decides.
+    steps: int = 0  # Length of the training in steps; 0: train.epochs decides. A run that exists can be given more.
+    # Steps that schedules and mask updates are laid out over: afterwards the learning rate keeps its last value and masks rest; 0: all
+    # steps, or those that the run in the workdir began with.
+    schedule_steps: int = 0
+    init_from: str = ''  # Workdir, .npz or .safetensors file whose weights and masks the run starts with; empty: none.
     eval_every: int = 0  # Steps between evaluations; 0: one epoch.
     label_smoothing: float = 0.0  # Fraction of the target that is spread evenly over all classes; 0: none.
     accumulate: int = (
@@ -239,6 +243,7 @@ _RANGES = {
     'sparsity.dense_gradient_window': _Range('at least 0, or None', lambda v: v is None or v >= 0),
     'train.epochs': _AT_LEAST_1,
     'train.steps': _AT_LEAST_0,
+    'train.schedule_steps': _AT_LEAST_0,
     'train.eval_every': _AT_LEAST_0,
     'train.label_smoothing': _BELOW_1,
     'train.accumulate': _AT_LEAST_1,

@@ -7,6 +7,7 @@ rounds in which the contenders take turns, each with some calls in a row, and ho
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import subprocess
@@ -55,7 +56,7 @@ def mlp(random: np.random.Generator) -> dict[str, Callable[[int], Callable[[], A
 
 def cnn(random: np.random.Generator) -> dict[str, Callable[[int], Callable[[], Any]]]:
     """Four 3x3 convolutions on 32x32 images, stride 2 from the second on, each with ReLU."""
-    params = [weights(random, (3, 3, *pair)) for pair in zip(CHANNELS, CHANNELS[1:], strict=False)]
+    params = [weights(random, (3, 3, *pair)) for pair in itertools.pairwise(CHANNELS)]
 
     def network(convolve):
         def forward(x, params):
@@ -100,7 +101,8 @@ class Torch:
 
 def seconds(call: Callable[[], Any], calls: int) -> float:
     """Of one call, the mean of some in a row after two that warm up."""
-    call(), call()
+    for _ in range(2):
+        call()
     begin = time.perf_counter()
     for _ in range(calls):
         call()
@@ -116,7 +118,9 @@ def main() -> None:
         raise SystemExit('error: this compares kernels for CPUs: run it with JAX_PLATFORMS=cpu.')
     random = np.random.default_rng(0)
     torch = Torch(args.torch_python) if args.torch_python else None
-    print('| network | batch | XLA dense | scipy CSR | PyTorch dense | frozen | of the fastest rival |\n|---|---:|---:|---:|---:|---:|---:|')
+    print(
+        '| network | batch | XLA dense | scipy CSR | PyTorch dense | frozen | of the fastest rival |\n|---|---:|---:|---:|---:|---:|---:|'
+    )
     for network, contenders in (('MLP', mlp(random)), ('CNN', cnn(random))):
         for batch in BATCHES:
             made = {name: make(batch) for name, make in contenders.items()}

@@ -5,6 +5,7 @@
 It prints its version, then for each line of JSON with "network", "batch" and "calls" the seconds of one call.
 """
 
+import itertools
 import json
 import sys
 import time
@@ -16,11 +17,14 @@ from torch import nn  # pyright: ignore[reportMissingImports]
 def networks():
     """The MLP layer, and the CNN in channels_last, whose 'SAME' padding at stride 2 is one pixel after and none before."""
     channels, layers = (3, 64, 128, 128, 256), []
-    for i, (inputs, outputs) in enumerate(zip(channels, channels[1:])):
+    for i, (inputs, outputs) in enumerate(itertools.pairwise(channels)):
         if i:
             layers.append(nn.ZeroPad2d((0, 1, 0, 1)))
         layers += [nn.Conv2d(inputs, outputs, 3, stride=2 if i else 1, padding=0 if i else 1, bias=False), nn.ReLU()]
-    return {'MLP': nn.Linear(2048, 2048, bias=False).eval(), 'CNN': nn.Sequential(*layers).to(memory_format=torch.channels_last).eval()}
+    return {
+        'MLP': nn.Linear(2048, 2048, bias=False).eval(),
+        'CNN': nn.Sequential(*layers).to(memory_format=torch.channels_last).eval(),
+    }
 
 
 def main():

@@ -8,6 +8,7 @@ gradients, medians of steps that take turns, and the ratio of an average step in
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +29,7 @@ class CNN(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs):
         channels = (3, 64, 128, 128, 256)
-        pairs = list(zip(channels, channels[1:], strict=False))
+        pairs = list(itertools.pairwise(channels))
         self.convs = nnx.List([nnx.Conv(*pair, (3, 3), strides=2 if i else 1, rngs=rngs) for i, pair in enumerate(pairs)])
         self.out = nnx.Linear(256, 10, rngs=rngs)
 
@@ -43,7 +44,7 @@ class MLP(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs):
         sizes = (784, 2048, 2048, 10)
-        self.layers = nnx.List([nnx.Linear(*pair, rngs=rngs) for pair in zip(sizes, sizes[1:], strict=False)])
+        self.layers = nnx.List([nnx.Linear(*pair, rngs=rngs) for pair in itertools.pairwise(sizes)])
 
     def __call__(self, x):
         for layer in self.layers[:-1]:
@@ -112,7 +113,9 @@ def main() -> None:
         print(f'{name}, batch {batch}:', flush=True)
         took = measure(network, shape, batch, args.rounds)
         average = ((_EVERY - _WINDOW) * took['sparse'] + _WINDOW * took['window']) / _EVERY
-        rows.append(f'| {name} | {batch} | {took["dense"]:.1f} | {took["sparse"]:.1f} | {took["window"]:.1f} | {took["dense"] / average:.2f}x |')
+        rows.append(
+            f'| {name} | {batch} | {took["dense"]:.1f} | {took["sparse"]:.1f} | {took["window"]:.1f} | {took["dense"] / average:.2f}x |'
+        )
     print('\n| network | batch | dense, XLA | sparse | in the window | an average step |\n|---|---:|---:|---:|---:|---:|')
     print('\n'.join(rows))
 

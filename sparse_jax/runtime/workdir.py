@@ -1,6 +1,7 @@
 """One folder, one experiment: the lock, and the experiment's identity."""
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import pathlib
@@ -25,9 +26,51 @@ def differences(config: config_lib.Config, workdir: pathlib.Path) -> list[str]:
     old = config_lib.identity(config_lib.Config()) | _BEFORE | old
     if isinstance(remat := old['model.remat'], bool):  # as it was before there were three
         old['model.remat'] = 'all' if remat else 'none'
+    began = old['train.schedule_steps'] or old['train.steps']  # 0: what its epochs make
+    if new['train.schedule_steps'] in (0, began) or not began:  # of epochs: what these make is known with the data
+        old['train.schedule_steps'] = new['train.schedule_steps']
+    if new['train.steps'] > old['train.steps']:  # more steps: see extended
+        old['train.steps'] = new['train.steps']
     if config.sparsity.method == 'dense':  # has no effect there
         old['sparsity.dense_gradient_window'] = new['sparsity.dense_gradient_window']
-    return [f'{k}: {old.get(k)!r} there, {new.get(k)!r} given' for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    notes = {'train.steps': ', of which a run that exists can be given more, not fewer'}
+    return [
+        f'{k}: {old.get(k)!r} there, {new.get(k)!r} given{notes.get(k, "")}'
+        for k in sorted(old.keys() | new.keys())
+        if old.get(k) != new.get(k)
+    ]
+
+
+def extended(config: config_lib.Config, workdir: pathlib.Path, steps_per_epoch: int) -> config_lib.Config:
+    """The settings of a run with the length that its schedules began with, where it is given more steps than these.
+
+    Raises:
+      ValueError: if it is given fewer steps than it had.
+    """
+    old = _read(workdir / records.CONFIG)
+    if old is None:
+        return config
+    before = old['train.steps'] or old['train.epochs'] * steps_per_epoch
+    began = old.get('train.schedule_steps') or before
+    if config.train.schedule_steps not in (0, began):
+        raise ValueError(
+            f'--workdir={workdir} holds a run whose schedules began with {began} steps: config.train.schedule_steps='
+            f'{config.train.schedule_steps} must be that, or 0.'
+        )
+    total = config.train.steps or config.train.epochs * steps_per_epoch
+    if total < before:
+        raise fewer_steps(workdir, before, total)
+    if config.train.schedule_steps or total == began:
+        return config
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, schedule_steps=began))
+
+
+def fewer_steps(workdir: pathlib.Path, before: int, total: int) -> ValueError:
+    """The error of a run that is given fewer steps than it has."""
+    return ValueError(
+        f'--workdir={workdir} holds a run of {before} steps, which can be given more, not fewer: config.train.steps={total}. Give at '
+        'least as many, or another --workdir.'
+    )
 
 
 def _read(path: pathlib.Path) -> Any:

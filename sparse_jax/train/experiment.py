@@ -43,8 +43,9 @@ def check_names(config: config_lib.Config) -> None:
     # the names of the method's parts; its steps wait for the length of an epoch
     method = 'sparse_momentum' if sparsity.method == 'dense' else sparsity.method  # dense: no effect, but no nonsense either
     parts = dataclasses.replace(sparsity, method=method, start_step=0, stop_step=0)
-    every = sparsity.update_every or config.train.steps or 10**8
-    _rule(dataclasses.replace(config, sparsity=parts), None, every, config.train.steps or min(10 * every, 2**31 - 1))
+    steps = config.train.schedule_steps or config.train.steps
+    every = sparsity.update_every or steps or 10**8
+    _rule(dataclasses.replace(config, sparsity=parts), None, every, steps or min(10 * every, 2**31 - 1))
 
 
 def create(config: config_lib.Config, *, num_examples: int, input_shape: tuple[int, ...], num_outputs: int) -> Experiment:
@@ -74,13 +75,16 @@ def build(config: config_lib.Config, *, num_examples: int, input_shape: tuple[in
     if steps_per_epoch == 0:
         raise ValueError(f'data.batch_size={config.data.batch_size} is more than the {num_examples} training examples.')
     total_steps = config.train.steps or config.train.epochs * steps_per_epoch
+    schedule_steps = config.train.schedule_steps or total_steps
     update_every = config.sparsity.update_every or steps_per_epoch
     model = _model(config, input_shape, num_outputs)
-    learning_rate = optimizer_lib.schedule(config.optimizer, total_steps)
+    learning_rate = optimizer_lib.schedule(config.optimizer, schedule_steps)
+    if total_steps > schedule_steps:
+        learning_rate = optimizer_lib.held(learning_rate, schedule_steps)
     tx, updates = optimizer_lib.create(config.optimizer, learning_rate), _NO_UPDATES
     is_sparse = config.sparsity.method != 'dense'
     if is_sparse:
-        rule = _rule(config, model.stacked, update_every, total_steps)
+        rule = _rule(config, model.stacked, update_every, schedule_steps)
         tx, updates = sparsify(tx, rule=rule), _mask_updates(config.sparsity, rule)
     spec = step_lib.StepSpec(
         model=model,

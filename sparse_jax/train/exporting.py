@@ -32,6 +32,17 @@ def export(config: config_lib.Config, folder: pathlib.Path, to: pathlib.Path) ->
         raise ValueError(str(error)) from error
     if not to.parent.is_dir():
         raise ValueError(f'--to={to}: the folder {to.parent} does not exist.')
+    tree, masks, step = network(config, folder)
+    info: dict[str, Any] = {'settings': config_lib.identity(config), 'step': step}
+    granularity = 'unstructured' if config.sparsity.method == 'dense' else config.sparsity.granularity
+    hosts.run_on_host0(lambda: files.save(to, tree, masks, info, granularity=granularity))
+    if hosts.is_host0():
+        print(f'{to} is written: step {step}, {to.stat().st_size:,} bytes.')
+
+
+def network(config: config_lib.Config, folder: pathlib.Path) -> tuple[Any, Any, int]:
+    """The network of a workdir's newest checkpoint, on the host: weights as evaluation takes them and running statistics in one tree, masks
+    like it, and the step. Raises as :func:`sparse_jax.train.evaluate.restored`."""
     run, step, state = restored(config, folder)
     params, model_state = state.average if state.average is not None else (state.params, state.model_state)
     if config.sparsity.method == 'dense':
@@ -40,12 +51,7 @@ def export(config: config_lib.Config, folder: pathlib.Path, to: pathlib.Path) ->
         masks = masks_lib.get_masks(state.opt_state)
         params = masks_lib.apply_masks(params, masks)
     params, masks, model_state = run.devices.host((params, masks, model_state))
-    info: dict[str, Any] = {'settings': config_lib.identity(config), 'step': step}
-    granularity = 'unstructured' if config.sparsity.method == 'dense' else config.sparsity.granularity
-    tree, its_masks = (_merged(a, b) for a, b in ((params, model_state), (masks, jax.tree.map(lambda _: True, model_state))))
-    hosts.run_on_host0(lambda: files.save(to, tree, its_masks, info, granularity=granularity))
-    if hosts.is_host0():
-        print(f'{to} is written: step {step}, {to.stat().st_size:,} bytes.')
+    return _merged(params, model_state), _merged(masks, jax.tree.map(lambda _: True, model_state)), step
 
 
 def _merged(a: Any, b: Any) -> dict[str, Any]:

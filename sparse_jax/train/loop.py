@@ -12,15 +12,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparse_jax import config as config_lib
 from sparse_jax import data as data_lib
 from sparse_jax import stats
 from sparse_jax.runtime import checkpoint, hosts, memory, records, workdir
-from sparse_jax.train import kernel_choice
+from sparse_jax.train import initial, kernel_choice, stored
 from sparse_jax.train import programs as programs_lib
 from sparse_jax.train import state as state_lib
 from sparse_jax.train.evaluate import PARTS, evaluate_part
+from sparse_jax.train.exporting import network
 from sparse_jax.train.log import Log
 from sparse_jax.train.result import REPORT, finish
 from sparse_jax.train.run import Run, check_identity, prepare
@@ -44,27 +46,53 @@ def train(config: config_lib.Config, folder: pathlib.Path) -> dict[str, Any]:
       NonFiniteError: if the loss or a parameter stops being finite.
     """
     hosts.run_on_all_hosts(check_identity, config, folder)
-    if hosts.broadcast_from_host0(_has_result, folder):
+    if hosts.broadcast_from_host0(_has_result, config, folder):
         return hosts.run_on_all_hosts(_read_result, folder)
-    run = prepare(config, folder)
+    run = begin_from(prepare(config, folder))
     if config.sparsity.kernels != 'auto':  # by which layers that the mesh cuts are dense
         hosts.run_on_all_hosts(kernel_choice.cut_by_mesh, config, run.experiment, run.devices)
     with _locked(run) as is_held:
         return _train(run, is_held)
 
 
-def _has_result(folder: pathlib.Path) -> bool:
-    """Whether the run is finished. A result that cannot be read is none where there is a checkpoint to make it anew from."""
+def begin_from(run: Run) -> Run:
+    """The run with the network that it starts with, where it is to start with one and has no checkpoint."""
+    source = run.config.train.init_from
+    if not source or any((run.folder / 'checkpoints').glob('[0-9]*')):
+        return run
+    return run._replace(initial=hosts.run_on_all_hosts(_network_of, run, pathlib.Path(source)))
+
+
+def _network_of(run: Run, source: pathlib.Path) -> initial.Network:
+    if not source.exists():
+        raise ValueError(f'--init_from={source} is not there: give the workdir of a run, or an exported file.')
+    if source.is_dir():
+        if not (source / 'checkpoints').is_dir():
+            raise ValueError(
+                f'--init_from={source} is a folder without a checkpoint: give the workdir of a run, or an exported file.'
+            )
+        params, masks, _ = network(stored.get_config(str(source)), source)
+        found = initial.of_trees(params, masks)
+    else:
+        found = initial.of_file(source)
+    initial.check(found, run.config, run.experiment, run.devices.shapes)
+    return found
+
+
+def _has_result(config: config_lib.Config, folder: pathlib.Path) -> bool:
+    """Whether the run is finished, and not given more steps. A result that cannot be read is none where there is a checkpoint to make it anew from."""
     path = folder / records.RESULT
     if not os.path.lexists(path):
         return False
     try:
-        records.read(path)
+        steps = records.read(path)['steps']
     except records.UnreadableError:
         if any((folder / 'checkpoints').glob('[0-9]*')):
             return False
         raise
-    return True
+    if 0 < config.train.steps < steps:
+        raise workdir.fewer_steps(folder, steps, config.train.steps)
+    return config.train.steps <= steps
 
 
 def _read_result(folder: pathlib.Path) -> dict[str, Any]:
@@ -105,8 +133,19 @@ def _begin(run: Run) -> None:
     records.write(run.folder / records.SETTINGS, config_lib.flatten(run.config))
     if run.data.fingerprint:
         records.write(run.folder / records.DATA, {'fingerprint': run.data.fingerprint})
-    if os.path.lexists(path := run.folder / records.RESULT):  # it cannot be read, else the run would be finished
-        _LOG.warning('%s cannot be read: it was put aside as %s, and is made anew.', path, records.put_aside(path))
+    if os.path.lexists(
+        path := run.folder / records.RESULT
+    ):  # it cannot be read, or is of fewer steps; else the run would be finished
+        try:
+            path.rename(path.with_stem(f'{path.stem}_{records.read(path)["steps"]}'))
+        except records.UnreadableError:
+            _LOG.warning('%s cannot be read: it was put aside as %s, and is made anew.', path, records.put_aside(path))
+    if run.experiment.total_steps > (began := run.config.train.schedule_steps or run.experiment.total_steps):
+        _LOG.info(
+            'schedules and mask updates keep the %d steps that they began with: after these the learning rate stays at %.3g, and masks rest.',
+            began,
+            float(np.asarray(run.experiment.learning_rate(began))),
+        )
     if (report := run.folder / REPORT).is_file():
         report.unlink()
 
@@ -127,6 +166,8 @@ def _train(run: Run, is_held: Callable[[], bool]) -> dict[str, Any]:
         )
     with _ended(config, checkpoints):
         start, state, seconds = restored or (0, init(key), 0.0)
+        if restored is None and run.initial is not None:
+            state = initial.begin(run.initial, state, devices)
         sums = state_lib.NonzeroSums(state_lib.sizes(experiment, state), start, checkpoints.totals(start) if restored else None)
         if start and hosts.is_host0():
             _LOG.info('resumed at step %d of %d.', start, experiment.total_steps)

@@ -67,6 +67,15 @@ def schedule(settings: config_lib.Optimizer, total_steps: int) -> optax.Schedule
     return optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), after], [warmup])
 
 
+def held(rate: optax.Schedule, steps: int) -> optax.Schedule:
+    """A schedule that keeps the value of its last step of so many.
+
+    >>> [float(held(lambda t: 10.0 - t, 3)(t)) for t in (1, 2, 3, 9)]
+    [9.0, 8.0, 8.0, 8.0]
+    """
+    return lambda step: rate(jnp.minimum(step, steps - 1))
+
+
 def is_decayed(path: str, leaf: Any) -> bool:
     """Whether adamw's weight decay acts on a leaf: on matrices, not on normalisations and biases (stacked ones have two axes too).
 

@@ -25,6 +25,7 @@ class Run(NamedTuple):
     data: data_lib.Dataset
     experiment: state_lib.Experiment
     devices: devices_lib.Devices
+    initial: Any = None  # the network that it starts with: see initial.py; None: a random one
 
 
 def load_data(config: config_lib.Config) -> data_lib.Dataset:
@@ -82,6 +83,7 @@ def _prepare(config: config_lib.Config, folder: pathlib.Path) -> Run:
     metrics.check_tensorboard(config.log)
     data = load_data(config)
     workdir.check_data(folder, data.fingerprint)
+    config = workdir.extended(config, folder, len(data.train.labels) // config.data.batch_size)
     experiment = create_experiment(config, data)
     devices = devices_lib.Devices(config, experiment)
     return Run(config=config, folder=folder, data=data, experiment=experiment, devices=devices)

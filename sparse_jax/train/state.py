@@ -69,7 +69,7 @@ def sizes(experiment: Experiment, state: TrainState) -> Sizes:
     names = layers_lib.names_of(experiment.layers)
     full = [math.prod(layer.shape) for layer in experiment.layers for _ in range(layer.depth or 1)]
     counts = full
-    if _has_masks(state):
+    if has_masks(state):
         counts = stats.layer_nonzeros(masks_lib.get_masks(state.opt_state), experiment.layers)
     return Sizes(
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
@@ -105,7 +105,8 @@ class NonzeroSums:
         return {name: sums[name] / (size * max(self._step, 1)) for name, (_, size) in self._sizes.layers.items()}
 
 
-def _has_masks(state: TrainState) -> bool:
+def has_masks(state: TrainState) -> bool:
+    """Whether its optimizer is a sparse one."""
     is_state = lambda x: isinstance(x, masks_lib.SparsifyState)
     return any(is_state(x) for x in jax.tree.leaves(state.opt_state, is_leaf=is_state))
 
@@ -128,7 +129,7 @@ def operations(experiment: Experiment, state: TrainState, mean_density: dict[str
     window = experiment.dense_gradient_steps
     now = count(experiment.example, update_every=experiment.update_every, dense_gradient_window=window)
     layers = {}
-    for layer in experiment.layers if _has_masks(state) else ():
+    for layer in experiment.layers if has_masks(state) else ():
         row, names = now.layers[layer.name], layers_lib.names_of([layer])
         density = sum(mean_density[name] for name in names) / len(names)
         forward, back = round(row.forward_dense * density), round(row.input_gradient_dense * density)
