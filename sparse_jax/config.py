@@ -30,7 +30,8 @@ class _Section:
 
 @dataclasses.dataclass
 class Model(_Section):
-    name: str = 'lenet300'  # Network to train.
+    name: str = 'lenet300'  # Network to train; mypackage.nets:MyNet for a class of one's own, of flax.nnx or flax.linen.
+    options: str = ''  # A class of one's own: what it is constructed with, such as width=64,depth=3; empty: nothing more.
     dtype: str = 'float32'  # Type to compute in; parameters are float32 in any case.
     # Memory layout of images between convolutions: channels last, in lanes for the C++ kernels, or auto, the faster one where it runs.
     layout: str = 'auto'
@@ -46,16 +47,20 @@ class Model(_Section):
 
 @dataclasses.dataclass
 class Data(_Section):
-    name: str = 'mnist'  # Data set; text reads the files of data.dir, stdlib the sources of Python's standard library.
-    dir: str = 'data/mnist'  # Folder with the data set's files; unused by data sets that come with a package.
+    # Data set; text reads the files of data.dir, stdlib the sources of Python's standard library, folder images in a folder for each class,
+    # npz the arrays x_train, y_train, x_test and y_test; mypackage.data:load for a function of one's own that gets data.dir.
+    name: str = 'mnist'
+    dir: str = 'data/mnist'  # Folder with the data set's files (npz: the file); unused by data sets that come with a package.
     batch_size: int = 100  # Examples a training step, over all devices.
     eval_batch_size: int = 1000  # Examples a batch in evaluations, over all devices.
     download: bool = False  # Download missing files into data.dir, and verify their checksums.
     validation: float = 0.1  # Fraction of the training examples (text: of the files) held out for choosing settings; 0: none.
-    augment: bool = True  # Crop training images at random, and flip those of CIFAR.
+    augment: bool = True  # Crop training images at random, and flip those of CIFAR and of folders.
     pattern: str = '**/*.txt'  # Glob pattern of the text files below data.dir.
     tokenizer: str = ''  # Tokenizer of text, a JSON file of the library tokenizers; empty: bytes are the tokens.
     length: int = 256  # Tokens in a sequence of text.
+    size: int = 0  # Folder: side in pixels that images are scaled to; 0: their own.
+    skip_unreadable: bool = False  # Folder: leave images out that cannot be read, with a warning each, instead of ending.
     prefetch: int = 2  # Batches to prepare ahead in a thread; 0: none.
 
 
@@ -139,6 +144,7 @@ class Mesh(_Section):  # data=1 and model=1 use one device, even where there are
 class Log(_Section):
     every: int = 100  # Steps between lines of training metrics.
     tensorboard: bool = False  # Write TensorBoard event files too; needs the extra `tensorboard`.
+    callback: str = ''  # mypackage:function, called as function(step, values) with what metrics.jsonl gets; empty: none.
 
 
 @dataclasses.dataclass
@@ -223,6 +229,7 @@ _RANGES = {
     'data.validation': _BELOW_1,
     'data.length': _AT_LEAST_1,
     'data.prefetch': _AT_LEAST_0,
+    'data.size': _AT_LEAST_0,
     'optimizer.learning_rate': _POSITIVE,
     'optimizer.warmup_steps': _AT_LEAST_0,
     'optimizer.final_factor': _FROM_0_TO_1,
@@ -256,11 +263,12 @@ _RANGES = {
 }
 
 # (settings, the setting that decides whether they have an effect, its values with which they do)
-_IMAGES = ('cifar10', 'cifar100', 'digits32')
+_IMAGES = ('cifar10', 'cifar100', 'digits32', 'folder')
 _ONLY_FOR = (
     (('data.pattern',), 'data.name', ('text',)),
     (('data.tokenizer', 'data.length'), 'data.name', ('text', 'stdlib')),
     (('data.augment',), 'data.name', _IMAGES),
+    (('data.size', 'data.skip_unreadable'), 'data.name', ('folder',)),
     (('data.download',), 'data.name', ('mnist', 'cifar10', 'cifar100')),
     (('optimizer.momentum', 'optimizer.nesterov'), 'optimizer.name', ('sgd',)),
     (('optimizer.beta1', 'optimizer.beta2'), 'optimizer.name', ('adamw',)),

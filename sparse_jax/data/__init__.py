@@ -8,11 +8,11 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from sparse_jax.core import errors
+from sparse_jax.core import errors, references
 from sparse_jax.data import augment as augment_lib
-from sparse_jax.data import cifar, mnist, text
+from sparse_jax.data import cifar, mnist, own, text
 
-NAMES = ('mnist', 'mnist_offline', 'cifar10', 'cifar100', 'digits32', 'text', 'stdlib')
+NAMES = ('mnist', 'mnist_offline', 'cifar10', 'cifar100', 'digits32', 'folder', 'npz', 'text', 'stdlib')
 TEXT = ('text', 'stdlib')
 
 
@@ -33,7 +33,7 @@ class Dataset(NamedTuple):
     prepare: Callable[[np.ndarray], np.ndarray]  # turns inputs as they are stored into what a model takes
     augment: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None  # (inputs, random bits), training only, before `prepare`
     bytes_per_token: float | None = None  # average over the validation text; None for images
-    fingerprint: str = ''  # checksum of a text, which the config does not identify; empty for images
+    fingerprint: str = ''  # checksum of data that the config does not identify; empty for those that are known
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -69,13 +69,15 @@ def load(
     pattern: str = '**/*.txt',
     tokenizer: str = '',
     length: int = 256,
+    size: int = 0,
+    skip_unreadable: bool = False,
 ) -> Dataset:
     """Loads a data set by name.
 
     Args:
       name: one of ``NAMES``. ``digits32`` is the offline digits in CIFAR's shape; ``stdlib`` is the source code of Python's standard
-        library.
-      folder: folder that holds the files, or that they are downloaded to.
+        library. Or ``package.module:function``, which gets the folder, and gives a Dataset or ((x_train, y_train), (x_test, y_test)).
+      folder: folder that holds the files, or that they are downloaded to; of ``npz`` the file.
       download: whether to download missing files.
       validation: fraction of the training examples, in [0, 1), that is held out for validation: the last examples, or for text a
         random choice of the files.
@@ -83,6 +85,8 @@ def load(
       pattern: glob pattern of the files below ``folder``. Only used by ``text``.
       tokenizer: JSON file of a tokenizer; if empty, tokens are bytes. Only used by ``text`` and ``stdlib``.
       length: number of tokens in a sequence. Only used by ``text`` and ``stdlib``.
+      size: side of the images, to which they are scaled; 0: their own. Only used by ``folder``.
+      skip_unreadable: whether images that cannot be read are left out. Only used by ``folder``.
 
     Returns:
       The data set in memory.
@@ -90,8 +94,13 @@ def load(
     Raises:
       ValueError: if the name is unknown, files are missing or damaged, or text is not UTF-8.
     """
-    if name not in NAMES:
+    is_own = references.is_reference(name)
+    if name not in NAMES and not is_own:
         raise errors.unknown('data.name', name, NAMES)
+    if is_own or name in ('folder', 'npz'):
+        made = own.from_function(name, folder) if is_own else own.from_npz(folder) if name == 'npz' else None
+        made = own.from_folder(folder, size=size, skip_unreadable=skip_unreadable) if made is None else made
+        return made if isinstance(made, Dataset) else _of_images(*made, validation=validation, augment=augment and name == 'folder')
     if name in TEXT:
         paths = text.find(folder, pattern) if name == 'text' else text.standard_library()
         corpus = text.load(paths, validation=validation, tokenizer=tokenizer)
@@ -124,6 +133,20 @@ def load(
             cifar.download(name, folder)
         train, test = cifar.load(name, folder)
         prepare, num_outputs, augmentation = standardized_cifar, cifar.CLASSES[name], augment_lib.crop_and_flip
+    return _split(train, test, validation, num_outputs, prepare, augmentation if augment else None)
+
+
+def _of_images(train: own.Pair, test: own.Pair, *, validation: float, augment: bool) -> Dataset:
+    """Images that no setting identifies: standardized where they are of bytes, and with their checksum."""
+    prepare = _standardized(*own.statistics(train[0])) if train[0].dtype == np.uint8 else _identity
+    fingerprint = functools.reduce(lambda crc, x: zlib.crc32(np.ascontiguousarray(x).data, crc), (*train, *test), 0)
+    made = _split(train, test, validation, int(train[1].max()) + 1, prepare, augment_lib.crop_and_flip if augment else None)
+    return made._replace(fingerprint=f'{fingerprint:08x}')
+
+
+def _split(
+    train: own.Pair, test: own.Pair, validation: float, num_outputs: int, prepare: Callable, augment: Callable | None
+) -> Dataset:
     inputs, labels = train
     num_train = len(labels) - round(validation * len(labels))
     return Dataset(
@@ -132,7 +155,7 @@ def load(
         test=Split(*test),
         num_outputs=num_outputs,
         prepare=prepare,
-        augment=augmentation if augment else None,
+        augment=augment,
     )
 
 

@@ -31,6 +31,39 @@ def masks_from(params: Any, *, sparsifiable: PathPredicate | None = None, dense:
     return jax.tree.unflatten(jax.tree.structure(params), masks)
 
 
+def unpack_masks(params: Any, packed: Any) -> Any:
+    """Masks as a run's checkpoint stores them, eight weights a byte along the last axis, from what orbax restores without this package.
+
+    Args:
+      params: of the same checkpoint: their shapes say where a row ends.
+      packed: the state's masks as stored: uint8, and a scalar True at dense leaves.
+
+    Returns:
+      Masks like the params.
+
+    Raises:
+      ValueError: where a mask is not that of its leaf.
+
+    Example:
+      >>> unpack_masks({'w': np.zeros((2, 3))}, {'w': np.array([[0b01000000], [0b10100000]], np.uint8)})['w'].tolist()
+      [[False, True, False], [True, False, True]]
+    """
+
+    def unpack(path: str, leaf: Any, mask: Any) -> np.ndarray:
+        mask, shape = np.asarray(mask), np.shape(leaf)
+        if mask.dtype == np.bool_ and mask.shape in ((), shape):
+            return mask
+        if mask.dtype != np.uint8 or mask.shape != (*shape[:-1], -(-shape[-1] // 8)):
+            raise ValueError(f'unpack_masks: {path} of shape {shape} has no packed mask: got {mask.dtype}{list(mask.shape)}.')
+        return np.unpackbits(mask, axis=-1, count=shape[-1]).astype(bool)
+
+    rows, masks = layers_lib.leaf_paths(params), layers_lib.leaf_paths(packed)
+    if [path for path, _ in rows] != [path for path, _ in masks]:
+        raise ValueError('unpack_masks: the masks must be a tree like params.')
+    made = [unpack(path, leaf, mask) for (path, leaf), (_, mask) in zip(rows, masks, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(params), made)
+
+
 def pairs(params: Any, masks: Any) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """Path, values and mask of each leaf, on the host.
 

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparse_jax import kernels
-from sparse_jax.core import errors
-from sparse_jax.models import by_lanes, layers, transformer
+from sparse_jax.core import errors, references
+from sparse_jax.models import by_lanes, layers, own, transformer
 from sparse_jax.models.cifar import VGG, AlexNet, WideResNet
 from sparse_jax.models.lenet import LeNet5, LeNet300
 
@@ -83,7 +83,7 @@ def create(
     """A model by name.
 
     Args:
-      name: see :func:`names`.
+      name: see :func:`names`; or ``package.module:Class``: see own.py.
       input_shape: of one example: height, width and channels of an image, or the length of a sequence.
       num_outputs: number of classes or tokens.
       dtype: type in which it computes; parameters, normalisation statistics and logits are float32 in any case.
@@ -99,6 +99,11 @@ def create(
     Raises:
       ValueError: if there is no such model or option, or it cannot take such examples.
     """
+    if references.is_reference(name):
+        if layout == 'lanes':
+            raise ValueError(f"model.layout='lanes' is for the CIFAR networks: {name} takes 'auto' or 'channels'.")
+        functions = own.create(name, options=settings, input_shape=tuple(input_shape), num_outputs=num_outputs, dtype=dtype)
+        return Model(*functions, stacked=None)
     possible = options(name)
     for option in settings:
         if option not in possible:

@@ -51,7 +51,7 @@ def _as(made: type, layer: Any) -> Any:
     return new
 
 
-def _sparse_layers(module: nnx.Module) -> dict[str, Any]:
+def sparse_layers(module: nnx.Module) -> dict[str, Any]:
     """The exchanged layers by the path of their kernel."""
     found = {'/'.join(map(str, (*path, 'kernel'))): layer for path, layer in nnx.iter_modules(module)}
     return {path: layer for path, layer in found.items() if isinstance(layer, SparseLinear | SparseConv)}
@@ -68,7 +68,7 @@ def set_patterns(module: nnx.Module, patterns: Any) -> None:
     Raises:
       ValueError: for a pattern of a leaf that is no kernel of such a layer.
     """
-    layers = _sparse_layers(module)
+    layers = sparse_layers(module)
     found = {} if patterns is None else dict(layers_lib.leaf_paths(patterns, is_leaf=is_pattern))
     if other := [path for path in found if path not in layers]:
         raise ValueError(
@@ -106,7 +106,7 @@ def freeze(module: nnx.Module, masks: Any, **options: Any) -> Any:
       ValueError: as ``sj.kernels.freeze``.
     """
     new = nnx.clone(module)
-    layers, params = _sparse_layers(new), nnx.state(new, nnx.Param)
+    layers, params = sparse_layers(new), nnx.state(new, nnx.Param)
     frozen = kernels.freeze(params, masks, **options)
     for path, leaf in layers_lib.leaf_paths(frozen, is_leaf=is_compact):
         if path in layers and is_compact(leaf):

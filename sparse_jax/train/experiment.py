@@ -11,7 +11,7 @@ import optax
 
 from sparse_jax import config as config_lib
 from sparse_jax import kernels, models
-from sparse_jax.core import criteria, errors, methods
+from sparse_jax.core import criteria, errors, methods, references
 from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core import layers as layers_lib
 from sparse_jax.core.rule import Rule
@@ -26,7 +26,11 @@ KERNELS = ('auto', 'dense', *kernels.IMPLEMENTATIONS)
 
 def check_names(config: config_lib.Config) -> None:
     """Raises ValueError for what is wrong whatever the data, so that none is fetched or read in vain."""
-    models.options(config.model.name)
+    if references.is_reference(config.model.name):
+        models.own.parse_options(config.model.options)
+        references.load('config.model.name', config.model.name)
+    else:
+        models.options(config.model.name)
     sparsity = config.sparsity
     for name, value, choices in (
         ('model.dtype', config.model.dtype, models.DTYPES),
@@ -122,7 +126,12 @@ def _model(config: config_lib.Config, input_shape: tuple[int, ...], num_outputs:
     name, dtype, layout = (settings.pop(field) for field in ('name', 'dtype', 'layout'))
     if layout == 'auto' and config.sparsity.kernels in ('dense', 'reference'):  # plain XLA was asked for
         layout = 'channels'
-    accepted, options = models.options(name), {}
+    is_own, own_options = references.is_reference(name), models.own.parse_options(settings.pop('options'))
+    if own_options and not is_own:
+        raise ValueError(
+            f"config.model.options is for classes of one's own, model.name=package.module:Class: {name} has settings for all it takes."
+        )
+    accepted, options = ((), own_options) if is_own else (models.options(name), {})
     for field, value in settings.items():
         if field in accepted and not (field == 'dropout' and value == -1):
             options[field] = value

@@ -24,7 +24,7 @@ class Log:
         self._writer = self._progress = metrics.Silent()
         if hosts.is_host0():
             logged = start // run.config.log.every * run.config.log.every
-            self._writer = metrics.Writer(run.folder, step=start, logged=logged, tensorboard=run.config.log.tensorboard)
+            self._writer = metrics.Writer(run.folder, run.config.log, step=start, logged=logged)
             self._progress = metrics.Progress(experiment.total_steps, start)
         self._step_metrics = _StepMetrics()
         self._shown: dict[str, float] = {}

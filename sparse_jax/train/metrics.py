@@ -4,11 +4,13 @@ import json
 import logging
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from rich import progress
 
 from sparse_jax import config as config_lib
+from sparse_jax.core import errors, references
 from sparse_jax.runtime import records
 
 _LOG = logging.getLogger('sparse_jax')
@@ -20,18 +22,21 @@ class Writer:
     The file is for people: nothing that a run computes depends on it. One that is damaged is told and kept aside, and its good lines go on.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, step: int, logged: int, tensorboard: bool):
+    def __init__(self, workdir: pathlib.Path, settings: config_lib.Log, *, step: int, logged: int):
         """Args: step: of the checkpoint, 0 for a new run. logged: the last step up to it that the log has a line of."""
+        self._callback = callback(settings)
         path = workdir / records.METRICS
         kept = _kept(path, step, logged) if step else []
         with records.replacing(path) as partial:
             partial.write_text(''.join(line + '\n' for line in kept))
         self._file = path.open('a', buffering=1)
-        self._events = _summary_writer(workdir) if tensorboard else None
+        self._events = _summary_writer(workdir) if settings.tensorboard else None
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One line; values are numbers or dictionaries of numbers by layer."""
         self._file.write(json.dumps({'step': step, **values}) + '\n')
+        if self._callback is not None:
+            self._callback(step, values)
         if self._events is not None:
             for name, value in values.items():
                 named = value.items() if isinstance(value, dict) else [('', value)]
@@ -70,6 +75,21 @@ def check_tensorboard(settings: config_lib.Log) -> None:
         import tensorboardX  # noqa: F401
     except ImportError as error:
         raise ValueError("log.tensorboard=True needs tensorboardX: pip install 'sparse_jax[tensorboard]'.") from error
+
+
+def callback(settings: config_lib.Log) -> Callable[[int, dict[str, Any]], Any] | None:
+    """The function of the user's that gets each line of metrics; ValueError where it is none. None: none is named."""
+    if not settings.callback:
+        return None
+    if not references.is_reference(settings.callback):
+        raise ValueError(f'config.log.callback={settings.callback!r}: must be mypackage.module:function.')
+    function = references.load('config.log.callback', settings.callback)
+    if not callable(function):
+        raise ValueError(
+            f'config.log.callback={settings.callback!r}: must be a function (step, values), got {type(function).__name__}.'
+        )
+    errors.check_takes(f'config.log.callback={settings.callback!r}', function, '(step, values)')
+    return function
 
 
 def read(workdir: pathlib.Path) -> list[dict[str, Any]]:

@@ -31,9 +31,9 @@ class Run(NamedTuple):
 def load_data(config: config_lib.Config) -> data_lib.Dataset:
     """The data set that a config names."""
     d = config.data
-    text: dict[str, Any] = dict(pattern=d.pattern, tokenizer=d.tokenizer, length=d.length)
+    own: dict[str, Any] = {name: getattr(d, name) for name in ('pattern', 'tokenizer', 'length', 'size', 'skip_unreadable')}
     try:
-        return data_lib.load(d.name, d.dir, download=d.download, validation=d.validation, augment=d.augment, **text)
+        return data_lib.load(d.name, d.dir, download=d.download, validation=d.validation, augment=d.augment, **own)
     except OSError as error:
         raise ValueError(f'config.data.dir={d.dir!r} cannot be read ({error.strerror}): give another folder.') from error
 
@@ -81,6 +81,7 @@ def prepare(config: config_lib.Config, folder: pathlib.Path) -> Run:
 def _prepare(config: config_lib.Config, folder: pathlib.Path) -> Run:
     check_names(config)
     metrics.check_tensorboard(config.log)
+    metrics.callback(config.log)
     data = load_data(config)
     workdir.check_data(folder, data.fingerprint)
     config = workdir.extended(config, folder, len(data.train.labels) // config.data.batch_size)

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+from sparse_jax import config as config_lib
 from sparse_jax.report import run_report
 from sparse_jax.train import metrics
 
@@ -85,7 +86,7 @@ def test_a_finished_workdir_is_shown_and_drawn_once(tmp_path, capsys):
 
 def test_metrics_after_the_checkpoint_and_a_line_cut_off_are_dropped(tmp_path):
     (tmp_path / 'metrics.jsonl').write_text('{"step": 100, "loss": 1.0}\n{"step": 200, "loss": 0.5}\n{"step": 3')
-    writer = metrics.Writer(tmp_path, step=100, logged=100, tensorboard=False)
+    writer = metrics.Writer(tmp_path, config_lib.Log(), step=100, logged=100)
     writer.write(200, {'loss': 0.25, 'density': {'a': 0.5}})
     writer.close()
     assert metrics.read(tmp_path) == [{'step': 100, 'loss': 1.0}, {'step': 200, 'loss': 0.25, 'density': {'a': 0.5}}]

@@ -94,7 +94,7 @@ def test_a_damaged_log_is_told_and_kept_aside(content, told, steps, tmp_path, ca
         path.mkdir()
     elif content is not None:
         path.write_bytes(content)
-    writer = metrics.Writer(tmp_path, step=4, logged=4, tensorboard=False)
+    writer = metrics.Writer(tmp_path, config_lib.Log(), step=4, logged=4)
     writer.write(6, {'loss': 2.0})
     writer.close()
     assert [row['step'] for row in metrics.read(tmp_path)] == [*steps, 6]

@@ -4,6 +4,7 @@ import json
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import launch
@@ -14,6 +15,7 @@ from sparse_jax import train
 from sparse_jax.runtime import checkpoint
 from sparse_jax.train import exporting, stored
 from sparse_jax.train import run as run_lib
+from sparse_jax.train.evaluate import restored
 
 
 def _config():
@@ -102,3 +104,18 @@ def test_what_cannot_be_exported_is_told_first(to, message, workdir, tmp_path):
     with pytest.raises(ValueError, match='has no checkpoint: train first'):
         train.export(_config(), tmp_path / 'empty', tmp_path / 'network.npz')
     assert not list(tmp_path.iterdir())
+
+
+def test_masks_of_a_checkpoint_are_read_without_the_package(workdir):
+    """orbax gives them as they are stored; sj.export.unpack_masks makes them masks."""
+    step = max(int(path.name) for path in (workdir / 'checkpoints').glob('[0-9]*'))
+    stored = ocp.StandardCheckpointer().restore((workdir / 'checkpoints' / str(step) / 'state').absolute())
+    holds_masks = lambda part: isinstance(part, dict) and 'masks' in part
+    [sparse] = filter(holds_masks, jax.tree.leaves(stored['opt_state'], is_leaf=holds_masks))
+    masks = sj.export.unpack_masks(stored['params'], sparse['masks'])
+    expected = sj.get_masks(restored(_config(), workdir)[2].opt_state)
+    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (masks, jax.device_get(expected))), strict=True))
+    with pytest.raises(ValueError, match=r'fc1/kernel of shape \(784, 300\) has no packed mask'):
+        sj.export.unpack_masks(
+            stored['params'], sparse['masks'] | {'fc1': {'bias': np.array(True), 'kernel': np.zeros((784, 37), np.uint8)}}
+        )
