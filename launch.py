@@ -154,7 +154,9 @@ def main(argv) -> int:
     logging.getLogger('sparse_jax').setLevel(logging.INFO)
     from sparse_jax import train  # after the flags: a wrong flag is told at once
     from sparse_jax.runtime import failures, hosts
+    from sparse_jax.train import console
 
+    console.show_log()
     folder = pathlib.Path(_WORKDIR.value or '')
     failures.prepare(debug=_DEBUG.value)
     try:

@@ -144,7 +144,9 @@ class Mesh(_Section):  # data=1 and model=1 use one device, even where there are
 class Log(_Section):
     every: int = 100  # Steps between lines of training metrics.
     tensorboard: bool = False  # Write TensorBoard event files too; needs the extra `tensorboard`.
-    callback: str = ''  # mypackage:function, called as function(step, values) with what metrics.jsonl gets; empty: none.
+    callback: str = (
+        ''  # Function of one's own, mypackage:function: called as (step, values) with what metrics.jsonl gets; empty: none.
+    )
 
 
 @dataclasses.dataclass

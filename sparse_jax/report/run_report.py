@@ -35,6 +35,9 @@ def show(folder: pathlib.Path) -> None:
     if machine.get('kernels', 'auto') == 'auto':
         kernel_choice.print_table(folder)
     print_table(result, machine.get('attention'))
+    newest = max((int(path.name) for path in (folder / 'checkpoints').glob('[0-9]*') if path.name.isdecimal()), default=None)
+    where = {'result': records.RESULT, 'report': REPORT} | ({} if newest is None else {'checkpoint': f'checkpoints/{newest}'})
+    print('\n'.join(f'{name + ":":<11} {folder / path}' for name, path in where.items()))
 
 
 def _draw_run(folder: pathlib.Path, result: dict[str, Any]) -> None:

@@ -1,12 +1,40 @@
-"""Tables on the console whose rows can be told apart, however long the names in them are."""
+"""What stands on the console: lines above the progress bar, and tables whose rows can be told apart, however long the names in them are."""
 
+import functools
+import logging
+import time
 from collections.abc import Collection, Sequence
 
+from rich.console import Console
 from rich.table import Table
 
 from sparse_jax.stats.tables import shorten
 
 _LEAST = 20  # letters of a name
+
+
+@functools.cache
+def stderr() -> Console:
+    """The console that the progress bar and the log's lines share, so that these stand above that."""
+    return Console(stderr=True)
+
+
+class _Lines(logging.Handler):
+    """Lines with the time of day, above the progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = f'{time.strftime("%H:%M:%S", time.localtime(record.created))} {record.getMessage()}'
+            stderr().print(text, markup=False, highlight=False, soft_wrap=True)
+        except Exception:
+            self.handleError(record)
+
+
+def show_log() -> None:
+    """The package's log goes to the console, in lines for people, from now on."""
+    logger = logging.getLogger('sparse_jax')
+    logger.handlers[:] = [_Lines()]
+    logger.propagate = False
 
 
 def named_table(

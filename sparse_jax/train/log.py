@@ -60,9 +60,10 @@ class Log:
         numbers = {**means, 'learning_rate': _number(experiment.learning_rate(step - 1))}
         if experiment.prune_rate is not None:
             numbers['prune_rate'] = _number(experiment.prune_rate(step))
-        self._writer.write(step, {**numbers, 'steps_per_second': (step - self._last_step) / (now - self._last_time)})
+        speed = (step - self._last_step) / (now - self._last_time)
+        self._writer.write(step, {**numbers, 'steps_per_second': speed})
         self._last_step, self._last_time = step, now
-        self._shown |= means
+        self._shown |= {**means, 'steps_per_second': speed}
         self._progress.show(step, self._shown)
 
     def evaluation(self, step: int, part: str, values: dict[str, float]) -> None:

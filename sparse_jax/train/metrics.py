@@ -1,17 +1,21 @@
 """Where numbers go while a run trains: metrics.jsonl always, a progress bar or log lines, TensorBoard if asked for."""
 
+import datetime
 import json
 import logging
 import pathlib
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 from rich import progress
+from rich.table import Column
 
 from sparse_jax import config as config_lib
 from sparse_jax.core import errors, references
 from sparse_jax.runtime import records
+from sparse_jax.train import console
 
 _LOG = logging.getLogger('sparse_jax')
 
@@ -97,36 +101,62 @@ def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return [row.values for row in records.read_rows(workdir / records.METRICS)[0]]
 
 
+_WIDE = 110  # letters of a terminal that has room for all numbers beside the bar
+_BAR = 8
+
+
+def numbers(values: dict[str, float], *, wide: bool = True) -> str:
+    """The latest numbers in a few words; those that matter most where there is little room.
+
+    >>> numbers({'loss': 0.3221, 'accuracy': 0.91, 'test_accuracy': 0.9, 'steps_per_second': 123.4})
+    'loss 0.322  accuracy 91.0%  test 90.0%  123 steps/s'
+    >>> numbers({'loss': 0.3221, 'accuracy': 0.91, 'test_accuracy': 0.9, 'steps_per_second': 123.4}, wide=False)
+    'loss 0.322  test 90.0%  123 steps/s'
+    """
+    words = {'loss': f'loss {values["loss"]:#.3g}'} if 'loss' in values else {}
+    for name, value in values.items():
+        if name.endswith('accuracy'):
+            words[name] = f'{name.removesuffix("_accuracy")} {value:.1%}'
+    if 'steps_per_second' in values:
+        words['steps_per_second'] = f'{values["steps_per_second"]:.3g} steps/s'
+    if not wide and len(words) > 3:
+        words.pop('accuracy', None)
+    return '  '.join(words.values())
+
+
 class Progress:
     """A bar on a terminal, a log line every tenth of the run otherwise."""
 
     def __init__(self, total: int, start: int):
         self._total = total
         self._interval = max(1, total // 10)
-        self._shown = start
+        self._shown = self._start = start
+        self._begin = time.perf_counter()
         self._bar = None
         if sys.stderr.isatty():
-            from rich.console import Console
-
+            terminal = console.stderr()
+            self._wide = terminal.width >= _WIDE
             columns = (
-                progress.TextColumn('[bold]training'),
-                progress.BarColumn(bar_width=None),
+                progress.BarColumn(bar_width=None if self._wide else _BAR),
                 progress.MofNCompleteColumn(),
-                progress.TextColumn('{task.fields[numbers]}'),
-                progress.TimeRemainingColumn(),
+                progress.TextColumn('{task.fields[numbers]}', table_column=Column(no_wrap=True)),
+                progress.TimeRemainingColumn(compact=True),
             )
-            self._bar = progress.Progress(*columns, console=Console(stderr=True), refresh_per_second=4)
-            self._task = self._bar.add_task('', total=total, completed=start, numbers='')
+            self._bar = progress.Progress(*columns, console=terminal, refresh_per_second=4, expand=self._wide)
+            self._task = self._bar.add_task('', total=total, completed=start, numbers='compiling')
             self._bar.start()
+        elif start < total:
+            _LOG.info('compiling the training step.')
 
     def show(self, step: int, values: dict[str, float]) -> None:
         """The latest numbers, at the given step."""
-        numbers = '  '.join(f'{name} {value:.4g}' for name, value in values.items())
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, numbers=numbers)
+            self._bar.update(self._task, completed=step, numbers=numbers(values, wide=self._wide))
         elif step // self._interval > self._shown // self._interval or step == self._total:
             self._shown = step
-            _LOG.info('step %d/%d  %s', step, self._total, numbers)
+            left = (time.perf_counter() - self._begin) / (step - self._start) * (self._total - step)
+            ahead = f'  {datetime.timedelta(seconds=round(left))} left' if step < self._total else ''
+            _LOG.info('step %d/%d  %s%s', step, self._total, numbers(values), ahead)
 
     def close(self) -> None:
         if self._bar is not None:
