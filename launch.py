@@ -24,6 +24,7 @@ import logging
 import os
 import pathlib
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -131,6 +132,24 @@ def keep_memory() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def _keep_programs() -> None:
+    """Compiled programs are kept in this user's cache folder, for the next start; unless the environment names another folder, or none."""
+    import jax
+
+    from sparse_jax.kernels.cpu import compiler
+
+    if 'JAX_COMPILATION_CACHE_DIR' in os.environ or 'JAX_ENABLE_COMPILATION_CACHE' in os.environ:
+        return
+    try:
+        folder = compiler.make_cache_folder() / f'programs-{zlib.crc32(compiler.processor().encode()):08x}'
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError:  # then they are compiled anew
+        return
+    jax.config.update('jax_compilation_cache_dir', str(folder))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder)  # of the runs of a sweep
+
+
 def _sweep(folder: pathlib.Path) -> None:
     """Trains a grid of experiments, and reports on them."""
     import jax
@@ -157,6 +176,7 @@ def main(argv) -> int:
     from sparse_jax.train import console
 
     console.show_log()
+    _keep_programs()
     folder = pathlib.Path(_WORKDIR.value or '')
     failures.prepare(debug=_DEBUG.value)
     try:
