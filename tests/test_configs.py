@@ -16,7 +16,15 @@ ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem not in ('__init__', 'cifar10'))
 SHAPES = {'mnist': (28, 28, 1), 'mnist_offline': (28, 28, 1), 'text': (1024,), 'stdlib': (128,)}
 TOKENS = {'text': 50_258, 'stdlib': 257}  # GPT-2's, and bytes
-TRAINING = {'mnist': 54_000, 'cifar10': 45_000, 'mnist_offline': 4000, 'digits32': 4000, 'text': 10**6, 'stdlib': 90_000}
+TRAINING = {
+    'mnist': 54_000,
+    'cifar10': 45_000,
+    'mnist_offline': 4000,
+    'digits32': 4000,
+    'text': 10**6,
+    'stdlib': 90_000,
+    'folder': 1000,
+}
 
 
 def _module(name):
