@@ -56,8 +56,8 @@ class Lowered(NamedTuple):
 def lower(config: config_lib.Config, platform: str) -> Lowered:
     """Lowers a config's ordinary training step, and compiles it where the platform's compiler is installed.
 
-    Where gradients are dense in a window before each mask update only, an ordinary step is one outside of it. The data is read (its
-    shapes decide the program), and nothing is run or written.
+    Where gradients are dense in a window before each mask update only, an ordinary step is one outside of it. Data is read only where its
+    shapes, which decide the program, are not known by its name; nothing is run or written.
 
     Args:
       config: the settings. Its mesh says for how many devices (-1: one). With ``sparsity.kernels`` of 'auto' every layer that the
@@ -72,7 +72,7 @@ def lower(config: config_lib.Config, platform: str) -> Lowered:
     backend = PLATFORMS[platform]
     with kernels_lib.lowering_for(backend):
         run_lib.check_settings(config)
-        experiment = run_lib.create_experiment(config, run_lib.load_data(config))
+        experiment = run_lib.experiment_of_shapes(config)
         count = max(1, config.mesh.data) * max(1, config.mesh.model)
         reason = compile_only.unavailable(backend)
         if not reason:

@@ -159,6 +159,32 @@ def _split(
     )
 
 
+class Shapes(NamedTuple):
+    """What decides a network's program."""
+
+    num_train: int  # before any are held out
+    input_shape: tuple[int, ...]
+    num_outputs: int
+
+
+_SHAPES = {
+    'mnist': Shapes(60_000, (28, 28, 1), 10),
+    'mnist_offline': Shapes(4000, (28, 28, 1), 10),
+    'cifar10': Shapes(50_000, (32, 32, 3), 10),
+    'cifar100': Shapes(50_000, (32, 32, 3), 100),
+    'digits32': Shapes(4000, (32, 32, 3), 10),
+}
+
+
+def known_shapes(name: str) -> Shapes | None:
+    """The shapes of a data set that its name tells; None where its files do.
+
+    >>> known_shapes('cifar100').num_outputs, known_shapes('text')
+    (100, None)
+    """
+    return _SHAPES.get(name)
+
+
 def batches(
     data: Dataset, *, batch_size: int, seed: int, num_batches: int, process_index: int = 0, process_count: int = 1
 ) -> grain.MapDataset:

@@ -118,7 +118,8 @@ def numbers(values: dict[str, float], *, wide: bool = True) -> str:
         if name.endswith('accuracy'):
             words[name] = f'{name.removesuffix("_accuracy")} {value:.1%}'
     if 'steps_per_second' in values:
-        words['steps_per_second'] = f'{values["steps_per_second"]:.3g} steps/s'
+        speed = values['steps_per_second']
+        words['steps_per_second'] = f'{speed:,.0f} steps/s' if speed >= 100 else f'{speed:.3g} steps/s'
     if not wide and len(words) > 3:
         words.pop('accuracy', None)
     return '  '.join(words.values())

@@ -44,6 +44,15 @@ def create_experiment(config: config_lib.Config, data: data_lib.Dataset) -> stat
     return experiment_lib.build(config, num_examples=len(data.train.labels), **shapes)
 
 
+def experiment_of_shapes(config: config_lib.Config) -> state_lib.Experiment:
+    """The experiment that a config, of checked settings, describes; its data is read only where their name does not tell their shapes."""
+    known = data_lib.known_shapes(config.data.name)
+    if known is None:
+        return create_experiment(config, load_data(config))
+    count = known.num_train - round(config.data.validation * known.num_train)
+    return experiment_lib.build(config, num_examples=count, input_shape=known.input_shape, num_outputs=known.num_outputs)
+
+
 def check_identity(config: config_lib.Config, folder: pathlib.Path) -> None:
     """Raises ValueError for numbers out of range, and where the workdir holds anything but this experiment.
 

@@ -5,7 +5,9 @@ import pathlib
 import jax
 import pytest
 
+from configs import mnist_lenet300
 from sparse_jax.aot import compile_only
+from sparse_jax.train import run as run_lib
 from tests import launcher
 from tests.aot.lowered import steps
 
@@ -67,3 +69,13 @@ def test_what_cannot_be_compiled_for_says_what_is_missing(monkeypatch):
         compile_only.devices('gpu')
     with pytest.raises(ValueError, match='there is no libtpu: pip install'):
         compile_only.devices('tpu')
+
+
+def test_no_data_is_needed_where_its_name_tells_its_shapes(tmp_path):
+    config = mnist_lenet300.get_config()
+    config.data.dir = str(tmp_path / 'nothing')
+    experiment = run_lib.experiment_of_shapes(config)
+    assert experiment.example.shape == (1, 28, 28, 1) and experiment.steps_per_epoch == 540
+    config.data.name = 'npz'
+    with pytest.raises(ValueError, match='is not there'):
+        run_lib.experiment_of_shapes(config)
