@@ -97,14 +97,58 @@ def tables(runs: Sequence[Run]) -> list[Table]:
     return by_name
 
 
+def _base(run: Run) -> dict[str, object]:
+    """What a run shares with its dense twin."""
+    return {name: value for name, value in settings_of(run).items() if name != 'method' and not name.startswith('sparsity.')}
+
+
+def pairs(table: Table, group: Group) -> list[tuple[Run, Run]]:
+    """Each run of a sparse group beside the dense one of its settings and seed; empty where there is none."""
+    if group.method == 'dense':
+        return []
+    dense = {
+        (json.dumps(_base(run), sort_keys=True), run.config['seed']): run
+        for g in table.groups
+        if g.method == 'dense'
+        for run in g.runs
+    }
+    keys = [(json.dumps(_base(run), sort_keys=True), run.config['seed']) for run in group.runs]
+    return [(run, dense[key]) for run, key in zip(group.runs, keys, strict=True) if key in dense]
+
+
+def speed(run: Run) -> float | None:
+    """Steps a second without compilation: the median over the run's log, whose first lines contain it. None: too few lines."""
+    logged = [row['steps_per_second'] for row in run.rows if isinstance(row.get('steps_per_second'), float | int)]
+    return float(np.median(logged[1:])) if len(logged) > 2 else None
+
+
+def _against_dense(table: Table, group: Group, scale: float, digits: int) -> list[str]:
+    """The paired difference with its interval, and the speed as a multiple; empty where there is no dense twin."""
+    paired = pairs(table, group)
+    if not paired:
+        return ['', '']
+    difference = interval(np.array([scale * (run.result[table.metric] - twin.result[table.metric]) for run, twin in paired]))
+    text = f'{difference.mean:+.{digits}f}'
+    if not np.isnan(difference.error):
+        text += f' ({difference.low:+.{digits}f} to {difference.high:+.{digits}f})'
+    speeds = [(speed(run), speed(twin)) for run, twin in paired]
+    ratios = [ours / theirs for ours, theirs in speeds if ours and theirs]
+    return [text, f'{np.mean(ratios):.2f}x' if ratios else '']
+
+
 def columns(table: Table) -> list[str]:
     """Headings of a table's rows."""
     metric = 'test accuracy %' if table.metric == 'test_accuracy' else 'validation loss, nats'
     last = ['bits a byte'] if table.metric == 'eval_loss' else ['published %'] if sources([table]) else []
     return [
-        'method', 'density', 'nonzeros', 'runs', metric, 'standard error', '95% interval', *last,
-        'operations of training', 'of inference', 'seconds a run',
+        'method', 'density', 'nonzeros', 'runs', metric, 'standard error', '95% interval', *_paired_columns(table), *last,
+        'operations of training', 'of inference', 'steps/s', 'seconds a run',
     ]  # fmt: skip
+
+
+def _paired_columns(table: Table) -> list[str]:
+    unit = 'points' if table.metric == 'test_accuracy' else 'nats'
+    return [f'minus dense, {unit} (95% interval)', 'speed of dense'] if any(pairs(table, group) for group in table.groups) else []
 
 
 def cells(table: Table, group: Group) -> list[str]:
@@ -126,6 +170,7 @@ def cells(table: Table, group: Group) -> list[str]:
         else ''
     )
     has_error = not np.isnan(mean.error)
+    speeds = [value for value in map(speed, group.runs) if value]
     return [
         group.label,
         f'{group.density:.3g}' if group.density < 0.001 else f'{100 * group.density:.3g}%',
@@ -134,9 +179,11 @@ def cells(table: Table, group: Group) -> list[str]:
         f'{mean.mean:.{digits}f}',
         f'{mean.error:.{digits}f}' if has_error else '',
         f'{mean.low:.{digits}f} to {mean.high:.{digits}f}' if has_error else '',
+        *(_against_dense(table, group, scale, digits) if _paired_columns(table) else ()),
         *beside,
         cost('training'),
         cost('inference'),
+        f'{np.mean(speeds):.3g}' if speeds else '',
         f'{group.values("seconds").mean():.1f}',
     ]
 

@@ -105,7 +105,47 @@ def _dense_band(axes, table: aggregate.Table) -> None:
             axes.axhspan(mean.low, mean.high, color=_INK, alpha=0.1, linewidth=0)
 
 
+def least_shown(values: Sequence[float]) -> float:
+    """Where an axis of these values begins, so that one that lies far below the others does not flatten them; -inf: no such value.
+
+    A value is far off where it is below the lower quartile by more than three times the distance of the quartiles, and by more than that
+    of the others' ends.
+
+    >>> least_shown([90.0, 91.0, 92.0, 93.0, 10.0]), least_shown([90.0, 91.0, 92.0, 88.0])
+    (90.0, -inf)
+    """
+    low, high = np.quantile(values, [0.25, 0.75])
+    near = [value for value in values if value >= low - 3 * (high - low)]
+    far = [value for value in values if value < min(near) - (max(near) - min(near))] if near else []
+    return min(near) if far and len(values) > 3 else float('-inf')
+
+
+def _mark_outliers(axes) -> None:
+    """Cuts the axis above values that lie far below the others, and says at its edge what they are."""
+    points = [(x, y) for line in axes.get_lines() if line.get_marker() == 'o' for x, y in zip(*line.get_data(), strict=True)]
+    bottom = least_shown([y for _, y in points]) if points else float('-inf')
+    if not np.isfinite(bottom):
+        return
+    highest = max(float(np.max(line.get_ydata())) for line in axes.get_lines())
+    top = highest + 0.3 * max(highest - bottom, 1e-9)
+    edge = bottom - 0.12 * (top - bottom)
+    axes.set_ylim(edge, top)
+    for x, y in points:
+        if y < bottom:
+            axes.annotate(
+                f'{y:.3g}',
+                (x, edge),
+                xytext=(0, 12),
+                textcoords='offset points',
+                ha='center',
+                fontsize=8,
+                color=_INK,
+                arrowprops={'arrowstyle': '->', 'color': _INK},
+            )
+
+
 def _keep_below_100(axes, table: aggregate.Table) -> None:
+    _mark_outliers(axes)
     if table.metric == 'test_accuracy':
         axes.set_ylim(top=min(axes.get_ylim()[1], 100))
 

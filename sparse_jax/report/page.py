@@ -68,7 +68,7 @@ def page(tables: Sequence[aggregate.Table], problems: Sequence[Problem], folder:
         left_out = _count(len(problems), 'workdir')
         body.append(f'<p><strong>{left_out} not in the tables</strong>: <a href="#problems">see the end of this page</a>.</p>')
     for number, table in enumerate(tables):
-        body += _section(table, number)
+        body += _section(table, number, folder)
     if where := aggregate.sources(tables):
         body.append(
             f'<h2>Published numbers</h2><p>By whole trainings with the settings of their sources:</p><ul>{"".join(f"<li>{html.escape(source)}</li>" for source in where)}</ul>'
@@ -94,22 +94,22 @@ def _html_table(heads: Sequence[str], rows: Sequence[Sequence[str]], starts: Seq
     return f'<div class="scroll"><table><thead><tr>{row(heads, "th")}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
-def _section(table: aggregate.Table, number: int) -> list[str]:
+def _section(table: aggregate.Table, number: int, folder: pathlib.Path) -> list[str]:
     groups = table.groups
     starts = [i > 0 and group.label != groups[i - 1].label for i, group in enumerate(groups)]
     parts = [f'<h2>{html.escape(table.model)} on {html.escape(table.data)}</h2>']
     parts.append(_html_table(aggregate.columns(table), [aggregate.cells(table, group) for group in groups], starts))
     parts.append(
-        '<p class="soft">Mean over seeds, its standard error, and its 95% interval by Student’s t. Operations are multiply-adds that the '
-        'method needs, against the dense network’s.</p>'
+        '<p class="soft">Mean over seeds, its standard error, and its 95% interval by Student’s t. Each run is compared with the dense one of its seed '
+        'and settings; speeds leave compilation out. Operations are multiply-adds that the method needs, against the dense network’s.</p>'
     )
     parts.append(f'<div class="figures">{figures.overview(table, number)}</div>')
     parts += figures.densities(table, number)
-    parts.append('<h3>Speed and cost of each run</h3>' + _cost(table))
+    parts.append('<h3>Speed and cost of each run</h3>' + _cost(table, folder))
     return parts
 
 
-def _cost(table: aggregate.Table) -> str:
+def _cost(table: aggregate.Table, folder: pathlib.Path) -> str:
     rows = []
     for group in table.groups:
         for run in group.runs:
@@ -118,7 +118,7 @@ def _cost(table: aggregate.Table) -> str:
             rows.append([
                 f'{group.label}, {100 * group.density:.3g}%', run.config['seed'], f'{result[table.metric]:.4f}', f'{result["steps"]:,}',
                 f'{result["seconds"]:.1f}', f'{result["steps"] / max(result["seconds"], 1e-9):.3g}', f'{memory:,}' if memory else '',
-                machine.get('device', ''), machine.get('jax', ''), machine.get('resumed_at', ''),
+                machine.get('device', ''), machine.get('jax', ''), machine.get('resumed_at', ''), relative(run.folder, folder), machine.get('command', ''),
             ])  # fmt: skip
     heads = [
         'run',
@@ -131,5 +131,7 @@ def _cost(table: aggregate.Table) -> str:
         'device',
         'jax',
         'resumed at',
+        'folder',
+        'command',
     ]
     return f'<details><summary>{_count(len(rows), "run")}</summary>{_html_table(heads, rows)}</details>'

@@ -242,7 +242,8 @@ _WRONG: dict[str, Callable[[dict[str, Any]], str]] = {
     DATA: _fields({'fingerprint': _is_text}, {}),
     KERNELS: _kernels,
     MACHINE: _fields(
-        {}, _each(('device', 'kernels', 'jax', 'attention'), _is_text) | _each(('max_memory_mib', 'resumed_at'), _is_count)
+        {},
+        _each(('device', 'kernels', 'jax', 'attention', 'command'), _is_text) | _each(('max_memory_mib', 'resumed_at'), _is_count),
     ),
     RESULT: _result,
     SETTINGS: _config,

@@ -3,6 +3,7 @@
 import datetime
 import platform
 import resource
+import shlex
 import socket
 import sys
 from typing import Any
@@ -88,6 +89,7 @@ def _machine(run: Run, start: int) -> dict[str, Any]:
     mesh = run.devices.mesh
     return {
         'finished': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+        'command': shlex.join(sys.argv),
         'resumed_at': start,
         'host': socket.gethostname(),
         'platform': platform.platform(),

@@ -66,6 +66,28 @@ def test_means_errors_and_intervals_equal_scipy(runs):
     assert row['published %'] == '98.53' and row['runs'] == '3' and row['nonzeros'] == '50' and row['seconds a run'] == '11.0'
     dense = dict(zip(aggregate.columns(table), aggregate.cells(table, table.groups[0]), strict=True))
     assert dense['published %'] == '98.69' and dense['density'] == '100%'
+    assert (
+        row['minus dense, points (95% interval)'] == '-0.30 (-0.30 to -0.30)' and dense['minus dense, points (95% interval)'] == ''
+    )
+
+
+def test_runs_are_paired_with_the_dense_ones_of_their_seeds_and_settings(tmp_path):
+    differences = {0: 0.01, 1: -0.02, 2: 0.005}
+    for seed, difference in differences.items():
+        slow, fast = ([{'step': s, 'steps_per_second': v} for s, v in enumerate(speeds)] for speeds in ((1, 20, 22), (2, 60, 66)))
+        _write(tmp_path / f's{seed}', seed=seed, accuracy=0.9 + 0.02 * seed + difference)
+        _write(tmp_path / f'd{seed}', seed=seed, accuracy=0.9 + 0.02 * seed, method='dense')
+        for name, rows in ((f's{seed}', fast), (f'd{seed}', slow)):
+            (tmp_path / name / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    _write(tmp_path / 'other', seed=0, accuracy=0.5, settings={'optimizer.learning_rate': '0.2'})  # has no twin
+    (table,) = aggregate.tables(collect([tmp_path])[0])
+    rows = [dict(zip(aggregate.columns(table), aggregate.cells(table, group), strict=True)) for group in table.groups]
+    values = 100 * np.array(list(differences.values()))
+    low, high = stats.t.interval(0.95, 2, loc=values.mean(), scale=stats.sem(values))
+    paired = 'minus dense, points (95% interval)'
+    [row] = [row for row in rows if row[paired]]
+    assert row[paired] == f'{values.mean():+.2f} ({low:+.2f} to {high:+.2f})' and row['runs'] == '3'
+    assert row['speed of dense'] == '3.00x' and row['steps/s'] == '63'
 
 
 def test_one_run_has_no_interval(tmp_path):
