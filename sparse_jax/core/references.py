@@ -31,10 +31,10 @@ def load(setting: str, reference: str) -> Any:
       ValueError: with the reason why it cannot be imported.
 
     Example:
-      >>> load('config.model.name', 'math:sqroot')
+      >>> load('config.model.name', 'json:detect_encodng')
       Traceback (most recent call last):
       ...
-      ValueError: config.model.name='math:sqroot': the module math has no 'sqroot'. Did you mean 'sqrt' or 'isqrt'?
+      ValueError: config.model.name='json:detect_encodng': the module json has no 'detect_encodng'. Did you mean 'detect_encoding'?
     """
     module_name, _, name = reference.partition(':')
     if os.getcwd() not in sys.path:
