@@ -247,6 +247,8 @@ def _missing(name: str) -> str:
         'config': 'configs/mnist_lenet300.py:offline', 'workdir': 'runs/mnist_lenet300', 'sweep': "'seed=0,1,2'", 'to': 'network.npz',
     }  # fmt: skip
     of_run = ' With the --workdir of a run that exists none is needed.' if name == 'config' else ''
+    if of_run and _WORKDIR.value and not os.path.lexists(_WORKDIR.value):
+        of_run = f' --workdir={_WORKDIR.value} does not exist: there is no run to go on with.'
     return f'--{name} is missing: give for instance --{name}={examples[name]}.{of_run}'
 
 

@@ -31,10 +31,10 @@ def load(setting: str, reference: str) -> Any:
       ValueError: with the reason why it cannot be imported.
 
     Example:
-      >>> load('config.model.name', 'json:detect_encodng')
+      >>> load('config.log.callback', 'json:dumpss')
       Traceback (most recent call last):
       ...
-      ValueError: config.model.name='json:detect_encodng': the module json has no 'detect_encodng'. Did you mean 'detect_encoding'?
+      ValueError: config.log.callback='json:dumpss': the module json has no 'dumpss'. Did you mean 'dumps' or 'dump'?
     """
     module_name, _, name = reference.partition(':')
     if os.getcwd() not in sys.path:
@@ -43,7 +43,8 @@ def load(setting: str, reference: str) -> Any:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever a module does when it is imported
         reason = ' '.join(str(error).split()) or type(error).__name__
-        raise ValueError(f'{setting}={reference!r} cannot be imported ({type(error).__name__}: {reason}).') from error
+        where = f' Modules are looked for in {os.getcwd()} and in PYTHONPATH.' if isinstance(error, ModuleNotFoundError) else ''
+        raise ValueError(f'{setting}={reference!r} cannot be imported ({type(error).__name__}: {reason}).{where}') from error
     if not hasattr(module, name):
         raise ValueError(
             f'{setting}={reference!r}: the module {module_name} has no {name!r}.{errors.did_you_mean(name, vars(module))}'

@@ -8,6 +8,7 @@ of nnx are exchanged for those of ``sj.nnx``, which take sparse kernels; linen's
 
 import ast
 import inspect
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -95,7 +96,8 @@ def create(name: str, *, options: Mapping[str, Any], input_shape: tuple[int, ...
     except Exception as error:  # of the user's own code
         reason = ' '.join(str(error).split())[:300]
         raise ValueError(
-            f'config.model.name={name!r} fails with an example of shape {tuple(example.shape)} ({type(error).__name__}: {reason}).'
+            f'config.model.name={name!r} fails with an example of shape {tuple(example.shape)} ({type(error).__name__}: {reason}; '
+            f'{_where(error, made)}).'
         ) from error
     wanted = (*example.shape, num_outputs) if tokens else (2, num_outputs)
     if getattr(logits, 'shape', None) != wanted:
@@ -105,6 +107,13 @@ def create(name: str, *, options: Mapping[str, Any], input_shape: tuple[int, ...
             f'{wanted}: {num_outputs} is the number of {"tokens" if tokens else "classes"} of the data.'
         )
     return functions
+
+
+def _where(error: BaseException, made: type) -> str:
+    """The line of the user's file at which an error arose."""
+    file = inspect.getsourcefile(made)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f'{file}, line {lines[-1]}' if lines else str(file)
 
 
 def _keywords(name: str, made: type, options: dict[str, Any], given: dict[str, Any], is_nnx: bool) -> dict[str, Any]:

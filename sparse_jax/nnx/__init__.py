@@ -15,7 +15,7 @@ Example:
 """
 
 from sparse_jax.nnx.layers import SparseConv, SparseLinear, SparsityPattern
-from sparse_jax.nnx.modules import apply_masks, freeze, runner, set_patterns, sparsify
+from sparse_jax.nnx.modules import apply_masks, freeze, load, runner, set_patterns, sparsify
 
 __all__ = [
     'SparseConv',
@@ -23,6 +23,7 @@ __all__ = [
     'SparsityPattern',
     'apply_masks',
     'freeze',
+    'load',
     'runner',
     'set_patterns',
     'sparsify',

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from sparse_jax import kernels
@@ -79,16 +80,73 @@ def set_patterns(module: nnx.Module, patterns: Any) -> None:
         layer.pattern = SparsityPattern(found.get(path))  # a new one: the old may be of an outer trace
 
 
+def load(module: nnx.Module, params: Any) -> None:
+    """Sets parameters and running statistics, in place, to those of a tree with the same paths, as ``sj.export.load`` gives it.
+
+    Args:
+      module: any module.
+      params: arrays, each of a Param or BatchStat of the module; all Params must be there.
+
+    Raises:
+      ValueError: that lists what is missing, not wanted, or of another shape.
+
+    Example:
+      >>> module = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+      >>> load(module, {'kernel': np.ones((2, 1), np.float32), 'bias': np.zeros(1, np.float32)})
+      >>> float(module(np.ones(2))[0])
+      2.0
+    """
+    variables = {
+        '/'.join(map(str, path)): variable
+        for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Any(nnx.Param, nnx.BatchStat)))
+    }
+    found = dict(layers_lib.leaf_paths(params))
+    wanted = {
+        path: tuple(variable.get_value().shape)
+        for path, variable in variables.items()
+        if path in found or isinstance(variable, nnx.Param)
+    }
+    problems = [f'{path} is missing' for path in wanted if path not in found]
+    problems += [f'{path} is not wanted' for path in found if path not in wanted]
+    problems += [
+        f'{path} has shape {np.shape(found[path])} instead of {shape}'
+        for path, shape in wanted.items()
+        if path in found and np.shape(found[path]) != shape
+    ]
+    if problems:
+        raise ValueError(f'load: the params are of another network: {"; ".join(problems[:6])}.')
+    nnx.update(
+        module,
+        nnx.from_flat_state(
+            [
+                (path, variable.replace(jax.numpy.asarray(found['/'.join(map(str, path))])))
+                for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Any(nnx.Param, nnx.BatchStat)))
+                if '/'.join(map(str, path)) in found
+            ]
+        ),
+    )
+
+
+def _like_params(params: Any, masks: Any) -> Any:
+    """Masks in the structure of a module's Params, by their paths; those of other variables are left out."""
+    found = dict(layers_lib.leaf_paths(masks))
+    paths = [path for path, _ in layers_lib.leaf_paths(params)]
+    if missing := [path for path in paths if path not in found]:
+        raise ValueError(
+            f'masks: {", ".join(missing[:6])} {"is" if len(missing) == 1 else "are"} missing: masks must be a tree like the Params.'
+        )
+    return jax.tree.unflatten(jax.tree.structure(params), [found[path] for path in paths])
+
+
 def apply_masks(module: nnx.Module, masks: Any) -> None:
     """Sets the weights that do not exist to zero, in place.
 
     Args:
       module: any module.
-      masks: state of its optimizer, such as ``nnx.Optimizer(...).opt_state``, or masks as ``sj.get_masks`` gives them.
+      masks: state of its optimizer, such as ``nnx.Optimizer(...).opt_state``, or masks as ``sj.get_masks`` and ``sj.export.load`` give them.
     """
     params = nnx.state(module, nnx.Param)
-    masks = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(masks_lib.masks_in(masks)))
-    nnx.update(module, masks_lib.apply_masks(params, masks))
+    nnx.update(module, masks_lib.apply_masks(params, _like_params(params, masks_lib.masks_in(masks))))
 
 
 def freeze(module: nnx.Module, masks: Any, **options: Any) -> Any:
@@ -107,6 +165,8 @@ def freeze(module: nnx.Module, masks: Any, **options: Any) -> Any:
     """
     new = nnx.clone(module)
     layers, params = sparse_layers(new), nnx.state(new, nnx.Param)
+    if masks_lib.masks_in(masks) is masks:
+        masks = _like_params(params, masks)
     frozen = kernels.freeze(params, masks, **options)
     for path, leaf in layers_lib.leaf_paths(frozen, is_leaf=is_compact):
         if path in layers and is_compact(leaf):

@@ -67,7 +67,7 @@ def check(network: Network, config: config_lib.Config, experiment: state_lib.Exp
     if nonzeros != budget:
         raise ValueError(
             f'{what} has {nonzeros:,} weights in its sparse layers, and config.sparsity.density={config.sparsity.density} makes '
-            f'{budget:,}: give config.sparsity.density={nonzeros / size:.6g}, or another network.'
+            f'{budget:,}: give config.sparsity.density={nonzeros / size!r}, or another network.'
         )
 
 

@@ -87,7 +87,10 @@ def test_a_run_of_it_resumes_with_equal_bits(tmp_path, name):
 
 def test_what_does_not_fit_is_told_before_a_file_is_made(tmp_path):
     for settings, message in (
-        (dict(model__name='tests.own_partz:Net'), r"cannot be imported \(ModuleNotFoundError: No module named 'tests.own_partz'\)"),
+        (
+            dict(model__name='tests.own_partz:Net'),
+            r"cannot be imported \(ModuleNotFoundError: No module named 'tests.own_partz'\)\. Modules are looked for in",
+        ),
         (dict(model__name='tests.own_parts:Nett'), "has no 'Nett'. Did you mean 'Net'"),
         (dict(model__name='tests.own_parts:load'), 'must be a class derived from flax.nnx.Module or flax.linen.Module'),
         (dict(model__name='tests.own_parts:NoRngs'), 'must take rngs'),
@@ -98,7 +101,7 @@ def test_what_does_not_fit_is_told_before_a_file_is_made(tmp_path):
         ),
         (
             dict(model__name='tests.own_parts:Fails'),
-            r"fails with an example of shape \(2, 28, 28, 1\) \(KeyError: 'no such layer'\)",
+            r"fails with an example of shape \(2, 28, 28, 1\) \(KeyError: 'no such layer'; .*own_parts\.py, line \d+\)",
         ),
         (dict(model__options='widht=3'), "takes no 'widht'; it takes input_shape, num_outputs, width"),
         (dict(model__options='width'), "must be names and values, such as 'width=64,depth=3'"),

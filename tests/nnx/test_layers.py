@@ -176,3 +176,34 @@ def test_patterns_of_another_module_are_refused():
     assert model.out.pattern.get_value() is not None
     sj.nnx.set_patterns(model, None)
     assert model.out.pattern.get_value() is None
+
+
+def test_a_file_goes_back_into_a_module(tmp_path):
+    """Weights and running statistics, by their paths; masks of the file freeze the module."""
+    model = sj.nnx.sparsify(Net(nnx.Rngs(0)))
+    tx = sj.sparsify(optax.sgd(0.1), density=0.3, timing=sj.Timing(update_every=5, total_steps=30))
+    state = tx.init(nnx.state(model, nnx.Param))
+    sj.nnx.apply_masks(model, state)
+    model.norm.mean[...] = jnp.arange(16.0)
+    pure = lambda tree: nnx.to_pure_dict(tree)
+    variables = pure(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat)))
+    masks = pure(sj.get_masks(state))
+    masks['norm'] |= {'mean': np.array(True), 'var': np.array(True)}
+    sj.export.save(tmp_path / 'net.npz', variables, masks)
+    params, its_masks, _ = sj.export.load(tmp_path / 'net.npz')
+    other = sj.nnx.sparsify(Net(nnx.Rngs(1)))
+    sj.nnx.load(other, params)
+    for module in (model, other):
+        module.eval()
+    x = jax.random.normal(jax.random.key(0), (3, 8, 8, 3))
+    np.testing.assert_array_equal(other(x), model(x))
+    np.testing.assert_allclose(sj.nnx.freeze(other, its_masks)(x), model(x), rtol=1e-4, atol=1e-5)
+    del params['out']['bias']
+    params['convs']['0']['kernel'] = np.zeros((3, 3, 3, 5), np.float32)
+    with pytest.raises(
+        ValueError, match=r'out/bias is missing; convs/0/kernel has shape \(3, 3, 3, 5\) instead of \(3, 3, 3, 16\)'
+    ):
+        sj.nnx.load(other, params)
+    with pytest.raises(ValueError, match='masks: norm/bias is missing'):
+        del its_masks['norm']['bias']
+        sj.nnx.freeze(other, its_masks)
