@@ -9,7 +9,7 @@ from scipy import stats
 
 from sparse_jax.core import methods
 from sparse_jax.report import published
-from sparse_jax.report.collect import Run, in_words, settings_of
+from sparse_jax.report.collect import Run, base_of, in_words, settings_of
 
 
 class Group(NamedTuple):
@@ -97,22 +97,17 @@ def tables(runs: Sequence[Run]) -> list[Table]:
     return by_name
 
 
-def _base(run: Run) -> dict[str, object]:
-    """What a run shares with its dense twin."""
-    return {name: value for name, value in settings_of(run).items() if name != 'method' and not name.startswith('sparsity.')}
-
-
 def pairs(table: Table, group: Group) -> list[tuple[Run, Run]]:
     """Each run of a sparse group beside the dense one of its settings and seed; empty where there is none."""
     if group.method == 'dense':
         return []
     dense = {
-        (json.dumps(_base(run), sort_keys=True), run.config['seed']): run
+        (json.dumps(base_of(run), sort_keys=True), run.config['seed']): run
         for g in table.groups
         if g.method == 'dense'
         for run in g.runs
     }
-    keys = [(json.dumps(_base(run), sort_keys=True), run.config['seed']) for run in group.runs]
+    keys = [(json.dumps(base_of(run), sort_keys=True), run.config['seed']) for run in group.runs]
     return [(run, dense[key]) for run, key in zip(group.runs, keys, strict=True) if key in dense]
 
 

@@ -66,6 +66,29 @@ def collect(sources: Sequence[pathlib.Path]) -> tuple[list[Run], list[Problem]]:
     return runs, problems
 
 
+_NEIGHBOURS = 200  # folders beside a run's that are looked at
+
+
+def dense_twin(folder: pathlib.Path) -> Run | None:
+    """The finished dense run of the same settings and seed in a folder beside a run's; None: there is none."""
+    run = _read(folder)
+    if not isinstance(run, Run):
+        return None
+    try:
+        beside = sorted(folder.resolve().parent.iterdir())[:_NEIGHBOURS]
+    except OSError:
+        return None
+    for path in beside:
+        if not (path / records.CONFIG).is_file():
+            continue
+        other = _read(path)
+        if not isinstance(other, Run) or other.result['method'] != 'dense':
+            continue
+        if other.config['seed'] == run.config['seed'] and base_of(other) == base_of(run):
+            return other
+    return None
+
+
 def _workdirs(sources: Sequence[pathlib.Path]) -> Iterator[pathlib.Path]:
     seen = set()
     for source in sources:
@@ -144,6 +167,11 @@ def settings_of(run: Run) -> dict[str, Any]:
     settings = {k: v for k, v in run.config.items() if k not in left_out}
     effective = {'train.steps': run.result['steps'], 'method': run.result['method']}
     return settings | effective | {'text': run.result.get('data_fingerprint', '')}
+
+
+def base_of(run: Run) -> dict[str, Any]:
+    """What a run shares with its dense twin."""
+    return {name: value for name, value in settings_of(run).items() if name != 'method' and not name.startswith('sparsity.')}
 
 
 # Values that stand for something else, in words.

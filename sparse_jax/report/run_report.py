@@ -43,7 +43,14 @@ def show(folder: pathlib.Path) -> None:
 def _draw_run(folder: pathlib.Path, result: dict[str, Any]) -> None:
     sparse_size = sum(size for _, size in result.get('layers', {}).values())
     title = f'{result["model"]}, {result["method"]}: {headline(result)} with {result["nonzeros"]:,} of {sparse_size:,} weights'
-    draw(folder / REPORT, collect.rows_of(folder), title=textwrap.fill(title, 110), input_counts=_input_counts(folder))
+    dense = None if result['method'] == 'dense' else collect.dense_twin(folder)
+    draw(
+        folder / REPORT,
+        collect.rows_of(folder),
+        title=textwrap.fill(title, 110),
+        input_counts=_input_counts(folder),
+        dense=[] if dense is None else dense.rows,
+    )
 
 
 def _input_counts(folder: pathlib.Path) -> np.ndarray | None:
@@ -129,65 +136,103 @@ def _short(name: str) -> str:
     return name.removeprefix('layers/').replace('/kernel', '')
 
 
-def draw(path: pathlib.Path, rows: list[dict[str, Any]], *, title: str, input_counts: np.ndarray | None) -> None:
+def draw(
+    path: pathlib.Path,
+    rows: list[dict[str, Any]],
+    *,
+    title: str,
+    input_counts: np.ndarray | None,
+    dense: Sequence[dict[str, Any]] = (),
+) -> None:
     """Saves a run's picture: loss, accuracy, each layer's density over time, and the weights that each input pixel kept.
+
+    Where densities do not move, the pruning is drawn in their place; of a dense run the learning rate and the speed.
 
     Args:
       path: PNG file to write.
       rows: the lines of ``metrics.jsonl``.
       title: heading.
       input_counts: number of weights each input pixel kept, [height, width]; None: the weights that moved are drawn instead.
+      dense: the lines of the dense run that it is to be compared with; empty: none.
     """
     import matplotlib as mpl
 
     with mpl.rc_context({'text.parse_math': False}):  # names are names, whatever signs they hold
-        _draw(path, rows, title, input_counts)
+        _draw(path, rows, title, input_counts, dense)
 
 
-def _draw(path: pathlib.Path, rows: list[dict[str, Any]], title: str, input_counts: np.ndarray | None) -> None:
+def _draw(
+    path: pathlib.Path, rows: list[dict[str, Any]], title: str, input_counts: np.ndarray | None, dense: Sequence[dict[str, Any]]
+) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7.5), layout='constrained')
+    figure = Figure(figsize=(12, 7.5), layout='constrained')
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13)
-    (loss_axes, accuracy_axes), (density_axes, last_axes) = figure.subplots(2, 2)
+    (loss_axes, accuracy_axes), (third, last) = figure.subplots(2, 2)
     markers = dict(marker='o', markersize=3) if sum('flips' in row for row in rows) < 25 else {}  # there may be one point only
-    _draw_learning(loss_axes, accuracy_axes, rows, markers)
-    _draw_densities(figure, density_axes, rows)
-    _log_ticks(density_axes, lambda v, _: f'{100 * v:.3g}%')
+    _draw_learning(loss_axes, accuracy_axes, rows, markers, dense)
     _log_ticks(loss_axes, lambda v, _: f'{v:g}')
-    if input_counts is not None:
-        image = last_axes.imshow(input_counts, cmap='viridis')
-        last_axes.set(title='weights that each input pixel kept', xticks=[], yticks=[])
-        figure.colorbar(image, ax=last_axes)
+    densities = [row['density'] for row in rows if isinstance(row.get('density'), dict) and row['density']]
+    moves = any(density != densities[0] for density in densities)
+    if moves:
+        _draw_densities(figure, third, rows)
+        _log_ticks(third, lambda v, _: f'{100 * v:.3g}%')
     else:
-        last_axes.plot(*_series(rows, 'flips'), color='tab:purple', **markers)
-        last_axes.set(title='mask positions that an update flipped', xlabel='step')
-        last_axes.set_ylim(bottom=0)
-    for axes in (loss_axes, accuracy_axes, density_axes):
+        _draw_numbers(
+            third,
+            rows,
+            *(('prune_rate', 'prune rate') if _series(rows, 'prune_rate')[0] else ('learning_rate', 'learning rate')),
+            markers,
+        )
+    if input_counts is not None:
+        image = last.imshow(input_counts, cmap='viridis')
+        last.set(title='weights that each input pixel kept', xticks=[], yticks=[])
+        figure.colorbar(image, ax=last)
+    else:
+        _draw_numbers(
+            last,
+            rows,
+            *(
+                ('flips', 'mask positions that an update flipped')
+                if _series(rows, 'flips')[0]
+                else ('steps_per_second', 'steps a second')
+            ),
+            markers,
+        )
+    for axes in (loss_axes, accuracy_axes, third) if input_counts is not None else (loss_axes, accuracy_axes, third, last):
         axes.grid(alpha=0.3)
     with records.replacing(path, '.tmp.png') as partial:
         figure.savefig(partial, dpi=110)
 
 
-def _draw_learning(loss_axes, accuracy_axes, rows: list[dict[str, Any]], markers: dict[str, Any]) -> None:
-    """Loss and accuracy over time, in training and on the other parts of the data."""
+def _draw_numbers(axes, rows: list[dict[str, Any]], key: str, title: str, markers: dict[str, Any]) -> None:
+    axes.plot(*_series(rows, key), color='tab:purple', **markers)
+    axes.set(title=title, xlabel='step')
+    axes.set_ylim(bottom=0)
+
+
+def _draw_learning(
+    loss_axes, accuracy_axes, rows: list[dict[str, Any]], markers: dict[str, Any], dense: Sequence[dict[str, Any]]
+) -> None:
+    """Loss and accuracy over time, in training and on the other parts of the data; a dense run's as dashes."""
     from matplotlib.ticker import PercentFormatter
 
-    loss_axes.plot(*_series(rows, 'loss'), label='training', color='tab:blue')
-    accuracy_axes.plot(*_series(rows, 'accuracy'), label='training', color='tab:blue')
-    for part, color in (('validation', 'tab:green'), ('test', 'tab:orange')):
-        if any(f'{part}_loss' in row for row in rows):
-            loss_axes.plot(*_series(rows, f'{part}_loss'), label=part, color=color, **markers)
-            accuracy_axes.plot(*_series(rows, f'{part}_accuracy'), label=part, color=color, **markers)
+    both = {'loss': loss_axes, 'accuracy': accuracy_axes}
+    for name, axes in both.items():
+        axes.plot(*_series(rows, name), label='training', color='tab:blue')
+        for part, color in (('validation', 'tab:green'), ('test', 'tab:orange')):
+            for lines, look in ((rows, markers), (dense, dict(linestyle='--', linewidth=1))):
+                steps, values = _series(list(lines), f'{part}_{name}')
+                if steps:
+                    axes.plot(steps, values, label=part if lines is rows else f'{part}, dense', color=color, **look)
+        axes.legend(loc='upper left', bbox_to_anchor=(1.0, 1.0), fontsize=9)
     loss_axes.set(title='loss (cross entropy, nats)', xlabel='step', yscale='log')
     accuracy_axes.set(title='accuracy', xlabel='step')
     accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if accuracies := sorted(value for row in rows for key, value in row.items() if key.endswith('accuracy')):
         accuracy_axes.set_ylim(max(0.0, accuracies[len(accuracies) // 10] - 0.03), min(accuracies[-1] + 0.05, 1.005))
-    loss_axes.legend()
-    accuracy_axes.legend()
 
 
 def _draw_densities(figure, axes, rows: list[dict[str, Any]]) -> None:
@@ -213,7 +258,7 @@ def _draw_densities(figure, axes, rows: list[dict[str, Any]]) -> None:
         bar = figure.colorbar(colours, ax=axes, ticks=[0, len(names) - 1])
         bar.ax.set_yticklabels([_short(names[0]), _short(names[-1])], fontsize=8)
     else:
-        axes.legend(loc='best')
+        axes.legend(loc='upper left', bbox_to_anchor=(1.0, 1.0), fontsize=9)
 
 
 def _log_ticks(axes, write: Callable[[float, int], str]) -> None:

@@ -13,7 +13,7 @@ from scipy import stats
 
 from sparse_jax import config as config_lib
 from sparse_jax.report import aggregate, published
-from sparse_jax.report.collect import collect
+from sparse_jax.report.collect import collect, dense_twin
 from sparse_jax.report.write import write_report
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -315,3 +315,17 @@ def test_a_run_from_before_a_setting_existed_is_of_its_default(runs):
     path.write_text(json.dumps(old))
     (table,) = aggregate.tables(collect([runs])[0])
     assert [(group.label, len(group.runs)) for group in table.groups] == [('dense', 3), ('sparse_momentum', 3)]
+
+
+def test_a_run_is_drawn_beside_its_dense_twin(tmp_path):
+    _write(tmp_path / 'sparse', seed=1)
+    for name, values in (('other_seed', dict(seed=2)), ('other_rate', dict(seed=1, settings={'optimizer.learning_rate': '0.2'}))):
+        _write(tmp_path / name, method='dense', **values)
+    (tmp_path / 'notes').mkdir()
+    (tmp_path / 'broken').mkdir()
+    (tmp_path / 'broken' / 'config.json').write_text('{')
+    assert dense_twin(tmp_path / 'sparse') is None
+    _write(tmp_path / 'twin', seed=1, method='dense')
+    twin = dense_twin(tmp_path / 'sparse')
+    assert twin is not None and twin.folder.name == 'twin' and twin.rows
+    assert dense_twin(tmp_path / 'nothing') is None
