@@ -127,7 +127,7 @@ def test_a_disk_that_is_full_is_one_line_and_the_last_checkpoint_goes_on(tmp_pat
     environment = os.environ | {'JAX_ENABLE_COMPILATION_CACHE': 'false'}  # which would complain too
     limited = ['bash', '-c', 'ulimit -f 64; exec "$@"', 'bash', *command]
     done = subprocess.run(limited, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stderr.strip().split('\n') if not re.match(r'I\d{4} ', line)]
+    lines = [line for line in done.stderr.strip().split('\n') if not re.match(r'\d\d:\d\d:\d\d ', line)]
     assert done.returncode == 70 and len(lines) == 1, done.stderr
     assert re.match(
         r'error: the checkpoint of step 2 could not be saved in .*checkpoints \(File too large\)\. Nothing had been saved\.',
