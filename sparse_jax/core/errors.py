@@ -48,6 +48,18 @@ def check_takes(setting: str, function: Callable, signature: str) -> None:
         raise ValueError(f'{setting}: must be a function {signature}, but {name} has the signature {given}.') from None
 
 
+def check_names(what: str, found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+    """ValueError that lists which names are missing, not wanted, or of another shape."""
+    problems = [f'{name} is missing' for name in wanted if name not in found]
+    problems += [f'{name} is not wanted' for name in found if name not in wanted]
+    problems += [
+        f'{name} has shape {found[name]} instead of {shape}' for name, shape in wanted.items() if found.get(name, shape) != shape
+    ]
+    if problems:
+        more = f', and {len(problems) - 6} more' if len(problems) > 6 else ''
+        raise ValueError(f'{what} is of another network: {"; ".join(problems[:6])}{more}.')
+
+
 @functools.cache
 def say_once(message: str) -> None:
     """Logs what works, but not as its user may think, once a process."""

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparse_jax.core import errors
 from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core import layers as layers_lib
 from sparse_jax.core.granularity import Granularity, Unstructured
@@ -115,7 +116,7 @@ def load(path: str | os.PathLike, like: Any = None) -> tuple[Any, Any, dict[str,
     if like is None:
         return leaves.nested(params), leaves.nested(masks), info
     wanted = {name: tuple(leaf.shape) for name, leaf in layers_lib.leaf_paths(like)}
-    leaves.check_names(str(path), {name: value.shape for name, value in params.items()}, wanted)
+    errors.check_names(str(path), {name: value.shape for name, value in params.items()}, wanted)
     ordered = lambda rows: jax.tree.unflatten(jax.tree.structure(like), [rows[name] for name in wanted])
     return ordered(params), ordered(masks), info
 

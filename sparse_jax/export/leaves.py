@@ -149,15 +149,3 @@ def nested(rows: dict[str, Any]) -> dict[str, Any]:
             inner = inner.setdefault(folder, {})
         inner[name] = value
     return tree
-
-
-def check_names(what: str, found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
-    """ValueError that lists which names are missing, not wanted, or of another shape."""
-    problems = [f'{name} is missing' for name in wanted if name not in found]
-    problems += [f'{name} is not wanted' for name in found if name not in wanted]
-    problems += [
-        f'{name} has shape {found[name]} instead of {shape}' for name, shape in wanted.items() if found.get(name, shape) != shape
-    ]
-    if problems:
-        more = f', and {len(problems) - 6} more' if len(problems) > 6 else ''
-        raise ValueError(f'{what} is of another network: {"; ".join(problems[:6])}{more}.')

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sparse_jax.core import errors
 from sparse_jax.core import layers as layers_lib
 from sparse_jax.core.layers import PathPredicate
 from sparse_jax.export import leaves
@@ -80,7 +81,7 @@ def from_torch_state(
     rows = layers_lib.leaf_paths(like)
     wanted = {_name(path, names): _torch_shape(path, tuple(leaf.shape)) for path, leaf in rows}
     found = {name: _array(value) for name, value in state.items() if not name.endswith(_NO_WEIGHTS)}
-    leaves.check_names('the state', {name: value.shape for name, value in found.items()}, wanted)
+    errors.check_names('the state', {name: value.shape for name, value in found.items()}, wanted)
     values = [_out_last(path, found[_name(path, names)]).astype(leaf.dtype) for path, leaf in rows]
     params = jax.tree.unflatten(jax.tree.structure(like), values)
     return params, leaves.masks_from(params, sparsifiable=sparsifiable, dense=dense)

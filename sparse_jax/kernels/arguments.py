@@ -36,14 +36,7 @@ def check_product(name: str, x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array, 
             f'{name}: the pattern lists {units} units and has room for {pattern.capacity}{where}: make it anew with make_pattern, whose '
             'at_least= keeps a capacity that suffices.'
         )
-    if x.ndim == 0 or x.shape[-1] != w.shape[-2]:
-        raise ValueError(
-            f'{name}: x of shape {tuple(x.shape)} has {x.shape[-1] if x.ndim else "no"} features, w of shape {tuple(w.shape)} takes {w.shape[-2]}{where}.'
-        )
-    if x.dtype != w.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(
-            f'{name}: x and w must be of one floating-point type, got {x.dtype} and {w.dtype}{where}: cast one of them.'
-        )
+    _check_operands(name, x, w, where)
     if split is not None and x.shape[0] % split.mesh.shape['data']:
         raise ValueError(
             f"{name}: x has {x.shape[0]} rows, which the mesh's data={split.mesh.shape['data']} does not divide{where}."
@@ -70,13 +63,18 @@ def check_frozen(name: str, x: jax.Array, weight: CompactWeight, axes: int, patt
         )
     if len(weight.shape) != axes:
         raise ValueError(f'{name}: w must have {axes} axes, got shape {weight.shape}{where}.')
-    if x.ndim == 0 or x.shape[-1] != weight.shape[-2]:
+    _check_operands(name, x, weight, where)
+
+
+def _check_operands(name: str, x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array | CompactWeight, where: str) -> None:
+    """ValueError unless x has as many features as w takes, and its type."""
+    if x.ndim == 0 or x.shape[-1] != w.shape[-2]:
         raise ValueError(
-            f'{name}: x of shape {tuple(x.shape)} has {x.shape[-1] if x.ndim else "no"} features, w of shape {weight.shape} takes {weight.shape[-2]}{where}.'
+            f'{name}: x of shape {tuple(x.shape)} has {x.shape[-1] if x.ndim else "no"} features, w of shape {tuple(w.shape)} takes {w.shape[-2]}{where}.'
         )
-    if x.dtype != weight.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
+    if x.dtype != w.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
-            f'{name}: x and w must be of one floating-point type, got {x.dtype} and {weight.dtype}{where}: cast one of them.'
+            f'{name}: x and w must be of one floating-point type, got {x.dtype} and {w.dtype}{where}: cast one of them.'
         )
 
 

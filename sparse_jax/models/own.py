@@ -7,6 +7,7 @@ of nnx are exchanged for those of ``sj.nnx``, which take sparse kernels; linen's
 """
 
 import ast
+import functools
 import inspect
 import traceback
 from collections.abc import Callable, Mapping
@@ -87,12 +88,8 @@ def create(name: str, *, options: Mapping[str, Any], input_shape: tuple[int, ...
     example = jax.ShapeDtypeStruct((2, *input_shape), jnp.int32 if tokens else jnp.float32)
     try:
         functions = (_of_nnx if is_nnx else _of_linen)(made, keywords, example)
-        (logits, _), state = jax.eval_shape(
-            lambda key, x: ((made_ := functions.init(key)), functions.apply(*made_, x, train=False))[::-1],
-            jax.random.key(0),
-            example,
-        )
-        del state
+        params, state = jax.eval_shape(functions.init, jax.random.key(0))
+        logits, _ = jax.eval_shape(functools.partial(functions.apply, train=False), params, state, example)
     except Exception as error:  # of the user's own code
         reason = ' '.join(str(error).split())[:300]
         raise ValueError(

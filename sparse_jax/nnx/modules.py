@@ -3,10 +3,12 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from sparse_jax import kernels
+from sparse_jax.core import errors
 from sparse_jax.core import layers as layers_lib
 from sparse_jax.core import masks as masks_lib
 from sparse_jax.core.schedules import Timing
@@ -14,6 +16,7 @@ from sparse_jax.kernels.layout import is_compact
 from sparse_jax.kernels.pattern import is_pattern
 from sparse_jax.nnx.layers import SparseConv, SparseLinear, SparsityPattern
 
+_STORED = nnx.Any(nnx.Param, nnx.BatchStat)
 _EXCHANGED = {nnx.Linear: SparseLinear, nnx.Conv: SparseConv}
 
 
@@ -96,35 +99,13 @@ def load(module: nnx.Module, params: Any) -> None:
       >>> float(module(np.ones(2))[0])
       2.0
     """
-    variables = {
-        '/'.join(map(str, path)): variable
-        for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Any(nnx.Param, nnx.BatchStat)))
-    }
     found = dict(layers_lib.leaf_paths(params))
-    wanted = {
-        path: tuple(variable.get_value().shape)
-        for path, variable in variables.items()
-        if path in found or isinstance(variable, nnx.Param)
-    }
-    problems = [f'{path} is missing' for path in wanted if path not in found]
-    problems += [f'{path} is not wanted' for path in found if path not in wanted]
-    problems += [
-        f'{path} has shape {np.shape(found[path])} instead of {shape}'
-        for path, shape in wanted.items()
-        if path in found and np.shape(found[path]) != shape
-    ]
-    if problems:
-        raise ValueError(f'load: the params are of another network: {"; ".join(problems[:6])}.')
-    nnx.update(
-        module,
-        nnx.from_flat_state(
-            [
-                (path, variable.replace(jax.numpy.asarray(found['/'.join(map(str, path))])))
-                for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Any(nnx.Param, nnx.BatchStat)))
-                if '/'.join(map(str, path)) in found
-            ]
-        ),
-    )
+    named = {'/'.join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(nnx.state(module, _STORED))}
+    taken = {name: pair for name, pair in named.items() if name in found or isinstance(pair[1], nnx.Param)}
+    wanted = {name: tuple(variable.get_value().shape) for name, (_, variable) in taken.items()}
+    errors.check_names('load: params', {name: tuple(np.shape(value)) for name, value in found.items()}, wanted)
+    values = [(path, variable.replace(jnp.asarray(found[name]))) for name, (path, variable) in taken.items()]
+    nnx.update(module, nnx.from_flat_state(values))
 
 
 def _like_params(params: Any, masks: Any) -> Any:

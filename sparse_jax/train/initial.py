@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from sparse_jax import config as config_lib
+from sparse_jax.core import errors
 from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core import layers as layers_lib
 from sparse_jax.core import masks as masks_lib
@@ -47,7 +48,7 @@ def check(network: Network, config: config_lib.Config, experiment: state_lib.Exp
     """
     what = f'--init_from={config.train.init_from}'
     wanted = {path: tuple(leaf.shape) for tree in (shapes.params, shapes.model_state) for path, leaf in layers_lib.leaf_paths(tree)}
-    leaves.check_names(what, {path: value.shape for path, value in network.values.items()}, wanted)
+    errors.check_names(what, {path: value.shape for path, value in network.values.items()}, wanted)
     if config.sparsity.method == 'dense':
         return
     granularity, nonzeros = granularity_lib.get(config.sparsity.granularity), 0
