@@ -114,9 +114,9 @@ def numbers(values: dict[str, float], *, wide: bool = True) -> str:
     'loss 0.322  test 90.0%  123 steps/s'
     """
     words = {'loss': f'loss {values["loss"]:#.3g}'} if 'loss' in values else {}
-    for name, value in values.items():
+    for name in sorted(values):  # of training first
         if name.endswith('accuracy'):
-            words[name] = f'{name.removesuffix("_accuracy")} {value:.1%}'
+            words[name] = f'{name.removesuffix("_accuracy")} {values[name]:.1%}'
     if 'steps_per_second' in values:
         speed = values['steps_per_second']
         words['steps_per_second'] = f'{speed:,.0f} steps/s' if speed >= 100 else f'{speed:.3g} steps/s'
