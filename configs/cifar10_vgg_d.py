@@ -10,8 +10,8 @@ Cost: 87,750 steps of 128 images, for an accelerator, not run here; `offline`: 2
 run of 240 steps of 50 images (flags: docs/experiments.md) 96.7% of the test digits, dense 72.1%.
 """
 
-from configs import cifar10
 from sparse_jax import config as config_lib
+from sparse_jax.configs import cifar10
 
 VARIANTS = ('offline',)
 

@@ -9,8 +9,8 @@ Cost: 87,750 steps of 128 images, for an accelerator, not run here; `offline`: n
 two CPU cores.
 """
 
-from configs import cifar10
 from sparse_jax import config as config_lib
+from sparse_jax.configs import cifar10
 
 VARIANTS = ('offline',)
 

@@ -8,8 +8,8 @@ Settings: configs/cifar10.py. Published, not reproduced here: error of SNIP at 5
 Cost: 87,750 steps of 128 images, for an accelerator, not run here; `offline`: three and a half minutes on two CPU cores, 87.3% of the test digits in one run (flags: docs/experiments.md), dense 92.9%.
 """
 
-from configs import cifar10
 from sparse_jax import config as config_lib
+from sparse_jax.configs import cifar10
 
 VARIANTS = ('offline',)
 

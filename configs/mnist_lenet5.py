@@ -9,8 +9,8 @@ Cost: about 20 minutes on two CPU cores; `offline`: about a minute and a half. R
 `offline` clips gradients: at this learning rate one run in ten does not learn without it (docs/kernels.md, "In training").
 """
 
-from configs import mnist_lenet300
 from sparse_jax import config as config_lib
+from sparse_jax.configs import mnist_lenet300
 
 VARIANTS = ('offline',)
 

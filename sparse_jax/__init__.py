@@ -1,23 +1,24 @@
 """sparse_jax: sparse momentum, RigL, SET and five more sparse-training methods as optax gradient transformations.
 
-The algorithm is in :mod:`sparse_jax.core`, which needs jax and optax only.
+The algorithm is in :mod:`sparse_jax.core`, which needs jax and optax only. Each name here is imported when it is first used.
 """
 
 import importlib
 import sys
+import types
 from typing import TYPE_CHECKING
 
 from sparse_jax._version import __version__
-from sparse_jax.core import allocation as redistribution
-from sparse_jax.core import criteria, distributions, granularity, masks, methods, momentum, schedules, selection
-from sparse_jax.core.masks import SparsifyState, UpdateStats, apply_masks, check_sparse, get_masks, layer_names, set_masks
-from sparse_jax.core.methods import sparse_momentum
-from sparse_jax.core.rule import Rule
-from sparse_jax.core.schedules import Timing, needs_dense_gradient
-from sparse_jax.core.sparsify import sparsify
 
 if TYPE_CHECKING:
     from sparse_jax import export, kernels, nnx, stats
+    from sparse_jax.core import allocation as redistribution
+    from sparse_jax.core import criteria, distributions, granularity, methods, momentum, schedules, selection
+    from sparse_jax.core.masks import SparsifyState, UpdateStats, apply_masks, check_sparse, get_masks, layer_names, set_masks
+    from sparse_jax.core.methods import sparse_momentum
+    from sparse_jax.core.rule import Rule
+    from sparse_jax.core.schedules import Timing, needs_dense_gradient
+    from sparse_jax.core.sparsify import sparsify
 
 __all__ = [
     'Rule',
@@ -47,19 +48,46 @@ __all__ = [
     'stats',
 ]
 
-_LAZY = ('export', 'kernels', 'nnx', 'stats')  # the optimizer needs none of them
+_PACKAGES = ('export', 'kernels', 'nnx', 'stats')
+_OF_CORE = {  # modules of the core by their public names
+    'criteria': 'criteria', 'distributions': 'distributions', 'granularity': 'granularity', 'masks': 'masks', 'methods': 'methods',
+    'momentum': 'momentum', 'redistribution': 'allocation', 'schedules': 'schedules', 'selection': 'selection',
+}  # fmt: skip
+_MODULE_OF = {
+    'Rule': 'rule', 'SparsifyState': 'masks', 'Timing': 'schedules', 'UpdateStats': 'masks', 'apply_masks': 'masks', 'check_sparse': 'masks',
+    'get_masks': 'masks', 'layer_names': 'masks', 'needs_dense_gradient': 'schedules', 'set_masks': 'masks', 'sparse_momentum': 'methods',
+    'sparsify': 'sparsify',
+}  # fmt: skip
 
-# `from sparse_jax.criteria import magnitude` works as `sj.criteria.magnitude` does: the modules of the core, by their public paths.
-for _module in (criteria, distributions, granularity, masks, methods, momentum, schedules, selection):
-    sys.modules[f'{__name__}.{_module.__name__.rpartition(".")[2]}'] = _module
-sys.modules[f'{__name__}.redistribution'] = redistribution
-del _module, masks
+
+class _Alias(types.ModuleType):
+    """``from sparse_jax.criteria import magnitude`` works as ``sj.criteria.magnitude`` does."""
+
+    def _module(self) -> types.ModuleType:
+        return importlib.import_module(f'sparse_jax.core.{_OF_CORE[self.__name__.rpartition(".")[2]]}')
+
+    def __getattr__(self, name: str):
+        return getattr(self._module(), name)
+
+    def __dir__(self):
+        return dir(self._module())
+
+
+for _name in _OF_CORE:
+    sys.modules[f'{__name__}.{_name}'] = _Alias(f'{__name__}.{_name}')
 
 
 def __getattr__(name: str):
-    if name in _LAZY:
+    if name in _PACKAGES:
         return importlib.import_module(f'{__name__}.{name}')
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    if name in _OF_CORE and name in __all__:
+        value = importlib.import_module(f'{__name__}.core.{_OF_CORE[name]}')
+    elif name in _MODULE_OF:
+        value = getattr(importlib.import_module(f'{__name__}.core.{_MODULE_OF[name]}'), name)
+    else:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    globals()[name] = value  # found at once from now on
+    return value
 
 
 def __dir__() -> list[str]:

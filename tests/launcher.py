@@ -18,8 +18,8 @@ _SERVER = """
 import gc, json, os, sys, warnings
 warnings.filterwarnings('ignore', 'os.fork', RuntimeWarning)  # JAX's: there is no backend yet, and so no thread of its
 sys.argv[:] = ['launch.py']
-import launch
 from absl import app
+from sparse_jax.launch import command_line, main
 import sparse_jax.report.run_report, sparse_jax.report.write, sparse_jax.train.sweep, sparse_jax.aot.lowering
 gc.collect()
 gc.freeze()  # or each child would touch, and so copy, every page of this process when it ends
@@ -32,8 +32,8 @@ for line in sys.stdin:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         sys.argv[1:] = flags  # config_flags reads it too
         if mode == 'run':
-            app.run(launch.main, flags_parser=launch._parse)
-        launch._parse(sys.argv)
+            app.run(main.main, flags_parser=command_line.parse)
+        command_line.parse(sys.argv)
         sys.exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """

@@ -8,9 +8,8 @@ import sys
 
 import pytest
 
-import launch
-import usage
 from sparse_jax import config as config_lib
+from sparse_jax.launch import allocator, command_line, usage
 from tests import launcher
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -41,12 +40,12 @@ FRONT = (
 
 def test_help_and_wrong_configs_tell_what_there_is_without_jax(tmp_path):
     program = (
-        'import contextlib, io, json, sys, launch\n'
+        'import contextlib, io, json, sys\nfrom sparse_jax.launch import command_line\n'
         'answers = []\n'
         'for argv in json.loads(sys.argv[1]):\n'
         '    with contextlib.redirect_stderr(io.StringIO()) as stderr:\n'
         '        try:\n'
-        '            launch._parse(["launch.py", *argv])\n'
+        '            command_line.parse(["launch.py", *argv])\n'
         '        except SystemExit as end:\n'
         '            answers.append((end.code, stderr.getvalue()))\n'
         'print(json.dumps((answers, "jax" in sys.modules)))\n'
@@ -64,7 +63,7 @@ def test_help_and_wrong_configs_tell_what_there_is_without_jax(tmp_path):
         assert '--list_settings' in stderr and 'python launch.py --config=configs/mnist_lenet300.py:offline --workdir=' in stderr
         if beginning.startswith('usage'):
             assert all(f'\n  --{name} ' in stderr for name in ('config', 'workdir', 'sweep', 'distributed', 'process_id')), flags
-            assert all(f'\n  --mode={mode} ' in stderr for mode in launch.MODES), flags
+            assert all(f'\n  --mode={mode} ' in stderr for mode in command_line.MODES), flags
             assert 'verbosity' not in stderr and 'repeat this option' not in stderr, "absl's own flags"
         else:
             assert 'python launch.py --help' in stderr
@@ -72,8 +71,8 @@ def test_help_and_wrong_configs_tell_what_there_is_without_jax(tmp_path):
 
 
 def test_every_flag_of_the_launcher_is_in_its_help():
-    defined = [flag.name for flag in launch.flags.FLAGS.flags_by_module_dict()['launch']]
-    assert sorted(defined) == sorted(flag.name for flag in launch._FLAGS)
+    defined = [flag.name for flag in command_line.flags.FLAGS.flags_by_module_dict()['sparse_jax.launch.command_line']]
+    assert sorted(defined) == sorted(flag.name for flag in command_line.FLAGS)
 
 
 def test_configs_are_found_without_running_them(tmp_path):
@@ -262,10 +261,28 @@ def test_a_script_elsewhere_trains_a_nested_tuple_to_exact_density(tmp_path):
 
 
 def test_it_starts_anew_once_with_memory_kept_in_the_same_process():
-    program = 'import os, launch; launch.keep_memory(); print(os.getpid(), os.environ["GLIBC_TUNABLES"])'
+    program = 'import os; from sparse_jax.launch import allocator; allocator.keep_memory(); print(os.getpid(), os.environ["GLIBC_TUNABLES"])'
     environment = {key: value for key, value in os.environ.items() if key != 'GLIBC_TUNABLES'}
-    for given, expected in ((None, launch.MALLOC), ('glibc.malloc.arena_max=2', 'glibc.malloc.arena_max=2')):
+    for given, expected in ((None, allocator.MALLOC), ('glibc.malloc.arena_max=2', 'glibc.malloc.arena_max=2')):
         tuned = environment | ({'GLIBC_TUNABLES': given} if given else {})
         process = subprocess.Popen([sys.executable, '-c', program], cwd=ROOT, env=tuned, stdout=subprocess.PIPE, text=True)
         out, _ = process.communicate(timeout=60)
         assert out.split() == [str(process.pid), expected]
+
+
+def test_the_installed_command_finds_the_configs_that_came_with_the_package(tmp_path):
+    script = tmp_path / 'sparse-jax'  # as an installer writes it
+    script.write_text('import sys\nfrom sparse_jax.launch import run\nsys.exit(run())\n')
+    environment = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', 'COLUMNS': '80'}
+    command = lambda *flags: subprocess.run(
+        [sys.executable, str(script), *flags], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
+    said = command('--help').stderr
+    assert said.startswith('usage: sparse-jax ') and '\n  configs/mnist_lenet5.py :offline\n' in said and 'launch.py' not in said
+    small = [CONFIG, '--config.train.steps=4', '--config.log.every=2', '--config.sparsity.kernels=reference']
+    done = command('--mode=sweep', *small, '--workdir=sweep', '--sweep=seed=0:2')
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / 'sweep').glob('seed=*')} == {'seed=0', 'seed=1'}
+    (tmp_path / 'configs').mkdir()
+    (tmp_path / 'configs' / 'mnist_lenet300.py').write_text("def get_config(variant=''):\n    raise ValueError('the one that is here')\n")
+    assert 'the one that is here' in command(*small, '--workdir=run').stderr

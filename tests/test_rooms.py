@@ -10,25 +10,26 @@ import sys
 import pytest
 
 import sparse_jax as sj
+from sparse_jax.core import masks as core_masks
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / 'sparse_jax'
 
 # A room imports from itself and from those with a lower number.
 FLOORS = {
-    'core': 0, 'stats': 1, 'kernels': 1, 'sharding': 2, 'export': 2, 'nnx': 2, 'models': 3, 'data': 3, 'config': 4, 'runtime': 5, 'train': 6, 'aot': 7, 'report': 7,
+    'core': 0, 'stats': 1, 'kernels': 1, 'sharding': 2, 'export': 2, 'nnx': 2, 'models': 3, 'data': 3, 'config': 4, 'runtime': 5, 'train': 6, 'configs': 5, 'aot': 7, 'report': 7, 'launch': 8,
 }  # fmt: skip
 # Outside of what its row allows a library is imported by nobody.
 LIBRARIES = {
     'flax': {'models', 'nnx'}, 'orbax': {'runtime'}, 'grain': {'data'}, 'rich': {'train', 'report', 'aot'}, 'matplotlib': {'report'},
-    'scipy': {'report', 'export'}, 'safetensors': {'export'}, 'tensorboardX': {'train'}, 'tokenizers': {'data'}, 'mlxtend': {'data'}, 'absl': set(), 'ml_collections': set(),
+    'scipy': {'report', 'export'}, 'safetensors': {'export'}, 'tensorboardX': {'train'}, 'tokenizers': {'data'}, 'mlxtend': {'data'}, 'absl': {'launch'}, 'ml_collections': {'launch'},
 }  # fmt: skip
 
 
 def _modules() -> dict[str, pathlib.Path]:
     """Every module of the package by its dotted name."""
     names = {}
-    for path in sorted(PACKAGE.rglob('*.py')):
+    for path in sorted([*PACKAGE.rglob('*.py'), *(PACKAGE / 'configs').glob('*.py')]):  # configs is a link to the folder beside
         parts = path.relative_to(ROOT).with_suffix('').parts
         names['.'.join(parts[:-1] if parts[-1] == '__init__' else parts)] = path
     return names
@@ -120,5 +121,12 @@ assert magnitude is sj.criteria.magnitude and redistribution is sj.redistributio
         'schedules',
         'selection',
     ):
-        module = importlib.import_module(f'sparse_jax.{name}')
-        assert module is getattr(sj, name, module)
+        by_path, module = importlib.import_module(f'sparse_jax.{name}'), getattr(sj, name, core_masks)
+        names = [attribute for attribute in dir(module) if not attribute.startswith('_')]
+        assert dir(by_path) == dir(module) and all(getattr(by_path, name) is getattr(module, name) for name in names)
+
+
+def test_nothing_is_imported_before_it_is_used():
+    program = 'import sys, sparse_jax, sparse_jax.config, sparse_jax.launch; print(sys.modules.keys() & {"jax", "numpy", "absl"})'
+    done = subprocess.run([sys.executable, '-c', program], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == 'set()\n'

@@ -23,9 +23,9 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-import launch
 from sparse_jax import config as config_lib
 from sparse_jax.core import layers as layers_lib
+from sparse_jax.launch import allocator
 from sparse_jax.train import run as run_lib
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -98,7 +98,7 @@ def run(network: str, contender: str, folder: pathlib.Path, torch_python: str) -
         folder.mkdir(parents=True)
         _prepare_torch(network, folder)
         command = [torch_python, '-m', 'benchmarks.accuracy.torch_training', str(folder)]
-        environment['GLIBC_TUNABLES'] = launch.MALLOC  # PyTorch is faster with it too
+        environment['GLIBC_TUNABLES'] = allocator.MALLOC  # PyTorch is faster with it too
     else:
         command = [sys.executable, 'launch.py', *_config(network, settings)[1], f'--workdir={folder}']
     points, num_read, metrics = [], 0, folder / 'metrics.jsonl'

@@ -1,6 +1,6 @@
-import launch
 from benchmarks.layers.compare import main
+from sparse_jax.launch import allocator
 
 if __name__ == '__main__':
-    launch.keep_memory()
+    allocator.keep_memory()
     main()

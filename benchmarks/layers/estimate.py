@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import launch
 import sparse_jax as sj
 from benchmarks.layers import compare
 from benchmarks.steps import twins
 from sparse_jax import models
 from sparse_jax.core import layers as layers_lib
 from sparse_jax.kernels import measure, store
+from sparse_jax.launch import allocator
 
 
 def traced(name: str, batch_size: int, density: float):
@@ -131,5 +131,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    launch.keep_memory()
+    allocator.keep_memory()
     main()

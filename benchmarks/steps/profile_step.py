@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import jax
 import matplotlib.pyplot as plt
 
-import launch
 from benchmarks import trace
 from benchmarks.layers import compare
 from benchmarks.steps import train_step, twins
+from sparse_jax.launch import allocator
 
 _SIZES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8}
 _SHAPE = re.compile(r'\b(' + '|'.join(_SIZES) + r')\[([\d,]*)\]')
@@ -198,5 +198,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    launch.keep_memory()
+    allocator.keep_memory()
     main()

@@ -11,7 +11,7 @@ over rounds, and ratios medians of the ratios within a round:
     gradients and a mask update every 390 steps amortised;
   - `torch`: benchmarks/steps/torch_twin.py, run by PYTHON, which must have torch installed.
 
-All of them keep freed memory (launch.MALLOC), PyTorch is also run with its defaults ("as it comes"). Without --model all four networks
+All of them keep freed memory (allocator.MALLOC), PyTorch is also run with its defaults ("as it comes"). Without --model all four networks
 are measured. For images of CIFAR's shape it also prints how many images per second the input pipeline makes. Cost: fifteen minutes on
 two cores with five densities.
 """
@@ -31,7 +31,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import launch
 import sparse_jax as sj
 from benchmarks.layers import compare
 from benchmarks.steps import twins
@@ -39,6 +38,7 @@ from sparse_jax import config as config_lib
 from sparse_jax import data as data_lib
 from sparse_jax import train
 from sparse_jax.core import layers as layers_lib
+from sparse_jax.launch import allocator
 from sparse_jax.train import kernel_choice
 
 UPDATE_EVERY = 390
@@ -147,7 +147,7 @@ class Torch:
       batch: batch that each step trains on.
       params: initial parameters.
       folder: folder for the files that the process reads.
-      as_it_comes: whether to run without launch.MALLOC, which makes PyTorch's steps faster too.
+      as_it_comes: whether to run without allocator.MALLOC, which makes PyTorch's steps faster too.
     """
 
     def __init__(self, python: str, name: str, batch, params, folder: pathlib.Path, *, as_it_comes: bool = False):
@@ -347,5 +347,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    launch.keep_memory()
+    allocator.keep_memory()
     main()

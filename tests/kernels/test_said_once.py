@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import launch
 import sparse_jax as sj
 from sparse_jax import kernels
 from sparse_jax.core import errors
 from sparse_jax.kernels.cpu import operations as cpu
+from sparse_jax.launch import allocator
 
 
 @pytest.fixture
@@ -52,5 +52,5 @@ def test_malloc_that_returns_memory(said, monkeypatch, told):
     for rows in (64, 2**14, 2**14):
         jax.eval_shape(product, jax.ShapeDtypeStruct((rows, 512), jnp.float32))
     assert len(said()) == (0 if told or not cpu._malloc_returns_memory() else 1)
-    assert all(f'GLIBC_TUNABLES={launch.MALLOC}' in message for message in said())
+    assert all(f'GLIBC_TUNABLES={allocator.MALLOC}' in message for message in said())
     cpu._malloc_returns_memory.cache_clear()

@@ -7,11 +7,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-import launch
 import sparse_jax as sj
 from configs import cifar10_vgg_d, mnist_lenet300
 from sparse_jax import config as config_lib
 from sparse_jax import train
+from sparse_jax.launch import command_line
 from sparse_jax.runtime import checkpoint
 from sparse_jax.train import exporting, stored
 from sparse_jax.train import run as run_lib
@@ -46,7 +46,7 @@ def test_the_stored_config_is_that_of_the_run(workdir, tmp_path):
 
 
 def test_a_command_line_takes_it_where_it_names_no_config(workdir, tmp_path):
-    with_config = lambda *flags: launch._with_stored_config(['launch.py', *flags])
+    with_config = lambda *flags: command_line._with_stored_config(['launch.py', *flags])
     assert with_config(f'--workdir={workdir}')[1].endswith(f'sparse_jax/train/stored.py:{workdir}')
     assert len(with_config('--mode=evaluate', f'--workdir={workdir}', '--config.train.steps=9')) == 5
     for flags in (

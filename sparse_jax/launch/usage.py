@@ -10,6 +10,7 @@ import itertools
 import os
 import pathlib
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from sparse_jax import config as config_lib
 
-_EXAMPLE = 'python launch.py --config=configs/mnist_lenet300.py:offline --workdir=runs/mnist_lenet300'
-_CONFIGS = pathlib.Path(__file__).parent / 'configs'
+PROGRAM = 'sparse-jax' if pathlib.Path(sys.argv[0]).name == 'sparse-jax' else 'python launch.py'
+_EXAMPLE = f'{PROGRAM} --config=configs/mnist_lenet300.py:offline --workdir=runs/mnist_lenet300'
+_CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 
 
 class WrongConfig(ValueError):
@@ -55,9 +57,28 @@ def _describe(module: ast.Module) -> ConfigFile | None:
 
 def find_configs(folder: pathlib.Path = _CONFIGS) -> dict[str, ConfigFile]:
     """The configs in a folder, by their paths from here; helper modules are left out."""
-    modules = {os.path.relpath(path): _source(path) for path in sorted(folder.glob('*.py'))}
+    modules = {_shown(path): _source(path) for path in sorted(folder.glob('*.py'))}
     described = {path: _describe(module) for path, module in modules.items() if module is not None}
     return {path: config for path, config in described.items() if config is not None}
+
+
+def _shown(path: pathlib.Path) -> str:
+    """A config's path from here; that of one of the package's own, where it is nowhere here, is configs/NAME.py: see find_config."""
+    path = path.resolve()
+    return (
+        os.path.relpath(path)
+        if path.parent != _CONFIGS.resolve() or path.is_relative_to(pathlib.Path.cwd())
+        else f'configs/{path.name}'
+    )
+
+
+def find_config(value: str) -> str:
+    """The value of ``--config``, with the package's own file for configs/NAME.py where there is no such file here."""
+    name, colon, variant = value.partition(':')
+    path = pathlib.Path(name)
+    packaged = _CONFIGS / path.name
+    is_packaged = path.parent == pathlib.Path('configs') and not path.exists() and packaged.is_file()
+    return f'{packaged}{colon}{variant}' if is_packaged else value
 
 
 def check_config(value: str) -> None:
@@ -108,9 +129,7 @@ def help_page(modes: Mapping[str, str], flags: Mapping[str, str]) -> str:
     settings = '--config.sparsity.density=0.1 changes one; --list_settings lists all: type, default, range or choices, meaning.'
     return '\n\n'.join(
         [
-            _fill(
-                'python launch.py --config=FILE[:VARIANT] --workdir=FOLDER [--config.NAME=VALUE ...] [--mode=MODE] ...', 'usage: '
-            ),
+            _fill(f'{PROGRAM} --config=FILE[:VARIANT] --workdir=FOLDER [--config.NAME=VALUE ...] [--mode=MODE] ...', 'usage: '),
             f'Example, less than a minute on two CPU cores:\n  {_EXAMPLE}',
             f'Modes:\n{_table({f"--mode={mode}": does for mode, does in modes.items()})}',
             configs_page(),
@@ -130,7 +149,7 @@ def configs_page() -> str:
 
 def after_wrong_config() -> str:
     """What follows the message about a wrong config: the configs there are, an example, and where to read on."""
-    more = {'python launch.py --help': 'Modes and flags.', 'python launch.py --list_settings': 'Every setting.'}
+    more = {f'{PROGRAM} --help': 'Modes and flags.', f'{PROGRAM} --list_settings': 'Every setting.'}
     return f'{configs_page()}\n\nExample:\n  {_EXAMPLE}\n\nMore:\n{_table(more)}'
 
 
