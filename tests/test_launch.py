@@ -284,5 +284,7 @@ def test_the_installed_command_finds_the_configs_that_came_with_the_package(tmp_
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / 'sweep').glob('seed=*')} == {'seed=0', 'seed=1'}
     (tmp_path / 'configs').mkdir()
-    (tmp_path / 'configs' / 'mnist_lenet300.py').write_text("def get_config(variant=''):\n    raise ValueError('the one that is here')\n")
+    (tmp_path / 'configs' / 'mnist_lenet300.py').write_text(
+        "def get_config(variant=''):\n    raise ValueError('the one that is here')\n"
+    )
     assert 'the one that is here' in command(*small, '--workdir=run').stderr

@@ -2,11 +2,14 @@
 
 import datetime
 import html
+import os
 import pathlib
+import urllib.parse
 from collections.abc import Sequence
 
 from sparse_jax.report import aggregate, figures
-from sparse_jax.report.collect import Problem, relative
+from sparse_jax.report.collect import Problem, Run, relative
+from sparse_jax.train.result import REPORT
 
 # Of the figures' series, on light and on dark paper.
 _LIGHT = ['#1f6fb4', '#c8501e', '#2b8a3e', '#8d4bb8', '#b5830f', '#0b8a94', '#b8336a', '#5c636b']
@@ -43,6 +46,7 @@ details td:first-child, details th:first-child { background: var(--panel) }
 summary { cursor: pointer; font-weight: 600 }
 .problems li { margin: .2rem 0 }
 code { font-size: .875em; overflow-wrap: anywhere }
+a { color: inherit }
 """
 
 
@@ -87,9 +91,22 @@ def _count(number: int, noun: str) -> str:
     return f'{number:,} {noun}{"" if number == 1 else "s"}'
 
 
+class _Html(str):
+    """What a cell holds, escaped already."""
+
+
+def _link(run: Run, folder: pathlib.Path) -> _Html:
+    """The folder of a run, with a link to its own report where that is there."""
+    name = html.escape(relative(run.folder, folder))
+    if not (run.folder / REPORT).is_file():
+        return _Html(name)
+    return _Html(f'<a href="{urllib.parse.quote(os.fsencode(os.path.relpath(run.folder / REPORT, folder)))}">{name}</a>')
+
+
 def _html_table(heads: Sequence[str], rows: Sequence[Sequence[str]], starts: Sequence[bool] = ()) -> str:
     marks = [*starts, *[False] * (len(rows) - len(starts))]
-    row = lambda cells, kind: ''.join(f'<{kind}>{html.escape(str(cell))}</{kind}>' for cell in cells)
+    shown = lambda cell: cell if isinstance(cell, _Html) else html.escape(str(cell))
+    row = lambda cells, kind: ''.join(f'<{kind}>{shown(cell)}</{kind}>' for cell in cells)
     lines = ''.join(f'<tr{" class=first" if mark else ""}>{row(cells, "td")}</tr>' for cells, mark in zip(rows, marks, strict=True))
     return f'<div class="scroll"><table><thead><tr>{row(heads, "th")}</tr></thead><tbody>{lines}</tbody></table></div>'
 
@@ -118,7 +135,7 @@ def _cost(table: aggregate.Table, folder: pathlib.Path) -> str:
             rows.append([
                 f'{group.label}, {100 * group.density:.3g}%', run.config['seed'], f'{result[table.metric]:.4f}', f'{result["steps"]:,}',
                 f'{result["seconds"]:.1f}', f'{result["steps"] / max(result["seconds"], 1e-9):.3g}', f'{memory:,}' if memory else '',
-                machine.get('device', ''), machine.get('jax', ''), machine.get('resumed_at', ''), relative(run.folder, folder), machine.get('command', ''),
+                machine.get('device', ''), machine.get('jax', ''), machine.get('resumed_at', ''), _link(run, folder), machine.get('command', ''),
             ])  # fmt: skip
     heads = [
         'run',

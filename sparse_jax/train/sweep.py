@@ -46,7 +46,7 @@ def parse(grids: Sequence[str]) -> list[dict[str, str]]:
 
     Args:
       grids: each ``name=value,value;name=value``: all combinations. Several grids: one after the other. A value ``a:b`` stands for the
-        whole numbers from a up to, not including, b.
+        whole numbers from a up to, not including, b; one with commas or semicolons of its own, as a mapping has, stands in braces.
 
     Returns:
       Settings as text, by name.
@@ -59,15 +59,18 @@ def parse(grids: Sequence[str]) -> list[dict[str, str]]:
       [{'sparsity.density': '0.2', 'seed': '0'}, {'sparsity.method': 'dense', 'seed': '0'}]
       >>> [point['seed'] for point in parse(['seed=0:3,10'])]
       ['0', '1', '2', '10']
+      >>> parse(['model.options={width=8,depth=2},{width=16,depth=2}'])[1]
+      {'model.options': 'width=16,depth=2'}
     """
     points: list[dict[str, str]] = []
     for grid in grids:
         axes = []
-        for axis in filter(None, grid.split(';')):
+        for axis in filter(None, _split(grid, ';')):
             name, equals, values = axis.partition('=')
-            if not equals or not all(value.strip() for value in values.split(',')):
+            parts = [part.strip() for part in _split(values, ',')]
+            if not equals or not all(parts):
                 raise ValueError(f'--sweep={grid!r}: {axis!r} is not of the form name=value,value, such as seed=0,1,2.')
-            axes.append([(name.strip(), value) for part in values.split(',') for value in _values(name.strip(), part.strip())])
+            axes.append([(name.strip(), value) for part in parts for value in _values(name.strip(), part)])
         if not axes:
             raise ValueError("--sweep is empty: give for instance --sweep='sparsity.density=0.05,0.1;seed=0,1,2'.")
         names = [axis[0][0] for axis in axes]
@@ -77,8 +80,28 @@ def parse(grids: Sequence[str]) -> list[dict[str, str]]:
     return points
 
 
+def _split(text: str, separator: str) -> list[str]:
+    """The parts between separators that are not within braces."""
+    parts, depth = [''], 0
+    for character in text:
+        depth += {'{': 1, '}': -1}.get(character, 0)
+        if depth < 0:
+            break
+        if character == separator and not depth:
+            parts.append('')
+        else:
+            parts[-1] += character
+    if depth:
+        raise ValueError(
+            f'--sweep: {text!r} has a brace without its other: a value that holds commas stands in braces, {{a=1,b=2}}.'
+        )
+    return parts
+
+
 def _values(name: str, text: str) -> list[str]:
-    """A value, or those of a range."""
+    """A value, one in braces, or those of a range."""
+    if text.startswith('{') and text.endswith('}'):
+        return [text[1:-1]]
     if not (found := re.fullmatch(r'(-?\d{1,10}):(-?\d{1,10})', text)):
         return [text]
     first, stop = map(int, found.groups())

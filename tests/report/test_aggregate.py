@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import urllib.parse
 
 import numpy as np
 import pytest
@@ -162,6 +163,18 @@ def test_the_page_is_whole_self_contained_and_follows_the_theme(runs, capsys):
     assert referred <= set(ids)
     assert (runs / 'report.md').read_text().count('\n| ') == 3 and '**lenet300 on mnist**' in capsys.readouterr().out
     assert sorted(p.name for p in runs.iterdir()) == ['deep', 'report.html', 'report.md', 'sm']
+
+
+def test_the_page_links_to_each_runs_own_report(tmp_path):
+    folder = tmp_path / 'one "run" & more#1'
+    _write(folder)
+    _write(tmp_path / 'without', seed=1)
+    (folder / 'report.png').write_bytes(b'')
+    write_report(tmp_path)
+    checker, content = _page(tmp_path)
+    (address,) = [address for address in checker.addresses if not address.startswith('#')]
+    assert pathlib.Path(tmp_path, urllib.parse.unquote(address)) == folder / 'report.png'
+    assert f'>{html.escape(folder.name)}</a>' in content and '>without<' in content
 
 
 def test_broken_unfinished_and_mixed_workdirs(runs):

@@ -133,6 +133,7 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
         (['--sweep=seed'], "'seed' is not of the form name=value,value"),
         (['--sweep=seed=0,,1'], 'is not of the form name=value,value'),
         (['--sweep=seed=5:5'], 'seed=5:5 must have 1 to 1000 numbers: from 5 up to, not including, 5'),
+        (['--sweep=model.options={width=8,depth=2'], 'has a brace without its other'),
         (['--sweep=seed=0:99999'], 'seed=0:99999 must have 1 to 1000 numbers'),
         (['--sweep=seed=0;seed=1'], 'seed is there twice'),
         (['--sweep=seed=0,one'], "seed='one' is not a whole number"),
