@@ -80,8 +80,8 @@ def _apply(x, w, pattern, geometry, dense_gradient, implementation):
     shape = x.shape
     if w.ndim == 2 or (w.shape[:2] == (1, 1) and geometry == Geometry()):  # one tap: a matrix product of all pixels
         x, w = x.reshape(math.prod(shape[:-1]), 1, 1, shape[-1]), w.reshape(1, 1, *w.shape[-2:])
-    empty = 0 in (x.size, *geometry.output_shape(x.shape, w.shape))
-    choice = backend.choose(implementation, x.dtype, pattern, empty=empty)
+    y_shape = geometry.output_shape(x.shape, w.shape)
+    choice = backend.choose(implementation, x.dtype, pattern, rows=math.prod(y_shape[:-1]), empty=0 in (x.size, *y_shape))
     if pattern.observer is not None:
         pattern.observer(x, w, pattern, geometry)
     try:
@@ -141,7 +141,7 @@ def sparse_dot(
       dense_gradient: whether the gradient with respect to w is wanted at all positions; so too if the pattern says so.
       implementation: ``'reference'`` (plain XLA), ``'cpu'`` (C++, float32), ``'gpu'`` (Hopper, blocks with sides of 32, 64 or 128, bfloat16
         or float16) or ``'tpu'`` (blocks of 128x128, bfloat16 or float32); None: the one that the pattern names, or else by rule: on CPU
-        ``'cpu'`` for patterns at 20% or less, on GPU and TPU their own up to the density at which it was measured to win (see
+        ``'cpu'`` for patterns at 20% or less (10% for fewer than 16 rows), on GPU and TPU their own up to the density at which it was measured to win (see
         ``benchmarks.gpu``), otherwise the reference.
 
     Returns:

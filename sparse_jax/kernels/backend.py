@@ -1,7 +1,7 @@
 """The backends, and the one place that decides which of them multiplies a layer.
 
 A decision is made while tracing, from what is known then: a name that the caller gives, the pattern's, or a rule: on a GPU the densities
-up to which blocks were measured to win there, on a CPU the density alone. A run measures its own layers (see measure.py), and takes what
+up to which blocks were measured to win there, on a CPU the density and the number of rows. A run measures its own layers (see measure.py), and takes what
 :func:`fastest` says of the times.
 """
 
@@ -26,8 +26,10 @@ from sparse_jax.kernels.reference import Geometry
 
 _LOG = logging.getLogger('sparse_jax')
 
-# Up to this density the C++ kernel was faster than XLA's dense product in every shape of benchmarks/layers/compare.py.
-_ON_CPU = 0.2
+# Up to this density the C++ kernel was faster than XLA's dense product in every shape of benchmarks/layers/compare.py, and with fewer rows
+# (of images: pixels) than _FEW up to the lower one (--few_rows): then nothing of the lists' cost is shared. A factor of 2 apart, so that
+# a density that comes and goes compiles at most one step anew: see density_bound.
+_ON_CPU, _ON_CPU_FEW, _FEW = 0.2, 0.1, 16
 # The densities at which benchmarks.gpu compares blocks with the dense product, one of which is the largest that wins.
 _MEASURED_ON_GPU = (0.01, 0.05, 0.1, 0.2, 0.5)
 
@@ -138,7 +140,7 @@ class Choice(NamedTuple):
     reason: str  # '' where it is the platform's own kernels
 
 
-def choose(implementation: str | None, dtype, pattern: Pattern, *, empty: bool) -> Choice:
+def choose(implementation: str | None, dtype, pattern: Pattern, *, rows: int, empty: bool) -> Choice:
     """What multiplies a product that is being traced.
 
     A pattern may name a backend too; where that cannot run, the reference does, and one log line says so. Where nobody names one the rule
@@ -148,6 +150,7 @@ def choose(implementation: str | None, dtype, pattern: Pattern, *, empty: bool) 
       implementation: the name given with the product; None: none.
       dtype: type of x and w.
       pattern: of w.
+      rows: that are multiplied, of images the pixels of the result.
       empty: whether an operand or the result has no elements.
 
     Raises:
@@ -155,7 +158,7 @@ def choose(implementation: str | None, dtype, pattern: Pattern, *, empty: bool) 
       ValueError: if there is no implementation of that name.
     """
     named = implementation or pattern.implementation
-    choice = Choice(named, 'it is named') if named else _by_rule(pattern)
+    choice = Choice(named, 'it is named') if named else _by_rule(pattern, rows)
     if empty and choice.implementation in BACKENDS:
         return Choice('reference', 'there is nothing to multiply')
     reason = unsupported(choice.implementation, dtype, pattern.granularity)
@@ -200,8 +203,8 @@ def choose_frozen(implementation: str | None, dtype, layout: Layout) -> Choice:
     return Choice('reference', reason)
 
 
-def _by_rule(pattern: Pattern) -> Choice:
-    """What the density suggests where programs are traced for.
+def _by_rule(pattern: Pattern, rows: int) -> Choice:
+    """What the density, and on a CPU the number of rows, suggest where programs are traced for.
 
     On a GPU its kernels up to the density, to two digits, at which ``benchmarks.gpu`` measured them to be as fast as the dense product, on
     this kind of device and for this granularity; the reference where that was not measured, which is said once. So far nothing measures
@@ -209,9 +212,10 @@ def _by_rule(pattern: Pattern) -> Choice:
     """
     platform, bound = target.platform(), pattern.density_bound
     if platform == 'cpu':
-        if bound <= _ON_CPU:
-            return Choice('cpu', f'at most {_ON_CPU:.0%} of the weights exist')
-        return Choice('reference', f'more than {_ON_CPU:.0%} of the weights exist')
+        most, which = (_ON_CPU_FEW, f' and there are fewer than {_FEW} rows') if rows < _FEW else (_ON_CPU, '')
+        if bound <= most:
+            return Choice('cpu', f'at most {most:.0%} of the weights exist')
+        return Choice('reference', f'more than {most:.0%} of the weights exist{which}')
     if device.is_absent():
         return Choice('reference', 'nothing can be measured on a device that is not here')
     if isinstance(pattern.granularity, Unstructured) or platform not in BACKENDS:
@@ -242,11 +246,11 @@ def density_bound(density: float, granularity: Granularity, *, before: float = 0
       granularity: that of the pattern.
       before: the bound of the pattern before; 0: there is none.
 
-    >>> density_bound(0.05, Unstructured()), density_bound(0.21, Unstructured()), density_bound(0.05, Unstructured(), before=1.0)
-    (0.2, 1.0, 0.2)
+    >>> density_bound(0.05, Unstructured()), density_bound(0.21, Unstructured()), density_bound(0.05, Unstructured(), before=0.2)
+    (0.1, 1.0, 0.2)
     """
     if target.platform() == 'cpu':
-        bounds = (_ON_CPU,)
+        bounds = (_ON_CPU_FEW, _ON_CPU)
     elif isinstance(granularity, Unstructured):
         bounds = ()
     else:

@@ -80,7 +80,7 @@ def _by_rule(density, granularity, units=4096):
     """The backend of a pattern of that density, for which nobody names one."""
     rows, columns = granularity.sides
     mask = np.repeat(np.repeat(np.arange(units)[None] < round(density * units), rows, 0), columns, 1)
-    return backend._by_rule(kernels.make_pattern(mask, granularity=granularity)).implementation
+    return backend._by_rule(kernels.make_pattern(mask, granularity=granularity), 64).implementation
 
 
 def test_a_pattern_that_names_what_does_not_run_takes_the_reference_and_says_so_once(caplog):
@@ -200,7 +200,7 @@ def test_a_density_bound_stays_until_the_rule_would_answer_otherwise(platform, m
 
 def test_a_choice_says_why():
     x, _, pattern = _operands(dtype=jnp.float32)
-    choose = functools.partial(backend.choose, dtype=x.dtype, pattern=pattern)
+    choose = functools.partial(backend.choose, dtype=x.dtype, pattern=pattern, rows=64)
     assert choose('reference', empty=False) == ('reference', 'it is named')
     assert choose(None, empty=True) == ('reference', 'there is nothing to multiply')
     assert choose(None, empty=False) == ('reference', 'more than 20% of the weights exist')

@@ -350,22 +350,23 @@ def test_products_are_found_inside_transformations_and_where_they_were_traced_be
 
 @needs_compiler
 def test_by_rule_a_sparse_pattern_takes_the_kernel_and_a_dense_one_does_not():
-    def calls(density):
+    def calls(density, rows=64):
         mask = np.random.default_rng(0).permutation(10_000).reshape(100, 100) < round(density * 10_000)
         text = str(
             jax.make_jaxpr(lambda x, w: kernels.sparse_dot(x, w, kernels.make_pattern(mask)))(
-                jnp.ones((2, 100)), jnp.ones((100, 100))
+                jnp.ones((rows, 100)), jnp.ones((100, 100))
             )
         )
         return 'sparse_jax_forward' in text
 
     assert calls(0.05) and calls(0.2) and not calls(0.5)
+    assert calls(0.1, rows=15) and not calls(0.15, rows=15) and calls(0.15, rows=16)
 
 
 def test_the_rule_goes_by_the_density_now_not_by_the_capacity_that_is_kept():
     full = kernels.make_patterns({'w': np.ones((100, 100), bool)})
     sparse = kernels.make_patterns({'w': np.arange(10_000).reshape(100, 100) < 500}, previous=full)['w']
-    assert sparse.capacity == 10_000 and (sparse.density_bound, full['w'].density_bound) == (0.2, 1)
+    assert sparse.capacity == 10_000 and (sparse.density_bound, full['w'].density_bound) == (0.1, 1)
 
 
 @settings(max_examples=60)
