@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from sparse_jax.kernels import arguments, backend, reference
-from sparse_jax.kernels.layout import CompactWeight
+from sparse_jax.kernels import arguments, backend, compact, reference
+from sparse_jax.kernels.layout import CompactWeight, Layout
 from sparse_jax.kernels.pattern import Pattern
 from sparse_jax.kernels.reference import Geometry
 
@@ -99,7 +99,7 @@ def _apply(x, w, pattern, geometry, dense_gradient, implementation):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _frozen_product(x, weight: CompactWeight, geometry: Geometry, implementation: str):
-    return backend.FROZEN[implementation].frozen(x, weight, geometry)
+    return backend.COMPACT[implementation].frozen(x, weight, geometry)
 
 
 @_frozen_product.defjvp
@@ -114,7 +114,7 @@ def _apply_frozen(x, weight: CompactWeight, geometry: Geometry, implementation: 
     shape, layout = x.shape, weight.layout
     if weight.ndim == 2 or (weight.shape[:2] == (1, 1) and geometry == Geometry()):  # one tap: a matrix product of all pixels
         x = x.reshape(math.prod(shape[:-1]), 1, 1, shape[-1])
-    choice = backend.choose_frozen(implementation, x.dtype, layout)
+    choice = backend.choose_compact(implementation, x.dtype, layout)
     y: jax.Array = _frozen_product(x, weight, geometry, choice.implementation)  # pyright: ignore[reportAssignmentType]
     return y if x.shape == shape else y.reshape(*shape[:-1], weight.shape[-1])
 
@@ -122,8 +122,9 @@ def _apply_frozen(x, weight: CompactWeight, geometry: Geometry, implementation: 
 def sparse_dot(
     x: jax.Array,
     w: jax.Array | CompactWeight,
-    pattern: Pattern | None = None,
+    pattern: Pattern | Layout | None = None,
     *,
+    probe: jax.Array | None = None,
     dense_gradient: bool = False,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -135,9 +136,11 @@ def sparse_dot(
 
     Args:
       x: [..., in].
-      w: [in, out], of x's type, and zero off the pattern (checked at run time with SPARSE_JAX_DEBUG=1 in the environment); or a frozen
-        weight of that shape: see :func:`freeze`.
-      pattern: of w: see :func:`make_pattern`. None with a frozen weight.
+      w: [in, out], of x's type, and zero off the pattern (checked at run time with SPARSE_JAX_DEBUG=1 in the environment); or the values of
+        a compact weight, whose layout is the pattern: see :mod:`sparse_jax.compact`; or a frozen weight of that shape: see :func:`freeze`.
+      pattern: of w: see :func:`make_pattern`; or a layout. None with a frozen weight.
+      probe: with a layout: zeros whose gradient is the score of each unit, those that do not exist included: see
+        :func:`sparse_jax.compact.probes`. None: no unit is scored.
       dense_gradient: whether the gradient with respect to w is wanted at all positions; so too if the pattern says so.
       implementation: ``'reference'`` (plain XLA), ``'cpu'`` (C++, float32), ``'gpu'`` (Hopper, blocks with sides of 32, 64 or 128, bfloat16
         or float16) or ``'tpu'`` (blocks of 128x128, bfloat16 or float32); None: the one that the pattern names, or else by rule: on CPU
@@ -164,6 +167,10 @@ def sparse_dot(
     if isinstance(w, CompactWeight):
         arguments.check_frozen('sparse_dot', x, w, 2, pattern, dense_gradient)
         return _apply_frozen(x, w, Geometry(), implementation)
+    if isinstance(pattern, Layout):
+        arguments.check_compact('sparse_dot', x, w, pattern, 2, probe, dense_gradient)
+        return compact.apply('sparse_dot', x, w, pattern, Geometry(), probe, implementation)
+    arguments.check_no_probe('sparse_dot', probe)
     pattern = arguments.check_product('sparse_dot', x, w, pattern, 2)
     return _apply(x, w, pattern, Geometry(), dense_gradient or pattern.dense_gradient, implementation)
 
@@ -171,8 +178,9 @@ def sparse_dot(
 def sparse_conv(
     x: jax.Array,
     w: jax.Array | CompactWeight,
-    pattern: Pattern | None = None,
+    pattern: Pattern | Layout | None = None,
     *,
+    probe: jax.Array | None = None,
     strides: tuple[int, int] = (1, 1),
     padding: str | Sequence[tuple[int, int]] = 'SAME',
     dilation: tuple[int, int] = (1, 1),
@@ -186,8 +194,9 @@ def sparse_conv(
 
     Args:
       x: [batch, height, width, in].
-      w: [height, width, in, out], of x's type, and zero off the pattern; or a frozen weight of that shape.
-      pattern: of w: see :func:`make_pattern`. None with a frozen weight.
+      w: [height, width, in, out], of x's type, and zero off the pattern; or a compact or frozen weight of that shape.
+      pattern: as in :func:`sparse_dot`.
+      probe: as in :func:`sparse_dot`.
       strides: steps in rows and columns.
       padding: ``'SAME'``, ``'VALID'``, or pixels before and after in rows and columns, such as ((1, 1), (1, 1)).
       dilation: distance of neighbouring taps in rows and columns.
@@ -218,11 +227,17 @@ def sparse_conv(
     frozen = isinstance(w, CompactWeight)
     if frozen:
         arguments.check_frozen('sparse_conv', x, w, 4, pattern, dense_gradient)
+    elif isinstance(pattern, Layout):
+        arguments.check_compact('sparse_conv', x, w, pattern, 4, probe, dense_gradient)
     else:
+        arguments.check_no_probe('sparse_conv', probe)
         pattern = arguments.check_product('sparse_conv', x, w, pattern, 4)
-    geometry = arguments.geometry_of('sparse_conv', x.shape, w.shape, strides, padding, dilation)
-    if w.shape[:2] == (1, 1) and geometry.padding == ((0, 0), (0, 0)):  # only every s-th pixel is read
+    shape = pattern.shape if isinstance(pattern, Layout) else w.shape
+    geometry = arguments.geometry_of('sparse_conv', x.shape, shape, strides, padding, dilation)
+    if shape[:2] == (1, 1) and geometry.padding == ((0, 0), (0, 0)):  # only every s-th pixel is read
         x, geometry = x[:, :: geometry.strides[0], :: geometry.strides[1]], Geometry()
+    if isinstance(pattern, Layout):
+        return compact.apply('sparse_conv', x, w, pattern, geometry, probe, implementation)  # pyright: ignore[reportArgumentType]
     if frozen or pattern is None:
         return _apply_frozen(x, w, geometry, implementation)  # pyright: ignore[reportArgumentType]
     return _apply(x, w, pattern, geometry, dense_gradient or pattern.dense_gradient, implementation)

@@ -13,7 +13,7 @@ from sparse_jax.core import errors
 from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core.granularity import Unstructured
 from sparse_jax.kernels import reference, sharded
-from sparse_jax.kernels.layout import CompactWeight
+from sparse_jax.kernels.layout import CompactWeight, Layout
 from sparse_jax.kernels.pattern import Pattern
 from sparse_jax.kernels.reference import Geometry
 
@@ -44,7 +44,7 @@ def check_product(name: str, x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array, 
     return pattern
 
 
-def check_frozen(name: str, x: jax.Array, weight: CompactWeight, axes: int, pattern: Pattern | None, dense_gradient: bool) -> None:
+def check_frozen(name: str, x: jax.Array, weight: CompactWeight, axes: int, pattern: Pattern | Layout | None, dense_gradient: bool) -> None:
     """ValueError unless x and a compact weight of so many axes fit together."""
     layout = weight.layout
     where = f' (layer {layout.name})' if layout.name else ''
@@ -66,7 +66,40 @@ def check_frozen(name: str, x: jax.Array, weight: CompactWeight, axes: int, patt
     _check_operands(name, x, weight, where)
 
 
-def _check_operands(name: str, x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array | CompactWeight, where: str) -> None:
+def check_compact(
+    name: str, x: jax.Array | jax.ShapeDtypeStruct, values: jax.Array, layout: Layout, axes: int, probe, dense_gradient: bool
+) -> None:
+    """ValueError unless x, the values of a compact weight of so many axes, its layout and a probe fit together."""
+    where = f' (layer {layout.name})' if layout.name else ''
+    if dense_gradient:
+        raise ValueError(f'{name}: the gradient of compact values is compact{where}: scores of missing units come out of probe=.')
+    if layout.pointers.ndim != 1:
+        raise ValueError(f'{name}: the layout holds several layers, one a row{where}: take one row, as lax.scan does.')
+    if not layout.by_input:
+        raise ValueError(f'{name}: the layout is that of a frozen weight{where}: those of sj.compact.compress can be trained.')
+    if len(layout.shape) != axes:
+        raise ValueError(f'{name}: w must have {axes} axes, its layout is of shape {layout.shape}{where}.')
+    if tuple(values.shape) != layout.values_shape:
+        raise ValueError(
+            f'{name}: the values have shape {tuple(values.shape)}, their layout has room for {layout.values_shape}{where}: both must come '
+            'from the same compress, plan or reserve.'
+        )
+    units = granularity_lib.tap_units(layout.granularity, layout.shape)
+    if probe is not None and (tuple(probe.shape) != units or not jnp.issubdtype(probe.dtype, jnp.floating)):
+        raise ValueError(
+            f'{name}: the probe is {probe.dtype}{list(probe.shape)}, it must be floating point of shape {units}{where}.'
+        )
+    _check_operands(name, x, jax.ShapeDtypeStruct(layout.shape, values.dtype), where)
+
+
+def check_no_probe(name: str, probe) -> None:
+    if probe is not None:
+        raise ValueError(f'{name}: probe= goes with compact values and their layout: a dense weight has dense_gradient=.')
+
+
+def _check_operands(
+    name: str, x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array | CompactWeight | jax.ShapeDtypeStruct, where: str
+) -> None:
     """ValueError unless x has as many features as w takes, and its type."""
     if x.ndim == 0 or x.shape[-1] != w.shape[-2]:
         raise ValueError(

@@ -66,6 +66,18 @@ class FrozenBackend(Backend, Protocol):
     def frozen(self, x: jax.Array, weight: CompactWeight, geometry: Geometry) -> jax.Array: ...
 
 
+class CompactBackend(FrozenBackend, Protocol):
+    """A backend that also trains compact weights."""
+
+    def compact_forward(self, x: jax.Array, values: jax.Array, layout: Layout, geometry: Geometry) -> jax.Array: ...
+
+    def compact_input_gradient(
+        self, dy: jax.Array, values: jax.Array, layout: Layout, geometry: Geometry, x_shape: tuple[int, ...]
+    ) -> jax.Array: ...
+
+    def compact_weight_gradient(self, x: jax.Array, dy: jax.Array, layout: Layout, geometry: Geometry) -> jax.Array: ...
+
+
 class _Pallas:
     """A package of Pallas kernels, whose operations.py, and with it Pallas, is imported when one runs."""
 
@@ -100,7 +112,7 @@ class _Pallas:
 
 SCORING: dict[str, ScoringBackend] = {'reference': reference, 'gpu': _Pallas(gpu), 'tpu': _Pallas(tpu)}
 BACKENDS: dict[str, Backend] = {'reference': reference, 'cpu': cpu, 'gpu': SCORING['gpu'], 'tpu': SCORING['tpu']}
-FROZEN: dict[str, FrozenBackend] = {'reference': reference, 'cpu': cpu}
+COMPACT: dict[str, CompactBackend] = {'reference': reference, 'cpu': cpu}  # of frozen weights, and in training
 IMPLEMENTATIONS = tuple(BACKENDS)
 
 
@@ -174,7 +186,7 @@ def choose(implementation: str | None, dtype, pattern: Pattern, *, rows: int, em
     return Choice('reference', reason)
 
 
-def choose_frozen(implementation: str | None, dtype, layout: Layout) -> Choice:
+def choose_compact(implementation: str | None, dtype, layout: Layout) -> Choice:
     """What multiplies with a compact weight in a product that is being traced: a name that is given, or the platform's kernels where it has
     such ones, else the reference, which makes the whole weight at each call.
 
@@ -188,10 +200,10 @@ def choose_frozen(implementation: str | None, dtype, layout: Layout) -> Choice:
       ValueError: if there is no implementation of that name.
     """
     named = implementation or layout.implementation
-    name = named or (target.platform() if target.platform() in FROZEN else 'reference')
+    name = named or (target.platform() if target.platform() in COMPACT else 'reference')
     reason = unsupported(name, dtype, layout.granularity)
-    if not reason and name not in FROZEN:
-        reason = 'it has no kernel for frozen weights'
+    if not reason and name not in COMPACT:
+        reason = 'it has no kernel for compact weights'
     if not reason:
         return Choice(name, 'it is named' if named else '')
     if implementation:

@@ -14,16 +14,20 @@ from sparse_jax.core.granularity import Granularity, Unstructured
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which units of a weight exist, in the order of its values: by output, of each output's by input and then by tap.
+    """Which units of a weight exist, in the order of its values: by output, of each output's by input and then by tap; or by input.
+
+    Where layers are stacked, each array has a first axis.
 
     Attributes:
-      indices: int32[units]: input * taps + tap of each unit of output 0, then of output 1, ..., ascending; what is beyond the last
-        pointer is not used. Inputs and outputs are those of the array of units.
-      pointers: int32[outputs + 1]: the units of output o are those from pointers[o] to pointers[o + 1].
+      indices: int32[capacity]: input * taps + tap of each unit of output 0, then of output 1, ..., ascending; what is beyond the last
+        pointer is not used. Inputs and outputs are those of the array of units. By input: output * taps + tap of each unit of input 0, ...
+      pointers: int32[outputs + 1]: the units of output o are those from pointers[o] to pointers[o + 1]. By input: int32[inputs + 1].
       shape: shape of the weight: [in, out], or [height, width, in, out].
       granularity: what a unit is; one that spans all taps is listed at each of them.
       implementation: the backend that multiplies; None: by rule.
       name: name of the layer, for messages.
+      by_input: whether units are listed by input, as training takes them: the order in which a dense weight lies in memory. Frozen weights
+        are listed by output.
     """
 
     indices: jax.Array | np.ndarray
@@ -32,6 +36,36 @@ class Layout:
     granularity: Granularity = dataclasses.field(default=Unstructured(), metadata=dict(static=True))
     implementation: str | None = dataclasses.field(default=None, metadata=dict(static=True))
     name: str = dataclasses.field(default='', metadata=dict(static=True))
+    by_input: bool = dataclasses.field(default=False, metadata=dict(static=True))
+
+    @property
+    def capacity(self) -> int:
+        """Number of units there is room for."""
+        return self.indices.shape[-1]
+
+    @property
+    def taps(self) -> tuple[int, int]:
+        """Height and width of a convolution's kernel; of a matrix one and one."""
+        return self.shape[:-2] or (1, 1)  # pyright: ignore[reportReturnType]
+
+    @property
+    def values_shape(self) -> tuple[int, ...]:
+        """Shape of the values: [units], or [units, inputs, outputs of a block]; after the number of layers where they are stacked."""
+        sides = () if isinstance(self.granularity, Unstructured) else self.granularity.sides
+        return (*self.indices.shape, *sides)
+
+    def places(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The tap, input and output of each unit, int32[capacity]; of those that are not used one of the last two lies beyond the weight."""
+        *taps, _, _ = granularity_lib.tap_units(self.granularity, self.shape)
+        number = jnp.arange(self.capacity, dtype=jnp.int32)
+        group = jnp.searchsorted(self.pointers, number, side='right').astype(jnp.int32) - 1
+        other, tap = jnp.divmod(jnp.asarray(self.indices), jnp.int32(math.prod(taps)))
+        return (tap, group, other) if self.by_input else (tap, other, group)
+
+
+def is_layout(x: object) -> bool:
+    """Whether a part of a tree is a layout: for ``is_leaf``."""
+    return isinstance(x, Layout)
 
 
 @jax.tree_util.register_dataclass
@@ -65,8 +99,8 @@ class CompactWeight:
     def to_dense(self) -> jax.Array:
         """The whole array, zero where no unit exists."""
         if self.layout.pointers.ndim == 1:
-            return expand(self)
-        return jax.vmap(expand)(self)
+            return expand(self.values, self.layout)
+        return jax.vmap(expand)(self.values, self.layout)
 
 
 def is_compact(x: object) -> bool:
@@ -74,17 +108,28 @@ def is_compact(x: object) -> bool:
     return isinstance(x, CompactWeight)
 
 
-def expand(weight: CompactWeight) -> jax.Array:
-    """:meth:`CompactWeight.to_dense` of one layer, in plain XLA."""
-    layout, values = weight.layout, weight.values
+def expand(values: jax.Array | np.ndarray, layout: Layout) -> jax.Array:
+    """The whole weight of one layer, zero where no unit exists, in plain XLA."""
     *taps, inputs, outputs = granularity_lib.tap_units(layout.granularity, layout.shape)
     rows, columns = layout.granularity.sides
-    number = jnp.arange(layout.indices.shape[-1])
-    output = jnp.searchsorted(layout.pointers, number, side='right') - 1  # of unused ones: too large, and dropped
-    source, tap = jnp.divmod(layout.indices, math.prod(taps))
+    tap, source, output = layout.places()
     values = jnp.asarray(values).reshape(-1, rows, columns)
     units = (
         jnp.zeros((math.prod(taps), inputs, outputs, rows, columns), values.dtype).at[tap, source, output].set(values, mode='drop')
     )
     whole = units.swapaxes(-3, -2).reshape(*taps, inputs * rows, outputs * columns)
     return whole[..., : layout.shape[-2], : layout.shape[-1]]
+
+
+def gather(whole: jax.Array, layout: Layout) -> jax.Array:
+    """The values of one layer at its units, zero beyond the weight's edge and beyond the last unit: the inverse of :func:`expand`."""
+    *taps, inputs, outputs = granularity_lib.tap_units(layout.granularity, layout.shape)
+    rows, columns = layout.granularity.sides
+    tap, source, output = layout.places()
+    padded = jnp.pad(
+        whole.reshape(math.prod(taps), *whole.shape[-2:]),
+        [(0, 0), (0, inputs * rows - whole.shape[-2]), (0, outputs * columns - whole.shape[-1])],
+    )
+    units = padded.reshape(-1, inputs, rows, outputs, columns).swapaxes(-3, -2)
+    values = units.at[tap, source, output].get(mode='fill', fill_value=0)
+    return values.reshape(layout.values_shape)

@@ -9,7 +9,8 @@ from jax import lax
 
 from sparse_jax.core import target
 from sparse_jax.core.granularity import Block, Granularity
-from sparse_jax.kernels.layout import CompactWeight
+from sparse_jax.kernels import layout as layout_lib
+from sparse_jax.kernels.layout import CompactWeight, Layout
 from sparse_jax.kernels.pattern import Pattern
 
 
@@ -90,6 +91,30 @@ def frozen(x: jax.Array, weight: CompactWeight, geometry: Geometry) -> jax.Array
     """The forward product with a compact weight."""
     w = weight.to_dense()
     return convolve_dense(x, w if w.ndim == 4 else w[None, None], geometry)
+
+
+def _whole(values: jax.Array, layout: Layout) -> jax.Array:
+    """A compact weight as a dense one of four axes."""
+    return layout_lib.expand(values, layout).reshape(layout.taps + layout.shape[-2:])
+
+
+def compact_forward(x: jax.Array, values: jax.Array, layout: Layout, geometry: Geometry) -> jax.Array:
+    """The forward product with compact values."""
+    return convolve_dense(x, _whole(values, layout), geometry)
+
+
+def compact_input_gradient(
+    dy: jax.Array, values: jax.Array, layout: Layout, geometry: Geometry, x_shape: tuple[int, ...]
+) -> jax.Array:
+    """The forward product, transposed."""
+    x = jax.ShapeDtypeStruct(x_shape, dy.dtype)
+    return jax.linear_transpose(lambda x: compact_forward(x, values, layout, geometry), x)(dy)[0]
+
+
+def compact_weight_gradient(x: jax.Array, dy: jax.Array, layout: Layout, geometry: Geometry) -> jax.Array:
+    """The weight gradient at the units that exist, in the form of the values."""
+    dw = dense_weight_gradient(x, dy, layout.taps + layout.shape[-2:], geometry)
+    return layout_lib.gather(dw.reshape(layout.shape), layout)
 
 
 def input_gradient(dy: jax.Array, w: jax.Array, pattern: Pattern, geometry: Geometry, x_shape: tuple[int, ...]) -> jax.Array:

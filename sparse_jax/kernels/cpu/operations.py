@@ -16,7 +16,7 @@ import numpy as np
 from sparse_jax.core import errors, target
 from sparse_jax.core.granularity import Granularity, Unstructured
 from sparse_jax.kernels.cpu import compiler
-from sparse_jax.kernels.layout import CompactWeight
+from sparse_jax.kernels.layout import CompactWeight, Layout
 from sparse_jax.kernels.pattern import Pattern
 from sparse_jax.kernels.reference import Geometry
 
@@ -61,8 +61,8 @@ def unsupported(dtype, granularity: Granularity) -> str:
     return unavailable()
 
 
-def call(name: str, shapes: Sequence[tuple[int, ...]], *operands, pattern: Pattern | None, geometry: Geometry):
-    """Results of these shapes from a kernel; a pattern of None: the weight is dense, and the images must lie by lanes."""
+def call(name: str, shapes: Sequence[tuple[int, ...]], *operands, pattern: Pattern | Layout | None, geometry: Geometry):
+    """Results of these shapes from a kernel; a layout: the weight is compact; None: it is dense, and the images must lie by lanes."""
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     if max(map(math.prod, shapes)) >= _LARGE and _malloc_returns_memory():
         errors.say_once(
@@ -71,9 +71,12 @@ def call(name: str, shapes: Sequence[tuple[int, ...]], *operands, pattern: Patte
         )
     empty = jnp.zeros(0, jnp.int32)
     # by input, also for the product by output: the order in which the weight lies in memory
-    lists = (empty, empty) if pattern is None else (pattern.transposed_indices, pattern.transposed_pointers)
-    sides = (Unstructured() if pattern is None else pattern.granularity).sides
-    numbers = _numbers(geometry, sides)
+    lists, taps = (empty, empty), ()
+    if isinstance(pattern, Layout):
+        lists, taps = (pattern.indices, pattern.pointers), pattern.taps
+    elif pattern is not None:
+        lists = pattern.transposed_indices, pattern.transposed_pointers
+    numbers = (*_numbers(geometry, (Unstructured() if pattern is None else pattern.granularity).sides), *taps)
     arguments = [lists if operand is LISTS else [operand] for operand in operands]
     return kernel(name, results, geometry=np.array(numbers, np.int64))(*itertools.chain(*arguments))
 
@@ -133,3 +136,22 @@ def input_gradient(dy: jax.Array, w: jax.Array, pattern: Pattern, geometry: Geom
 def weight_gradient(x: jax.Array, dy: jax.Array, pattern: Pattern, geometry: Geometry, w_shape: tuple[int, ...]) -> jax.Array:
     """As in reference.py."""
     return call('weight_gradient', (w_shape,), x, nothing(), dy, LISTS, pattern=pattern, geometry=geometry)[0]
+
+
+def compact_forward(x: jax.Array, values: jax.Array, layout: Layout, geometry: Geometry) -> jax.Array:
+    """As in reference.py."""
+    shapes = geometry.output_shape(x.shape, layout.taps + layout.shape[-2:]), (0,)
+    return call('forward', shapes, x, nothing(), values, LISTS, nothing(), pattern=layout, geometry=geometry)[0]
+
+
+def compact_input_gradient(
+    dy: jax.Array, values: jax.Array, layout: Layout, geometry: Geometry, x_shape: tuple[int, ...]
+) -> jax.Array:
+    """As in reference.py."""
+    operands = dy, nothing(), nothing(), values, LISTS
+    return call('input_gradient', (x_shape, (0,)), *operands, pattern=layout, geometry=geometry)[0]
+
+
+def compact_weight_gradient(x: jax.Array, dy: jax.Array, layout: Layout, geometry: Geometry) -> jax.Array:
+    """As in reference.py."""
+    return call('weight_gradient', (layout.values_shape,), x, nothing(), dy, LISTS, pattern=layout, geometry=geometry)[0]

@@ -45,8 +45,10 @@ Image image_of(ffi::Span<const int64_t> sides) {
   return {sides[0] * kBatch, sides[1], sides[2], sides[3], true};
 }
 
-// The attribute is strides, padding before, dilation and block, each in rows (inputs) and columns (outputs).
+// The attribute is strides, padding before, dilation and block, each in rows (inputs) and columns (outputs); of a compact kernel, whose
+// shape does not tell them, the taps follow.
 Geometry geometry_of(ffi::Span<const int64_t> kernel, ffi::Span<const int64_t> a) {
+  if (a.size() > 8) kernel = {a.begin() + 8, 2};
   return {kernel[0], kernel[1], a[0], a[1], a[2], a[3], a[4], a[5]};
 }
 
@@ -57,7 +59,13 @@ using Numbers = ffi::Span<const int64_t>;
 // A kernel's list; without pointers where the kernel is dense and all of it is used.
 List list_of(const S32& index, const S32& pointer, const Image& inputs, const Image& outputs, Numbers numbers, bool transposed) {
   return {index.typed_data(), pointer.typed_data(), int64_t(index.element_count()), int64_t(pointer.element_count()),
-          inputs.channels, outputs.channels, numbers[6], numbers[7], transposed};
+          inputs.channels, outputs.channels, numbers[6], numbers[7], transposed, numbers.size() > 8};
+}
+
+// A compact kernel has room for the units that are listed.
+void check_room(const List& list, const F32& w) {
+  const int64_t area = list.block_rows * list.block_columns;
+  check(!list.compact || int64_t(w.element_count()) >= list.indices * area, "it has more units than values");
 }
 
 // [mean, scale, bias][channels], or nothing.
@@ -85,13 +93,13 @@ void forward(ffi::ThreadPool& pool, const F32& x, const F32& activation, const F
     return;
   }
   const List list = list_of(index, pointer, from, to, numbers, false);
+  check_room(list, w);
   const Pass pass = forward_pass(g, from, to, list.dense());
   const int64_t tiles = pass.tiles(from.units());
   const Source source{x.typed_data(), from, activation_of(activation, from.channels)};
   if (is_few_rows(list, pass, g, from, to)) {
-    check(list.pointers > list.inputs, "it has too few pointers for its inputs");
     const Places places(pass, from, to, 0);
-    return with_vectors(pass, [&](auto v) { FewRows{pool, list, pass, w.typed_data()}.forward<v>(source, places, y.typed_data()); });
+    return few_rows(pool, list, pass, w.typed_data(), [&](auto rows, auto v) { rows.template forward<v>(source, places, y.typed_data()); });
   }
   if (!from.by_lanes) {
     const Pieces pieces(pool, tiles, tiles, to.channels);
@@ -135,6 +143,7 @@ void input_gradient(ffi::ThreadPool& pool, const F32& dy, const F32& x, const F3
     return;
   }
   const List list = list_of(index, pointer, to, from, numbers, true);
+  check_room(list, w);
   const Activation f = activation_of(activation, to.channels);
   const Source source{dy.typed_data(), from, {}};
   Lease lease;
@@ -146,9 +155,8 @@ void input_gradient(ffi::ThreadPool& pool, const F32& dy, const F32& x, const F3
       if (pass.y.count == 0 || pass.x.count == 0) continue;  // a stride beyond the image
       choose_patch(pass, from, list.dense());
       if (is_few_rows(list, pass, g, from, to)) {
-        check(list.pointers > list.inputs, "it has too few pointers for its inputs");
         const Places places(pass, from, to, 0);
-        with_vectors(pass, [&](auto v) { FewRows{pool, list, pass, w.typed_data()}.input_gradient<v>(source, places, dx.typed_data()); });
+        few_rows(pool, list, pass, w.typed_data(), [&](auto rows, auto v) { rows.template input_gradient<v>(source, places, dx.typed_data()); });
         continue;
       }
       const int64_t tiles = pass.tiles(from.units());
@@ -248,12 +256,14 @@ void weight_gradient(ffi::ThreadPool& pool, const F32& x, const F32& activation,
   const Source gradient{dy.typed_data(), image_of(dy.dimensions()), {}};
   const Image &from = source.image, &to = gradient.image;
   const List list = list_of(index, pointer, from, to, numbers, false);
+  check_room(list, dw);
   const Pass pass = forward_pass(g, from, to, list.dense());
   if (list.dense()) return dense_weight_gradient(pool, g, pass, source, gradient, dw.typed_data());
   if (is_few_rows(list, pass, g, from, to)) {
-    check(list.pointers > list.inputs, "it has too few pointers for its inputs");
     const Places places(pass, from, to, 0);
-    return with_vectors(pass, [&](auto v) { FewRows{pool, list, pass, nullptr}.weight_gradient<v>(source, gradient, places, dw.typed_data()); });
+    few_rows(pool, list, pass, nullptr, [&](auto rows, auto v) { rows.template weight_gradient<v>(source, gradient, places, dw.typed_data()); });
+    if (list.compact) std::fill(dw.typed_data() + list.pointer[list.inputs], dw.typed_data() + dw.element_count(), 0.0f);
+    return;
   }
   const int64_t positions = pass.positions(), tiles = pass.tiles(from.units()), parts = std::min(tiles, kGradientParts);
   const Pieces pieces(pool, tiles, parts, to.channels);

@@ -2,7 +2,8 @@
 // product: here the list is walked as it is, in the order in which the dense weight lies in memory, and each weight is read where it is
 // used. The rows are lanes: x and dy are packed as [channel][V vectors].
 //
-// The limits. Operations: V multiply-adds a nonzero. Bytes: the lines of the dense weight that hold a nonzero, nearly all of them at 5%.
+// The limits. Operations: V multiply-adds a nonzero. Bytes: the lines of the dense weight that hold a nonzero, nearly all of them at 5%; of a
+// compact one the nonzeros, in their order.
 #pragma once
 
 #include "product.h"
@@ -17,11 +18,15 @@ inline bool is_few_rows(const List& list, const Pass& pass, const Geometry& g, c
 
 inline constexpr int64_t kSums = 256 << 10;  // bytes of sums that stay in the second cache
 
+template <bool COMPACT>
 struct FewRows {
   Threads threads;
   const List& list;
   const Pass& pass;
   const float* w;
+
+  // Where the kernel holds the k-th of its nonzeros.
+  int64_t place(int64_t k, int64_t input, int64_t output) const { return COMPACT ? k : input * list.outputs + output; }
 
   // Pieces by the work, whoever does it: each of some 50 microseconds.
   int64_t parts(int64_t most) const {
@@ -41,7 +46,7 @@ struct FewRows {
     check(0 <= from && from <= to && to <= list.indices, "its pointers leave its indices");
     const bool whole = low == 0 && high == list.outputs;
     int64_t k = whole ? from : std::lower_bound(list.index + from, list.index + to, int32_t(low)) - list.index;
-    const int64_t after = w && input + 1 < list.inputs ? std::min(int64_t(list.pointer[input + 2]), list.indices) : 0;
+    const int64_t after = w && !COMPACT && input + 1 < list.inputs ? std::min(int64_t(list.pointer[input + 2]), list.indices) : 0;
     const float* row = w + (input + 1) * list.outputs;
     for (; k < to; k++) {
       const uint32_t output = uint32_t(list.index[k]);
@@ -82,8 +87,8 @@ struct FewRows {
         Vector operand[V];
 #pragma GCC unroll 16
         for (int i = 0; i < V; i++) operand[i] = rows[input * V + i];
-        for_row(input, low, high, [&](int64_t, int64_t output) __attribute__((always_inline)) {
-          const Vector weight = broadcast(w[input * outputs + output]);
+        for_row(input, low, high, [&](int64_t k, int64_t output) __attribute__((always_inline)) {
+          const Vector weight = broadcast(w[place(k, input, output)]);
 #pragma GCC unroll 16
           for (int i = 0; i < V; i++) sums[(output - low) * V + i] += weight * operand[i];
         });
@@ -105,8 +110,8 @@ struct FewRows {
         const int64_t last = std::min(range(part + 1, count, list.inputs), first + kLanes);
         for (int64_t input = first; input < last; input++) {
           Vector sum[V] = {};
-          for_row(input, 0, list.outputs, [&](int64_t, int64_t output) __attribute__((always_inline)) {
-            const Vector weight = broadcast(w[input * list.outputs + output]);
+          for_row(input, 0, list.outputs, [&](int64_t k, int64_t output) __attribute__((always_inline)) {
+            const Vector weight = broadcast(w[place(k, input, output)]);
 #pragma GCC unroll 16
             for (int i = 0; i < V; i++) sum[i] += weight * gradients[output * V + i];
           });
@@ -118,7 +123,8 @@ struct FewRows {
     });
   }
 
-  // dw[i, o] = x[i] . dy[o] where there is a nonzero, else 0: a row of the dense array is cleared and filled while it is in the first cache.
+  // dw[i, o] = x[i] . dy[o] where there is a nonzero. Of a dense array the others are 0: a row is cleared and filled while it is in the first
+  // cache.
   template <int V>
   void weight_gradient(const Source& x, const Source& dy, const Places& places, float* dw) const {
     const int64_t outputs = list.outputs;
@@ -133,8 +139,7 @@ struct FewRows {
         const int64_t last = std::min(range(part + 1, count, list.inputs), first + kLanes);
         pack_into(x, places.source, first, last, rows);
         for (int64_t input = first; input < last; input++) {
-          float* to = dw + input * outputs;
-          std::fill(to, to + outputs, 0.0f);
+          if (!COMPACT) std::fill_n(dw + input * outputs, outputs, 0.0f);
           Vector operand[V];
 #pragma GCC unroll 16
           for (int i = 0; i < V; i++) operand[i] = rows[(input - first) * V + i];
@@ -152,7 +157,7 @@ struct FewRows {
 #pragma GCC unroll 16
             for (int l = 0; l < kLanes; l++) v[l] = l < have ? waiting[k + l] : Vector{};
             const Vector sums = lane_sums(v);
-            for (int64_t l = 0; l < have; l++) to[list.index[begin + k + l]] = sums[l];
+            for (int64_t l = 0; l < have; l++) dw[place(begin + k + l, input, list.index[begin + k + l])] = sums[l];
           }
         }
       }
@@ -160,16 +165,21 @@ struct FewRows {
   }
 };
 
-// Calls f with the tile's vectors as a compile-time number.
+// Calls f with the product and with the tile's vectors as a compile-time number.
 template <typename F>
-inline void with_vectors(const Pass& pass, F f) {
-  switch (pass.vectors) {
-    case 1: return f(number<1>);
-    case 2: return f(number<2>);
-    case 4: return f(number<4>);
-    case 8: return f(number<8>);
-    default: return f(number<kTile>);
-  }
+inline void few_rows(const Threads& threads, const List& list, const Pass& pass, const float* w, F f) {
+  check(list.pointers > list.inputs, "it has too few pointers for its inputs");
+  auto with = [&](auto product) {
+    switch (pass.vectors) {
+      case 1: return f(product, number<1>);
+      case 2: return f(product, number<2>);
+      case 4: return f(product, number<4>);
+      case 8: return f(product, number<8>);
+      default: return f(product, number<kTile>);
+    }
+  };
+  if (list.compact) with(FewRows<true>{threads, list, pass, w});
+  else with(FewRows<false>{threads, list, pass, w});
 }
 
 }  // namespace sparse_jax

@@ -15,6 +15,7 @@ struct List {
   int64_t indices, pointers;  // their lengths
   int64_t inputs, outputs, block_rows, block_columns;
   bool transposed;  // whether inputs are the destination
+  bool compact;     // whether the kernel is its listed units only, [units][block_rows][block_columns], in the order of the list
 
   bool dense() const { return pointers == 0; }
   int64_t rows() const { return (inputs + block_rows - 1) / block_rows; }
@@ -25,7 +26,7 @@ inline void check(bool fits, const char* what) {
   if (!fits) throw std::invalid_argument(std::string("sparse_jax: the pattern does not belong to this weight: ") + what);
 }
 
-// One nonzero: where its operands start in the packed window, in vectors, and its value or its place in the dense kernel.
+// One nonzero: where its operands start in the packed window, in vectors, and its value or its place in the kernel.
 struct Entry {
   int32_t offset;
   union {
@@ -93,30 +94,32 @@ struct Operand {
 };
 inline constexpr int32_t kNoTap = INT32_MIN;
 
-// Calls visit(operand) for each nonzero of an input channel. CHECKED: the first time that the list is read.
+// Calls visit(operand, place) for each nonzero of an input channel; its place is where the kernel holds its value. CHECKED: the first time
+// that the list is read.
 template <bool CHECKED, typename F>
 inline void for_nonzeros(const List& list, const Operand* operands, int64_t taps, int64_t input, F visit) {
   const int64_t unit = input / list.block_rows, size = list.block_columns;
   const int64_t from = list.pointer[unit], to = list.pointer[unit + 1];
   if (CHECKED) check(0 <= from && from <= to && to <= list.indices, "its pointers leave its indices");
   const uint32_t places = uint32_t((list.outputs + size - 1) / size * taps);
-  const int32_t *k = list.index + from, *end = list.index + to;
-  if (size == 1) {
-    for (; k != end; k++) {
-      if (CHECKED && uint32_t(*k) >= places) check(false, "an index lies beyond its outputs and taps");
-      if (operands[*k].offset != kNoTap) visit(operands[*k]);
+  const int64_t area = list.block_rows * size, row = input % list.block_rows * size, column = input * list.outputs;
+  for (int64_t i = from; i < to; i++) {
+    const int64_t k = list.index[i];
+    if (CHECKED && uint32_t(k) >= places) check(false, "an index lies beyond its outputs and taps");
+    if (size == 1) {
+      const Operand& operand = operands[k];
+      if (operand.offset != kNoTap) visit(operand, list.compact ? i * area + row : operand.place + column);
+      continue;
     }
-    return;
-  }
-  for (; k != end; k++) {
-    if (CHECKED && uint32_t(*k) >= places) check(false, "an index lies beyond its outputs and taps");
-    const int64_t first = *k / taps * size, tap = *k % taps;
-    for (int64_t o = first; o < std::min(first + size, list.outputs); o++)
-      if (operands[o * taps + tap].offset != kNoTap) visit(operands[o * taps + tap]);
+    const int64_t first = k / taps * size, tap = k % taps;
+    for (int64_t o = first; o < std::min(first + size, list.outputs); o++) {
+      const Operand& operand = operands[o * taps + tap];
+      if (operand.offset != kNoTap) visit(operand, list.compact ? i * area + row + o - first : operand.place + column);
+    }
   }
 }
 
-// values: the dense kernel; null where entries shall hold places instead.
+// values: the kernel; null where entries shall hold places instead.
 inline Plan make_plan(const Threads& pool, const List& list, const Pass& pass, const Geometry& g, const float* values, Lease& scratch) {
   Plan plan;
   plan.rows = list.transposed ? list.inputs : list.outputs;
@@ -150,7 +153,7 @@ inline Plan make_plan(const Threads& pool, const List& list, const Pass& pass, c
   };
   parallel_for(pool, chunks, [&](int64_t part) {
     for (int64_t input = part * chunk; input < std::min(list.inputs, (part + 1) * chunk); input++)
-      for_nonzeros<true>(list, operands, taps, input, [&](const Operand& operand) { plan.start[slot(input, part, operand.target) + 1]++; });
+      for_nonzeros<true>(list, operands, taps, input, [&](const Operand& operand, int64_t) { plan.start[slot(input, part, operand.target) + 1]++; });
   });
   for (int64_t i = 0; i < plan.blocks * plan.rows; i++) plan.start[i + 1] += plan.start[i];
   plan.entries = scratch.get<Entry>(plan.start.back() + 1);
@@ -161,14 +164,13 @@ inline Plan make_plan(const Threads& pool, const List& list, const Pass& pass, c
       if (list.transposed || input == part * chunk)
         for (int64_t i = 0; i < targets; i++) cursor[i] = plan.start[slot(input, part, int32_t(i))];
       const int32_t offset = list.transposed ? 0 : int32_t((input - part * chunk) * positions);
-      const int64_t place = input * list.outputs;
-      for_nonzeros<false>(list, operands, taps, input, [&](const Operand& operand) {
+      for_nonzeros<false>(list, operands, taps, input, [&](const Operand& operand, int64_t place) {
         Entry& entry = plan.entries[cursor[operand.target]++];
         entry.offset = operand.offset + offset;
         if (values)
-          entry.value = values[operand.place + place];
+          entry.value = values[place];
         else
-          entry.index = int32_t(operand.place + place);
+          entry.index = int32_t(place);
       });
     }
   });

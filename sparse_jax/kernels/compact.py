@@ -1,0 +1,113 @@
+"""Products with compact weights in training: the gradient of values is compact, and scores of missing units are the gradient of a probe."""
+
+import functools
+import math
+import weakref
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import Tracer
+
+from sparse_jax.core import granularity as granularity_lib
+from sparse_jax.core.granularity import Unstructured
+from sparse_jax.kernels import backend, reference
+from sparse_jax.kernels.layout import Layout
+from sparse_jax.kernels.reference import Geometry
+
+_CHUNK = 2**22  # weights of a layer whose dense gradient is made at a time, where scores by block are wanted
+_probes: weakref.WeakValueDictionary[int, Tracer] = weakref.WeakValueDictionary()  # of blocks, in what is being traced
+
+
+def probe_shape(layout: Layout) -> tuple[int, ...]:
+    """Shape of one layer's probe: the weight's, or a number for each unit at each tap."""
+    return granularity_lib.tap_units(layout.granularity, layout.shape)
+
+
+def apply(name: str, x: jax.Array, values: jax.Array, layout: Layout, geometry: Geometry, probe, implementation) -> jax.Array:
+    """The product of x, [..., in] or images, with a compact weight.
+
+    Raises:
+      ValueError: if a probe of blocks is used for a second product.
+      NotImplementedError: if the implementation that is named cannot run, or a probe of blocks is used inside of ``shard_map``.
+    """
+    shape = x.shape
+    if len(layout.shape) == 2 or (layout.taps == (1, 1) and geometry == Geometry()):  # one tap: a matrix product of all pixels
+        x = x.reshape(math.prod(shape[:-1]), 1, 1, shape[-1])
+    y_shape = geometry.output_shape(x.shape, layout.taps + layout.shape[-2:])
+    choice = backend.choose_compact(implementation, x.dtype, layout)
+    if probe is not None and not isinstance(layout.granularity, Unstructured):
+        _check_block_probe(name, x, probe, layout)
+    chosen = 'reference' if 0 in (x.size, *y_shape) else choice.implementation
+    y: jax.Array = _product(x, values, probe, layout, geometry, chosen)  # pyright: ignore[reportAssignmentType]
+    return y if x.shape == shape else y.reshape(*shape[:-1], layout.shape[-1])
+
+
+def _check_block_probe(name: str, x: jax.Array, probe: jax.Array, layout: Layout) -> None:
+    """A block's score is no sum over its uses, nor over the parts of a batch: a second one would be added to the first."""
+    layer = f' of {layout.name}' if layout.name else ''
+    if getattr(jax.typeof(x), 'vma', None):
+        raise NotImplementedError(
+            f'{name}: scores by block{layer} would be those of a part of the batch inside of shard_map: take jit with shardings.'
+        )
+    if isinstance(probe, Tracer):
+        if _probes.get(id(probe)) is probe:
+            raise ValueError(
+                f'{name}: the probe{layer} is used for a second product, and mean magnitudes of blocks do not add up: score single '
+                'weights, or multiply once, with both inputs in one batch.'
+            )
+        _probes[id(probe)] = probe
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _product(x, values, probe, layout: Layout, geometry: Geometry, implementation: str):
+    del probe
+    return backend.COMPACT[implementation].compact_forward(x, values, layout, geometry)
+
+
+def _forward(x, values, probe, layout, geometry, implementation):
+    return _product(x, values, probe, layout, geometry, implementation), (x, values, probe, layout)
+
+
+def _backward(geometry, implementation, residuals, dy):
+    x, values, probe, layout = residuals
+    kernels = backend.COMPACT[implementation]
+    dx = kernels.compact_input_gradient(dy, values, layout, geometry, x.shape)
+    d_values = kernels.compact_weight_gradient(x, dy, layout, geometry)
+    scores = None if probe is None else _scores(x, dy, layout, geometry).astype(probe.dtype)
+    return dx, d_values, scores, None
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _scores(x: jax.Array, dy: jax.Array, layout: Layout, geometry: Geometry) -> jax.Array:
+    """The dense gradient, or its mean magnitude in each block."""
+    if isinstance(layout.granularity, Unstructured):
+        return reference.dense_weight_gradient(x, dy, layout.taps + layout.shape[-2:], geometry).reshape(layout.shape)
+    rows, columns = layout.granularity.sides
+    *taps, inputs, outputs = probe_shape(layout)
+    sides = lambda count, side, size: jnp.minimum(side, size - side * jnp.arange(count)).astype(jnp.float32)
+    area = sides(inputs, rows, layout.shape[-2])[:, None] * sides(outputs, columns, layout.shape[-1])
+    if math.prod(taps) == 1 and geometry == Geometry():
+        return (_block_sums(x, dy, layout) / area).reshape(*taps, inputs, outputs)
+    sums = reference.block_scores(x, dy, layout.taps + layout.shape[-2:], geometry, layout.granularity.sides)
+    return (sums / area).reshape(*taps, inputs, outputs)
+
+
+def _block_sums(x: jax.Array, dy: jax.Array, layout: Layout) -> jax.Array:
+    """Sums of a matrix's dense gradient by block, a few rows of blocks at a time: the gradient is never there as a whole."""
+    rows, columns = layout.granularity.sides
+    inputs, outputs = probe_shape(layout)[-2:]
+    x, dy = x.reshape(-1, x.shape[-1]).astype(jnp.float32), dy.reshape(-1, dy.shape[-1]).astype(jnp.float32)
+    at_once = max(1, min(inputs, _CHUNK // (rows * dy.shape[-1])))
+    chunks = -(-inputs // at_once)
+    padded = jnp.pad(x, [(0, 0), (0, chunks * at_once * rows - x.shape[-1])])
+    dy = jnp.pad(dy, [(0, 0), (0, outputs * columns - dy.shape[-1])])
+
+    def some(start):
+        part = lax.dynamic_slice_in_dim(padded, start * at_once * rows, at_once * rows, axis=1)
+        gradient = jnp.abs(part.T @ dy)
+        return gradient.reshape(at_once, rows, outputs, columns).sum((1, 3))
+
+    return lax.map(some, jnp.arange(chunks)).reshape(chunks * at_once, outputs)[:inputs]
