@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from sparse_jax._version import __version__
 
 if TYPE_CHECKING:
-    from sparse_jax import export, kernels, nnx, stats
+    from sparse_jax import compact, export, kernels, nnx, stats
     from sparse_jax.core import allocation as redistribution
     from sparse_jax.core import criteria, distributions, granularity, methods, momentum, schedules, selection
     from sparse_jax.core.masks import SparsifyState, UpdateStats, apply_masks, check_sparse, get_masks, layer_names, set_masks
@@ -28,6 +28,7 @@ __all__ = [
     '__version__',
     'apply_masks',
     'check_sparse',
+    'compact',
     'criteria',
     'distributions',
     'export',
@@ -48,7 +49,7 @@ __all__ = [
     'stats',
 ]
 
-_PACKAGES = ('export', 'kernels', 'nnx', 'stats')
+_PACKAGES = ('compact', 'export', 'kernels', 'nnx', 'stats')
 _OF_CORE = {  # modules of the core by their public names
     'criteria': 'criteria', 'distributions': 'distributions', 'granularity': 'granularity', 'masks': 'masks', 'methods': 'methods',
     'momentum': 'momentum', 'redistribution': 'allocation', 'schedules': 'schedules', 'selection': 'selection',

@@ -149,6 +149,15 @@ def tap_units(granularity: Granularity, shape: tuple[int, ...]) -> tuple[int, ..
     return *shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // columns)
 
 
+def at_each_tap(granularity: Granularity) -> Granularity:
+    """The same units, but one at each tap where they reach over all taps.
+
+    >>> at_each_tap(Block(4, 4, whole_kernel=True))
+    Block(rows=4, columns=4, whole_kernel=False)
+    """
+    return granularity if isinstance(granularity, Unstructured) else Block(granularity.rows, granularity.columns)
+
+
 def active(granularity: Granularity, mask: jax.Array) -> jax.Array:
     """Which units have an active weight."""
     return granularity.collapse(mask, False, lax.bitwise_or)

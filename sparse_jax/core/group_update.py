@@ -22,7 +22,7 @@ class LeafOperands(NamedTuple):
 
     weight: jax.Array
     mask: jax.Array
-    gradient: jax.Array
+    gradient: Any
     momentum: Any
     ever_active: Any
     accumulated_gradient: Any

@@ -59,19 +59,28 @@ class Moved(NamedTuple):
 def first_masks(rule: Rule, layers: list[Layer], params: Any, key: jax.Array) -> Masks:
     """Random masks of the rule's initial counts."""
     leaves, treedef = jax.tree.flatten(params)
-    units, counts = rule.granularity, jnp.asarray(rule.initial_counts(layers), jnp.int32)
+    counts = jnp.asarray(rule.initial_counts(layers), jnp.int32)
     keys = jax.random.split(key, max(layers[-1].stop if layers else 0, 1))
-    scores = [
-        jax.vmap(lambda key, shape=units.unit_shape(layer.shape): jnp.maximum(jax.random.bits(key, shape), 1))(
-            keys[layer.start : layer.stop]
-        )
-        for layer in layers
-    ]
+    scores = [_first_scores(rule, layer, keys[layer.start : layer.stop]) for layer in layers]
     masks = [jnp.array(True) for _ in leaves]
     for layer, chosen in zip(layers, selection.select(scores, counts) if layers else [], strict=True):
-        mask = jax.vmap(lambda row, layer=layer: units.expand(row, layer.shape))(chosen)
-        masks[layer.leaf] = numerics.placed_like(leaves[layer.leaf], mask[0] if layer.depth is None else mask)
+        masks[layer.leaf] = numerics.placed_like(leaves[layer.leaf], _mask_of_units(rule, layer, chosen))
     return jax.tree.unflatten(treedef, masks)
+
+
+def first_mask(rule: Rule, layer: Layer, counts: jax.Array, keys: jax.Array) -> jax.Array:
+    """That of one leaf: the one that :func:`first_masks` gives it, from its layers' counts and keys."""
+    return _mask_of_units(rule, layer, selection.select([_first_scores(rule, layer, keys)], counts)[0])
+
+
+def _first_scores(rule: Rule, layer: Layer, keys: jax.Array) -> jax.Array:
+    shape = rule.granularity.unit_shape(layer.shape)
+    return jax.vmap(lambda key: jnp.maximum(jax.random.bits(key, shape), 1))(keys)
+
+
+def _mask_of_units(rule: Rule, layer: Layer, units: jax.Array) -> jax.Array:
+    mask = jax.vmap(lambda row: rule.granularity.expand(row, layer.shape))(units)
+    return mask[0] if layer.depth is None else mask
 
 
 def move_weights(

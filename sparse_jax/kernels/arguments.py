@@ -44,7 +44,9 @@ def check_product(name: str, x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array, 
     return pattern
 
 
-def check_frozen(name: str, x: jax.Array, weight: CompactWeight, axes: int, pattern: Pattern | Layout | None, dense_gradient: bool) -> None:
+def check_frozen(
+    name: str, x: jax.Array, weight: CompactWeight, axes: int, pattern: Pattern | Layout | None, dense_gradient: bool
+) -> None:
     """ValueError unless x and a compact weight of so many axes fit together."""
     layout = weight.layout
     where = f' (layer {layout.name})' if layout.name else ''

@@ -37,16 +37,16 @@ def apply(name: str, x: jax.Array, values: jax.Array, layout: Layout, geometry: 
     y_shape = geometry.output_shape(x.shape, layout.taps + layout.shape[-2:])
     choice = backend.choose_compact(implementation, x.dtype, layout)
     if probe is not None and not isinstance(layout.granularity, Unstructured):
-        _check_block_probe(name, x, probe, layout)
+        _check_block_probe(name, probe, layout)
     chosen = 'reference' if 0 in (x.size, *y_shape) else choice.implementation
     y: jax.Array = _product(x, values, probe, layout, geometry, chosen)  # pyright: ignore[reportAssignmentType]
     return y if x.shape == shape else y.reshape(*shape[:-1], layout.shape[-1])
 
 
-def _check_block_probe(name: str, x: jax.Array, probe: jax.Array, layout: Layout) -> None:
+def _check_block_probe(name: str, probe: jax.Array, layout: Layout) -> None:
     """A block's score is no sum over its uses, nor over the parts of a batch: a second one would be added to the first."""
     layer = f' of {layout.name}' if layout.name else ''
-    if getattr(jax.typeof(x), 'vma', None):
+    if jax.sharding.get_abstract_mesh().manual_axes:
         raise NotImplementedError(
             f'{name}: scores by block{layer} would be those of a part of the batch inside of shard_map: take jit with shardings.'
         )

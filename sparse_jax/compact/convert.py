@@ -1,0 +1,216 @@
+"""Dense trees to compact ones and back, and a compact start that never makes a dense tree."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from sparse_jax.compact import tree as tree_lib
+from sparse_jax.core import granularity as granularity_lib
+from sparse_jax.core import layers as layers_lib
+from sparse_jax.core import mask_update, numerics
+from sparse_jax.core.granularity import Granularity
+from sparse_jax.core.rule import Rule
+from sparse_jax.kernels import builder, lists
+from sparse_jax.kernels import layout as layout_lib
+from sparse_jax.kernels.layout import Layout
+
+
+def compress(
+    params: Any,
+    masks: Any,
+    *,
+    granularity: str | Granularity = builder.NOT_GIVEN,
+    stacked: Callable[[str, Any], bool] | None = None,
+    room: float = tree_lib.ROOM,
+    implementation: str | None = None,
+) -> tuple[Any, Any]:
+    """The existing units of sparse leaves, and where they belong.
+
+    Args:
+      params: pytree of arrays, concrete, zero off the masks; or of anything that has its tree and shapes, such as an average of them.
+      masks: state of an optimizer with one ``sparsify``, or masks as ``sj.get_masks`` gives them.
+      granularity: with masks only: what a unit is, as in ``sj.sparsify``. A state knows it.
+      stacked: likewise: which leaves hold a layer in each row.
+      room: capacity of a leaf against the units of its fullest layer: what a redistribution may add before all leaves are enlarged
+        (:func:`reserve`). Where each layer keeps its number of units, 1 is enough.
+      implementation: the backend that is to multiply, such as ``'reference'``; None: by rule.
+
+    Returns:
+      Values: a tree like params with ``[capacity]`` single weights, or ``[capacity, inputs, outputs]`` of blocks, at each sparse leaf,
+      by input, then by output, then by tap, and padded with zeros. And the layout: a tree with a :class:`sparse_jax.kernels.Layout` at
+      each sparse leaf and None elsewhere.
+
+    Raises:
+      ValueError: if the trees do not fit, a leaf is traced or has weights off its mask, or is no matrix and no 2D convolution.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {'w': jnp.array([[1.0, 0.0], [2.0, 3.0]]), 'bias': jnp.zeros(2)}
+      >>> values, layout = compress(params, {'w': params['w'] != 0, 'bias': jnp.array(True)}, room=1)
+      >>> values['w'], expand(values, layout)['w']
+      (Array([1., 2., 3.], dtype=float32), Array([[1., 0.],
+             [2., 3.]], dtype=float32))
+    """
+    masks, layers = builder.layers_of('compress', masks, granularity, None, stacked)
+    _check_room(room)
+    values, rows = layers_lib.leaf_paths(params), layers_lib.leaf_paths(masks)
+    if [path for path, _ in values] != [path for path, _ in rows]:
+        raise ValueError('compress: masks must be a tree like params, with a scalar True at dense leaves: see sj.get_masks.')
+    pairs = [
+        (value, None) if path not in layers else _leaf(path, value, mask, *layers[path], room, implementation)
+        for (path, value), (_, mask) in zip(values, rows, strict=True)
+    ]
+    treedef = jax.tree.structure(params)
+    return jax.tree.unflatten(treedef, [value for value, _ in pairs]), jax.tree.unflatten(treedef, [layout for _, layout in pairs])
+
+
+def _check_room(room: float) -> None:
+    if isinstance(room, bool) or not isinstance(room, int | float) or not 1 <= room < math.inf:
+        raise ValueError(f'room={room!r}: must be a number of at least 1: capacity of a leaf against the units that it has.')
+
+
+def _check_axes(name: str, path: str, shape: tuple[int, ...]) -> None:
+    if len(shape) not in (2, 4):
+        raise ValueError(
+            f'{name}: {path} has layers of shape {shape}: compact leaves are matrices [in, out] and 2D convolutions [height, width, in, '
+            f'out]. Keep it dense (dense=({path!r},)), reshape it, or say that it is stacked.'
+        )
+
+
+def _leaf(path: str, value: Any, mask: Any, stacked: bool, unit: Granularity, room: float, implementation: str | None):
+    if isinstance(value, Tracer) or isinstance(mask, Tracer):
+        raise ValueError(f'compress: {path} is traced. The number of units decides shapes: compress on the host.')
+    if np.shape(value) != np.shape(mask):
+        raise ValueError(f'compress: {path} has shape {np.shape(value)}, its mask has shape {np.shape(mask)}.')
+    shape = tuple(np.shape(mask)[1:] if stacked else np.shape(mask))
+    _check_axes('compress', path, shape)
+    value, mask = jnp.asarray(value), jnp.asarray(mask)
+    if lost := int(_off_mask(value, mask)):
+        raise ValueError(
+            f'compress: {path} has {lost} weights off its mask that are not zero: apply it first, with sj.apply_masks(params, masks).'
+        )
+    layout = _layout(mask, shape, stacked, unit, room, implementation, path)
+    if not _is_mask_of(mask, layout):
+        raise ValueError(f'compress: the mask of {path} does not consist of whole {unit}.')
+    return _gathered(value, layout), layout
+
+
+@jax.jit
+def _off_mask(value: jax.Array, mask: jax.Array) -> jax.Array:
+    return jnp.sum(~mask & (value != 0), dtype=jnp.int32)
+
+
+@jax.jit
+def _is_mask_of(mask: jax.Array, layout: Layout) -> jax.Array:
+    return jnp.all(tree_lib.per_row(lists.mask_of, layout)(layout) == mask)
+
+
+@jax.jit
+def _gathered(whole: jax.Array, layout: Layout) -> jax.Array:
+    return tree_lib.per_row(layout_lib.gather, layout)(whole, layout)
+
+
+@jax.jit
+def _expanded(values: jax.Array, layout: Layout) -> jax.Array:
+    return tree_lib.per_row(layout_lib.expand, layout)(values, layout)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _most_units(mask: jax.Array, unit: Granularity, stacked: bool) -> jax.Array:
+    """Units of a leaf's fullest layer."""
+    rows = mask if stacked else mask[None]
+    return jnp.max(jax.vmap(lambda row: jnp.sum(lists.units_of(row, unit), dtype=jnp.int32))(rows))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _lists(mask: jax.Array, unit: Granularity, stacked: bool, capacity: int) -> tuple[jax.Array, jax.Array]:
+    of_row = lambda row: lists.lists_of(lists.units_of(row, unit), capacity)
+    return (jax.vmap(of_row) if stacked else of_row)(mask)
+
+
+def _layout(mask: jax.Array, shape, stacked: bool, unit: Granularity, room: float, implementation: str | None, path: str) -> Layout:
+    """The layout of a leaf, by its mask."""
+    most = math.prod(granularity_lib.tap_units(unit, shape))
+    capacity = tree_lib.capacity_for(int(_most_units(mask, unit, stacked)), most, room)
+    indices, pointers = _lists(mask, unit, stacked, capacity)
+    return Layout(indices, pointers, shape, unit, implementation, path, by_input=True)
+
+
+def expand(values: Any, layout: Any) -> Any:
+    """The whole arrays, zero where no unit exists: the inverse of :func:`compress`.
+
+    Args:
+      values: tree of values, or of anything that has their tree and shapes, such as moments.
+      layout: their layout.
+
+    Returns:
+      A tree like values with whole arrays in the place of compact ones.
+
+    Raises:
+      ValueError: if the trees or shapes do not fit.
+
+    Example: see :func:`compress`.
+    """
+    compact = tree_lib.compact_leaves(layout)
+    numbers = tree_lib.owners(values, compact)
+    if sorted(i for i in numbers if i is not None) != list(range(len(compact.paths))):
+        raise ValueError('expand: values and layout must be trees of one shape, from the same compress, plan or reserve.')
+    whole = [
+        leaf if i is None else _expanded(leaf, compact.layouts[i]) for leaf, i in zip(jax.tree.leaves(values), numbers, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(values), whole)
+
+
+def init(make: Callable[[], Any], rule: Rule, *, room: float | None = None, implementation: str | None = None) -> tuple[Any, Any]:
+    """A sparse start: values and layout, a leaf at a time, so that a dense tree is never there.
+
+    They have the bits of the dense form's start: those of ``jax.jit(make)()`` under the first masks of the rule.
+
+    Args:
+      make: makes the dense params, without arguments. It is traced, and compiled once a leaf, the others left out.
+      rule: a method's rule: see :func:`sparse_jax.methods.rule`.
+      room: as in :func:`compress`; None: 1.25 where the rule redistributes, else 1.
+      implementation: as in :func:`compress`.
+
+    Returns:
+      As :func:`compress`.
+
+    Raises:
+      ValueError: as ``sj.sparsify(...).init``, and for a sparse leaf that is no matrix and no 2D convolution.
+
+    Example:
+      >>> import jax, sparse_jax as sj
+      >>> rule = sj.methods.rule('set', density=0.25, update_every=10, total_steps=100)
+      >>> values, layout = init(lambda: {'w': jax.random.normal(jax.random.key(0), (8, 8))}, rule)
+      >>> values['w'].shape
+      (16,)
+    """
+    room = (tree_lib.ROOM if rule.redistribute is not None or rule.is_global else 1.0) if room is None else room
+    _check_room(room)
+    shapes = jax.eval_shape(make)
+    layers = rule.sparse_layers(shapes)
+    for layer in layers:
+        _check_axes('init', layer.name, layer.shape)
+    counts = np.asarray(rule.initial_counts(layers), np.int32)
+    keys = jax.random.split(rule.first_key(), max(layers[-1].stop, 1))
+    by_leaf = {layer.leaf: layer for layer in layers}
+    values, layouts = [], []
+    for i in range(len(jax.tree.leaves(shapes))):
+        value = jax.jit(lambda i=i: jax.tree.leaves(make())[i])()
+        layout = None
+        if (layer := by_leaf.get(i)) is not None:
+            of_layer = slice(layer.start, layer.stop)
+            first = jax.jit(numerics.lenient(functools.partial(mask_update.first_mask, rule, layer)))
+            mask = first(jnp.asarray(counts[of_layer]), keys[of_layer])
+            layout = _layout(mask, layer.shape, layer.depth is not None, rule.granularity, room, implementation, layer.name)
+            value = _gathered(value, layout)
+        values.append(value)
+        layouts.append(layout)
+    treedef = jax.tree.structure(shapes)
+    return jax.tree.unflatten(treedef, values), jax.tree.unflatten(treedef, layouts)

@@ -1,0 +1,46 @@
+"""Probes: zeros whose gradient says how much each unit, missing ones included, would help."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sparse_jax.compact import tree
+from sparse_jax.core import layers as layers_lib
+from sparse_jax.core.granularity import Unstructured
+from sparse_jax.kernels.compact import probe_shape
+from sparse_jax.kernels.layout import is_layout
+
+
+def probes(layout: Any, *, leaves: Callable[[str], bool] | None = None, dtype: Any = jnp.bfloat16) -> Any:
+    r"""Zeros for ``sparse_dot(..., probe=)``, whose gradients are the scores that :func:`plan` takes.
+
+    Of single weights the gradient is :math:`\partial L / \partial w` at all positions, signed; of blocks it is its mean magnitude in each
+    block, float32: a measurement, which is not summed over micro-batches but averaged. It is taken in the steps only whose scores are
+    needed, and costs 2 bytes a weight, or 4 a block.
+
+    Args:
+      layout: tree of layouts.
+      leaves: which leaves are scored, by their paths joined by ``/``; None: all of them. The others stay as they are in the update.
+      dtype: of the scores of single weights.
+
+    Returns:
+      A tree like layout: an array at each leaf that is scored, None elsewhere.
+
+    Example:
+      >>> import jax.numpy as jnp, sparse_jax as sj
+      >>> _, layout = sj.compact.compress({'w': jnp.eye(4)}, {'w': jnp.eye(4, dtype=bool)})
+      >>> probes(layout)['w'].shape, probes(layout, leaves=lambda path: False)
+      ((4, 4), {'w': None})
+    """
+    tree.compact_leaves(layout)
+
+    def probe(path: str, leaf: Any) -> Any:
+        if not is_layout(leaf) or (leaves is not None and not leaves(path)):
+            return None
+        lead = leaf.pointers.shape[:-1]
+        return jnp.zeros((*lead, *probe_shape(leaf)), dtype if isinstance(leaf.granularity, Unstructured) else jnp.float32)
+
+    rows = [probe(path, leaf) for path, leaf in layers_lib.leaf_paths(layout, lambda x: x is None or is_layout(x))]
+    return jax.tree.unflatten(jax.tree.structure(layout, is_leaf=lambda x: x is None or is_layout(x)), rows)
