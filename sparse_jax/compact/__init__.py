@@ -34,6 +34,6 @@ from sparse_jax.compact.convert import compress, expand, init
 from sparse_jax.compact.move import fits, move, reserve
 from sparse_jax.compact.optimizers import check
 from sparse_jax.compact.plan import Plan, plan
-from sparse_jax.compact.probe import probes
+from sparse_jax.compact.probe import probes, with_probes
 
-__all__ = ['Plan', 'check', 'compress', 'expand', 'fits', 'init', 'move', 'plan', 'probes', 'reserve']
+__all__ = ['Plan', 'check', 'compress', 'expand', 'fits', 'init', 'move', 'plan', 'probes', 'reserve', 'with_probes']

@@ -1,5 +1,6 @@
 """Probes: zeros whose gradient says how much each unit, missing ones included, would help."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -44,3 +45,26 @@ def probes(layout: Any, *, leaves: Callable[[str], bool] | None = None, dtype: A
 
     rows = [probe(path, leaf) for path, leaf in layers_lib.leaf_paths(layout, lambda x: x is None or is_layout(x))]
     return jax.tree.unflatten(jax.tree.structure(layout, is_leaf=lambda x: x is None or is_layout(x)), rows)
+
+
+def with_probes(layout: Any, probes: Any) -> Any:
+    """The layout with a probe at each leaf that is scored: for networks that are given their layouts as ``patterns``.
+
+    Args:
+      layout: tree of layouts.
+      probes: from :func:`probes`, with regard to which the loss is differentiated; None at leaves that are not scored.
+
+    Returns:
+      A tree like layout.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, sparse_jax as sj
+      >>> values, layout = sj.compact.compress({'w': jnp.eye(2)}, {'w': jnp.eye(2, dtype=bool)}, room=1)
+      >>> network = lambda values, patterns, x: sj.kernels.sparse_dot(x, values['w'], patterns['w']).sum()
+      >>> x, scored = jnp.ones((1, 2)), probes(layout, dtype=jnp.float32)
+      >>> jax.grad(lambda p: network(values, with_probes(layout, p), x))(scored)['w'].tolist()
+      [[1.0, 1.0], [1.0, 1.0]]
+    """
+    is_leaf = lambda x: x is None or is_layout(x)
+    put = lambda leaf, probe: dataclasses.replace(leaf, probe=probe) if is_layout(leaf) else leaf
+    return jax.tree.map(put, layout, probes, is_leaf=is_leaf)

@@ -168,6 +168,7 @@ def sparse_dot(
         arguments.check_frozen('sparse_dot', x, w, 2, pattern, dense_gradient)
         return _apply_frozen(x, w, Geometry(), implementation)
     if isinstance(pattern, Layout):
+        probe = pattern.probe if probe is None else probe
         arguments.check_compact('sparse_dot', x, w, pattern, 2, probe, dense_gradient)
         return compact.apply('sparse_dot', x, w, pattern, Geometry(), probe, implementation)
     arguments.check_no_probe('sparse_dot', probe)
@@ -228,6 +229,7 @@ def sparse_conv(
     if frozen:
         arguments.check_frozen('sparse_conv', x, w, 4, pattern, dense_gradient)
     elif isinstance(pattern, Layout):
+        probe = pattern.probe if probe is None else probe
         arguments.check_compact('sparse_conv', x, w, pattern, 4, probe, dense_gradient)
     else:
         arguments.check_no_probe('sparse_conv', probe)

@@ -1,5 +1,6 @@
 """Products with compact weights in training: the gradient of values is compact, and scores of missing units are the gradient of a probe."""
 
+import dataclasses
 import functools
 import math
 import weakref
@@ -36,15 +37,17 @@ def apply(name: str, x: jax.Array, values: jax.Array, layout: Layout, geometry: 
         x = x.reshape(math.prod(shape[:-1]), 1, 1, shape[-1])
     y_shape = geometry.output_shape(x.shape, layout.taps + layout.shape[-2:])
     choice = backend.choose_compact(implementation, x.dtype, layout)
-    if probe is not None and not isinstance(layout.granularity, Unstructured):
-        _check_block_probe(name, probe, layout)
+    check_probe(name, probe, layout)
+    layout = dataclasses.replace(layout, probe=None)
     chosen = 'reference' if 0 in (x.size, *y_shape) else choice.implementation
     y: jax.Array = _product(x, values, probe, layout, geometry, chosen)  # pyright: ignore[reportAssignmentType]
     return y if x.shape == shape else y.reshape(*shape[:-1], layout.shape[-1])
 
 
-def _check_block_probe(name: str, probe: jax.Array, layout: Layout) -> None:
+def check_probe(name: str, probe: jax.Array | None, layout: Layout) -> None:
     """A block's score is no sum over its uses, nor over the parts of a batch: a second one would be added to the first."""
+    if probe is None or isinstance(layout.granularity, Unstructured):
+        return
     layer = f' of {layout.name}' if layout.name else ''
     if jax.sharding.get_abstract_mesh().manual_axes:
         raise NotImplementedError(
@@ -84,15 +87,27 @@ _product.defvjp(_forward, _backward)
 def _scores(x: jax.Array, dy: jax.Array, layout: Layout, geometry: Geometry) -> jax.Array:
     """The dense gradient, or its mean magnitude in each block."""
     if isinstance(layout.granularity, Unstructured):
-        return reference.dense_weight_gradient(x, dy, layout.taps + layout.shape[-2:], geometry).reshape(layout.shape)
-    rows, columns = layout.granularity.sides
-    *taps, inputs, outputs = probe_shape(layout)
+        return scores_of_gradient(reference.dense_weight_gradient(x, dy, layout.taps + layout.shape[-2:], geometry), layout)
+    if layout.taps == (1, 1) and geometry == Geometry():
+        sums = _block_sums(x, dy, layout)
+    else:
+        sums = reference.block_scores(x, dy, layout.taps + layout.shape[-2:], geometry, layout.granularity.sides)
+    return (sums / _areas(layout)).reshape(probe_shape(layout))
+
+
+def scores_of_gradient(dw: jax.Array, layout: Layout) -> jax.Array:
+    """Scores from a dense gradient: itself, or its mean magnitude in each block."""
+    if isinstance(layout.granularity, Unstructured):
+        return dw.reshape(layout.shape)
+    sums = granularity_lib.at_each_tap(layout.granularity).collapse(jnp.abs(dw).reshape(layout.shape), 0, lax.add)
+    return sums / _areas(layout)
+
+
+def _areas(layout: Layout) -> jax.Array:
+    """Weights in each block of a tap, float32[blocks of inputs, blocks of outputs]: those at the edge have fewer."""
+    (rows, columns), (*_, inputs, outputs) = layout.granularity.sides, probe_shape(layout)
     sides = lambda count, side, size: jnp.minimum(side, size - side * jnp.arange(count)).astype(jnp.float32)
-    area = sides(inputs, rows, layout.shape[-2])[:, None] * sides(outputs, columns, layout.shape[-1])
-    if math.prod(taps) == 1 and geometry == Geometry():
-        return (_block_sums(x, dy, layout) / area).reshape(*taps, inputs, outputs)
-    sums = reference.block_scores(x, dy, layout.taps + layout.shape[-2:], geometry, layout.granularity.sides)
-    return (sums / area).reshape(*taps, inputs, outputs)
+    return sides(inputs, rows, layout.shape[-2])[:, None] * sides(outputs, columns, layout.shape[-1])
 
 
 def _block_sums(x: jax.Array, dy: jax.Array, layout: Layout) -> jax.Array:

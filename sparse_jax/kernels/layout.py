@@ -28,6 +28,7 @@ class Layout:
       name: name of the layer, for messages.
       by_input: whether units are listed by input, as training takes them: the order in which a dense weight lies in memory. Frozen weights
         are listed by output.
+      probe: zeros whose gradient is the score of each unit: see :func:`sparse_jax.compact.with_probes`; None: there is none.
     """
 
     indices: jax.Array | np.ndarray
@@ -37,6 +38,7 @@ class Layout:
     implementation: str | None = dataclasses.field(default=None, metadata=dict(static=True))
     name: str = dataclasses.field(default='', metadata=dict(static=True))
     by_input: bool = dataclasses.field(default=False, metadata=dict(static=True))
+    probe: jax.Array | None = None
 
     @property
     def capacity(self) -> int:

@@ -9,6 +9,7 @@ transposing anything, and whatever is elementwise takes any layout alike. A conv
 So the activations are written once and read once where plain XLA goes over them five times.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -20,8 +21,9 @@ import numpy as np
 
 from sparse_jax.core import target
 from sparse_jax.core.granularity import Unstructured
-from sparse_jax.kernels import arguments
+from sparse_jax.kernels import arguments, compact
 from sparse_jax.kernels.cpu import operations as cpu
+from sparse_jax.kernels.layout import Layout
 from sparse_jax.kernels.pattern import Pattern
 from sparse_jax.kernels.reference import Geometry
 
@@ -57,7 +59,7 @@ def convolve_by_lanes(
     activation: jax.Array | None,
     w: jax.Array,
     residual: jax.Array | None,
-    pattern: Pattern | None,
+    pattern: Pattern | Layout | None,
     *,
     strides: tuple[int, int] = (1, 1),
     padding: str | Sequence[tuple[int, int]] = 'SAME',
@@ -68,9 +70,9 @@ def convolve_by_lanes(
     Args:
       x: float32[batch / 16, height, width, in, 16]: see :func:`to_lanes`, and :func:`lanes_unavailable` for where it runs.
       activation: float32[3, in]: :math:`\mu`, s and b of each channel; None: x as it is.
-      w: float32[height, width, in, out], zero off the pattern.
+      w: float32[height, width, in, out], zero off the pattern; or the values of a compact one.
       residual: float32 of the result's shape, added to it; None: nothing.
-      pattern: of w, by which its gradient is dense or not; None: w is dense.
+      pattern: of w, by which its gradient is dense or not; the layout of compact values; None: w is dense.
       strides: as in :func:`sparse_conv`.
       padding: as in :func:`sparse_conv`; it surrounds what the activation made of x with zeros.
       statistics: whether the second result is wanted.
@@ -84,24 +86,30 @@ def convolve_by_lanes(
     Reference: Ioffe and Szegedy, Batch normalization, 2015; Chan et al., Updating formulae for computing sample variances, 1979.
     """
     _check_lanes('convolve_by_lanes', x, activation)
-    if w.ndim != 4 or w.dtype != jnp.float32 or w.shape[2] != x.shape[3]:
+    name, w_shape = 'convolve_by_lanes', pattern.shape if isinstance(pattern, Layout) else w.shape
+    if len(w_shape) != 4 or w.dtype != jnp.float32 or w_shape[2] != x.shape[3]:
         raise ValueError(
-            f'convolve_by_lanes: w must be float32[height, width, {x.shape[3]}, out], got {w.dtype}{list(w.shape)} for x of {list(x.shape)}.'
+            f'{name}: w must be float32[height, width, {x.shape[3]}, out], got {w.dtype}{list(w_shape)} for x of {list(x.shape)}.'
         )
     shape = x.shape[0] * BATCH, *x.shape[1:4]
-    if pattern is not None:
-        arguments.check_product('convolve_by_lanes', jax.ShapeDtypeStruct(shape, x.dtype), w, pattern, 4)
+    geometry = arguments.geometry_of(name, shape, w_shape, strides, padding, (1, 1))
+    probe, is_dense = None, pattern is None
+    if isinstance(pattern, Layout):
+        probe, pattern = pattern.probe, dataclasses.replace(pattern, probe=None)
+        arguments.check_compact(name, jax.ShapeDtypeStruct(shape, x.dtype), w, pattern, 4, probe, False)
+        compact.check_probe(name, probe, pattern)
+    elif pattern is not None:
+        arguments.check_product(name, jax.ShapeDtypeStruct(shape, x.dtype), w, pattern, 4)
         arguments.check_zeros(w, pattern)
-    geometry = arguments.geometry_of('convolve_by_lanes', shape, w.shape, strides, padding, (1, 1))
-    if pattern is not None and pattern.observer is not None:
-        pattern.observer(x, w, pattern, geometry)
-    expected = (x.shape[0], *geometry.output_shape(shape, w.shape)[1:], BATCH)
+        is_dense = pattern.dense_gradient
+        if pattern.observer is not None:
+            pattern.observer(x, w, pattern, geometry)
+    expected = (x.shape[0], *geometry.output_shape(shape, w_shape)[1:], BATCH)
     if residual is not None and (residual.shape != expected or residual.dtype != jnp.float32):
         raise ValueError(
             f'convolve_by_lanes: residual must be float32{list(expected)}, as the result, got {residual.dtype}{list(residual.shape)}.'
         )
-    statics = Statics(geometry, statistics, pattern is None or pattern.dense_gradient)
-    return _convolve(x, activation, w, residual, pattern, statics)
+    return _convolve(x, activation, w, residual, pattern, probe, Statics(geometry, tuple(w_shape), statistics, is_dense))
 
 
 def max_pool_by_lanes(x: jax.Array, activation: jax.Array | None, window: tuple[int, int]) -> jax.Array:
@@ -143,24 +151,27 @@ class Statics(NamedTuple):
     """What :func:`convolve_by_lanes` is compiled for."""
 
     geometry: Geometry
+    w_shape: tuple[int, ...]  # of the whole weight
     statistics: bool
     dense_gradient: bool
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _convolve(x, activation, w, residual, pattern: Pattern | None, statics: Statics) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _convolve(x, activation, w, residual, pattern: Pattern | Layout | None, probe, statics: Statics) -> tuple[jax.Array, jax.Array]:
     """[groups, height, width, in, 16] to [groups, height', width', out, 16], and mean and variance of its channels [2, out].
 
     Args:
       x: images by lanes.
       activation: float32[3, in]: mean, scale and bias of its normalisation, which ReLU follows; None: x as it is.
-      w: [height, width, in, out], zero off the pattern.
+      w: [height, width, in, out], zero off the pattern; or compact values.
       residual: added to the output; None: nothing.
       pattern: of w; None: w is dense.
+      probe: of a layout, or None.
       statics: geometry; whether statistics are wanted (else they are of no size); whether w's gradient is wanted at all positions.
     """
-    groups, *shape = statics.geometry.output_shape(x.shape[:4], w.shape)
-    shapes = (groups, *shape, BATCH), ((2, w.shape[3]) if statics.statistics else (0,))
+    del probe
+    groups, *shape = statics.geometry.output_shape(x.shape[:4], statics.w_shape)
+    shapes = (groups, *shape, BATCH), ((2, statics.w_shape[3]) if statics.statistics else (0,))
     operands = x, _or_nothing(activation), w, cpu.LISTS, _or_nothing(residual)
     y, moments = cpu.call('forward', shapes, *operands, pattern=pattern, geometry=statics.geometry)
     return y, moments
@@ -175,15 +186,15 @@ def _or_nothing(x: Any) -> jax.Array:
     return cpu.nothing() if x is None else x
 
 
-def _forward(x, activation, w, residual, pattern, statics):
-    results: Any = _convolve(x, activation, w, residual, pattern, statics)
+def _forward(x, activation, w, residual, pattern, probe, statics):
+    results: Any = _convolve(x, activation, w, residual, pattern, probe, statics)
     y, moments = results
     kept = (y, moments) if statics.statistics else None
-    return (y, moments), (x, activation, w, residual is not None, pattern, kept)
+    return (y, moments), (x, activation, w, residual is not None, pattern, probe, kept)
 
 
 def _backward(statics, residuals, gradients):
-    x, activation, w, has_residual, pattern, kept = residuals
+    x, activation, w, has_residual, pattern, probe, kept = residuals
     dy, d_moments = gradients
     if kept is not None:  # mean = sum(y) / n, variance = sum((y - mean)^2) / n, whose derivative by the mean is zero
         y, moments = kept
@@ -195,8 +206,11 @@ def _backward(statics, residuals, gradients):
     sums_shape = (0,) if activation is None else (2, x.shape[3])
     dx, sums = cpu.call('input_gradient', (x.shape, sums_shape), dy, *taken, w, cpu.LISTS, pattern=pattern, **options)
     listed = None if statics.dense_gradient else pattern
-    dw = cpu.call('weight_gradient', (w.shape,), x, taken[1], dy, cpu.LISTS, pattern=listed, **options)[0]
-    return dx, _d_activation(activation, sums), dw, (dy if has_residual else None), None
+    gradient = lambda shape, listed: cpu.call('weight_gradient', (shape,), x, taken[1], dy, cpu.LISTS, pattern=listed, **options)[0]
+    scores = None
+    if probe is not None:
+        scores = compact.scores_of_gradient(gradient(statics.w_shape, None), pattern).astype(probe.dtype)
+    return dx, _d_activation(activation, sums), gradient(w.shape, listed), (dy if has_residual else None), None, scores
 
 
 _convolve.defvjp(_forward, _backward)
