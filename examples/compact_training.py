@@ -68,9 +68,8 @@ for t, batch in enumerate(data.batches(digits, batch_size=100, seed=0, num_batch
         values, opt_state = move((values, opt_state), plan)
         layout = plan.layout
 
-whole = sj.compact.expand(values, layout)
-size = sum(layer['kernel'].size for layer in whole.values())
-nonzeros = sum(int(lists.pointers[-1]) for lists in jax.tree.leaves(layout, is_leaf=lambda x: isinstance(x, sj.kernels.Layout)))
+masks = sj.compact.masks(layout)
+nonzeros, size = sum(sj.stats.nonzeros(masks).values()), sum(mask.size for mask in jax.tree.leaves(masks) if mask.ndim)
 held = sum(x.nbytes for x in jax.tree.leaves((values, values, opt_state, layout)))
 print(f'weights, gradients, moments and lists: {held:,} bytes; of dense arrays {16 * size:,}')
 print(f'all {nonzeros} {size} {nonzeros / size:.2%}')

@@ -26,6 +26,7 @@ DOCS = (
     'docs/gpu_predicted.md',
     'docs/optimizers.md',
     'docs/own_networks.md',
+    'docs/memory.md',
 )
 TEXT = '\n'.join((ROOT / name).read_text() for name in DOCS)
 
@@ -56,7 +57,17 @@ def test_the_code_on_networks_of_ones_own_runs(tmp_path, monkeypatch, capsys):
     compile(files['logs.py'], 'logs.py', 'exec')
 
 
-@pytest.mark.parametrize('code', _blocks('python', TEXT.replace(OWN, '')))
+MEMORY = (ROOT / 'docs/memory.md').read_text()
+
+
+def test_the_code_on_memory_runs():
+    names: dict = {'__name__': 'docs'}
+    for code in _blocks('python', MEMORY):
+        exec(compile(code, 'docs', 'exec'), names)
+    assert names['values']['w'].shape == (round(0.05 * 512 * 512),) and names['y'].shape == (8, 512)
+
+
+@pytest.mark.parametrize('code', _blocks('python', TEXT.replace(OWN, '').replace(MEMORY, '')))
 def test_code_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {'__name__': 'docs'}

@@ -1,7 +1,7 @@
 """Compact storage beside dense storage: bytes of the state, and seconds of a step and of a mask update.
 
     python -m benchmarks.steps.compact            # both tables, ten minutes on two CPU cores
-    python -m benchmarks.steps.compact --only=memory
+    python -m benchmarks.steps.compact --only=memory --figure=memory.png
 
 Memory is that of the arrays that there are: weights, gradients, Adam's moments, masks or lists, by allocation, of a network of 101 million
 weights, in bytes a dense weight. Steps are of one network in both forms, on the C++ kernels, with SGD and momentum; the two take turns, and
@@ -11,6 +11,7 @@ that kernels need; in the compact one plan and move.
 
 import argparse
 import functools
+import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -37,15 +38,18 @@ def _bytes(tree: Any) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
-def memory() -> str:
-    """The table of bytes, in markdown."""
+PARTS = ('weights', 'gradients', 'moments', 'masks or lists')
+
+
+def memory() -> dict[str, list[float]]:
+    """Bytes a dense weight of each part, for each form of the network."""
+    rows: dict[str, list[float]] = {}
     whole = sum(int(np.prod(shape)) for shape in SHAPES.values())
-    lines = ['| storage | weights | gradients | moments | masks or lists | all |', '|---|---:|---:|---:|---:|---:|']
 
     def row(name: str, values: Any, tx: Any, lists: Any) -> None:
         moments = jax.jit(tx.init)(values)
         parts = [_bytes(values), _bytes(jax.tree.map(jnp.zeros_like, values)), _bytes(moments), _bytes(lists)]
-        lines.append(f'| {name} | {" | ".join(f"{part / whole:.3f}" for part in (*parts, sum(parts)))} |')
+        rows[name] = [part / whole for part in parts]
 
     row('dense network', jax.jit(_make)(), optax.adam(1e-3), ())
     for granularity, density, what in (
@@ -62,8 +66,35 @@ def memory() -> str:
         del params, state, patterns
         for room in (1.0, 1.25):
             values, layout = sj.compact.init(_make, rule, room=room)
-            row(f'{what}, compact, room for {room:g} times as many', values, optax.adam(1e-3), layout)
-    return '\n'.join(lines)
+            row(f'{what}, compact' + (f', room for {room:g} times as many' if room > 1 else ''), values, optax.adam(1e-3), layout)
+    return rows
+
+
+def table(rows: dict[str, list[float]]) -> str:
+    """In markdown."""
+    lines = [f'| storage | {" | ".join(PARTS)} | all |', '|---|' + '---:|' * (len(PARTS) + 1)]
+    return '\n'.join(
+        [*lines, *(f'| {name} | {" | ".join(f"{part:.3f}" for part in (*parts, sum(parts)))} |' for name, parts in rows.items())]
+    )
+
+
+def draw(rows: dict[str, list[float]], path: pathlib.Path) -> None:
+    """A bar for each form, of its parts."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 0.6 * len(rows) + 1.2), layout='constrained')
+    names, ends = list(rows), np.zeros(len(rows))
+    for part, values in zip(PARTS, zip(*rows.values(), strict=True), strict=True):
+        axes.barh(names, values, left=ends, label=part)
+        ends += values
+    for i, end in enumerate(ends):
+        axes.text(end + 0.2, i, f'{end:.2f}', va='center')
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.12 * max(ends))
+    axes.set_xlabel('bytes a weight of the dense network, with Adam, float32')
+    axes.spines[['top', 'right']].set_visible(False)
+    figure.legend(loc='outside upper center', ncols=len(PARTS), frameon=False)
+    figure.savefig(path, dpi=150)
 
 
 class Network:
@@ -81,7 +112,9 @@ class Network:
         )
         labels = random.integers(tokens, size=(batch, *shape) if len(shape) == 1 else batch)
         self._batch = jnp.asarray(x, jnp.int32 if len(shape) == 1 else jnp.float32), jnp.asarray(labels, jnp.int32)
-        rule = sj.methods.rule(method, density=density, update_every=100, total_steps=10_000, stacked=model.stacked)
+        rule = sj.methods.rule(
+            method, density=density, update_every=100, total_steps=10_000, stacked=model.stacked, distribution='uniform'
+        )
         self._rule, self._inner = rule, optax.sgd(0.01, momentum=0.9)
         tx = sj.sparsify(self._inner, rule=rule)
         params, self._model_state = model.init(jax.random.key(0))
@@ -91,6 +124,7 @@ class Network:
         self._patterns = self._patterns_of(self._opt_state)
         room = 1.25 if rule.redistribute is not None else 1.0
         self._values, self._layout = sj.compact.compress(self._params, self._opt_state, room=room, implementation='cpu')
+        self._values = jax.tree.map(jnp.copy, self._values)  # its dense leaves are those of the params, which steps give up
         self._compact_state = self._inner.init(self._values)
         self._scores = self._layout_scores()
 
@@ -194,9 +228,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--only', choices=('memory', 'speed'), default='', help='one table')
     parser.add_argument('--rounds', type=int, default=15)
+    parser.add_argument('--figure', type=pathlib.Path, help='file to draw the memory into')
     args = parser.parse_args()
     if args.only != 'speed':
-        print(memory())
+        rows = memory()
+        print(table(rows), flush=True)
+        if args.figure:
+            draw(rows, args.figure)
     if args.only != 'memory':
         print(speed(args.rounds))
 

@@ -18,7 +18,7 @@ from sparse_jax.core.granularity import Granularity
 from sparse_jax.core.rule import Rule
 from sparse_jax.kernels import builder, lists
 from sparse_jax.kernels import layout as layout_lib
-from sparse_jax.kernels.layout import Layout
+from sparse_jax.kernels.layout import Layout, is_layout
 
 
 def compress(
@@ -43,7 +43,7 @@ def compress(
 
     Returns:
       Values: a tree like params with ``[capacity]`` single weights, or ``[capacity, inputs, outputs]`` of blocks, at each sparse leaf,
-      by input, then by output, then by tap, and padded with zeros. And the layout: a tree with a :class:`sparse_jax.kernels.Layout` at
+      by input, then by output, then by tap, and padded with zeros; dense leaves are those of params. And the layout: a tree with a :class:`sparse_jax.kernels.Layout` at
       each sparse leaf and None elsewhere.
 
     Raises:
@@ -108,7 +108,7 @@ def _off_mask(value: jax.Array, mask: jax.Array) -> jax.Array:
 
 @jax.jit
 def _is_mask_of(mask: jax.Array, layout: Layout) -> jax.Array:
-    return jnp.all(tree_lib.per_row(lists.mask_of, layout)(layout) == mask)
+    return jnp.all(_mask(layout) == mask)
 
 
 @jax.jit
@@ -165,6 +165,32 @@ def expand(values: Any, layout: Any) -> Any:
         leaf if i is None else _expanded(leaf, compact.layouts[i]) for leaf, i in zip(jax.tree.leaves(values), numbers, strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(values), whole)
+
+
+def masks(layout: Any) -> Any:
+    """The masks that a layout stands for: for ``sj.stats``, ``sj.export`` and ``sj.kernels.freeze``, beside :func:`expand`.
+
+    Args:
+      layout: tree of layouts.
+
+    Returns:
+      A tree like layout: a bool array at each compact leaf, scalar True at dense ones.
+
+    Example:
+      >>> import jax.numpy as jnp, sparse_jax as sj
+      >>> eye = {'w': jnp.eye(4), 'bias': jnp.ones(4)}
+      >>> values, layout = sj.compact.compress(eye, {'w': jnp.eye(4, dtype=bool), 'bias': jnp.array(True)})
+      >>> sj.stats.nonzeros(masks(layout)), masks(layout)['bias']
+      ({'w': 4}, Array(True, dtype=bool))
+    """
+    tree_lib.compact_leaves(layout)
+    is_leaf = lambda x: x is None or is_layout(x)
+    return jax.tree.map(lambda x: _mask(x) if is_layout(x) else jnp.array(True), layout, is_leaf=is_leaf)
+
+
+@jax.jit
+def _mask(layout: Layout) -> jax.Array:
+    return tree_lib.per_row(lists.mask_of, layout)(layout)
 
 
 def init(make: Callable[[], Any], rule: Rule, *, room: float | None = None, implementation: str | None = None) -> tuple[Any, Any]:

@@ -62,7 +62,7 @@ def reserve(tree: Any, layout: Any, plan: Plan, *, room: float = tree_lib.ROOM) 
     ]
     _LOG.info(
         'compact: more room for units, in all leaves at once: %s.',
-        ', '.join(f'{path} {x.capacity:,} -> {c:,}' for path, x, c in zip(*compact, capacities, strict=True)),
+        ', '.join(f'{path} {x.capacity:,} -> {c:,}' for path, x, c in zip(compact.paths, compact.layouts, capacities, strict=True)),
     )
 
     def wider(x: jax.Array, number: int) -> jax.Array:

@@ -53,9 +53,7 @@ def check(tx: optax.GradientTransformation, values: Any, layout: Any = None) -> 
                 f'the optimizer does not work element by element: its state has {path} of shape {np.shape(leaf)} for {owner}, whose values '
                 f'have {shapes[owner]}. It needs whole matrices: train it by sj.sparsify.'
             )
-    stacked = (
-        set() if layout is None else {p for p, x in zip(*tree_lib.compact_leaves(layout), strict=True) if tree_lib.is_stacked(x)}
-    )
+    stacked = set() if layout is None else {p for p, x in tree_lib.compact_leaves(layout).named if tree_lib.is_stacked(x)}
     _try(optax.with_extra_args_support(tx), values, compact, stacked)
     return tx
 

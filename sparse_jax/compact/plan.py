@@ -144,7 +144,7 @@ def _scores_of(scores: Any, compact: Compact, rule: Rule) -> list[jax.Array | No
         raise ValueError(
             'plan: the rule’s criteria read gradients or momentum: give scores, the gradients of sj.compact.probes(layout).'
         )
-    for path, layout in zip(*compact, strict=True):
+    for path, layout in compact.named:
         wanted = (*layout.pointers.shape[:-1], *granularity_lib.tap_units(layout.granularity, layout.shape))
         if path in given and tuple(given[path].shape) != wanted:
             raise ValueError(f'plan: the scores of {path} have shape {tuple(given[path].shape)}, its units {wanted}.')

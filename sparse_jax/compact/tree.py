@@ -15,18 +15,26 @@ ROOM = 1.25  # capacity of a leaf against the units that it has, where its budge
 
 
 class Compact(NamedTuple):
-    """The compact leaves of a tree: their paths, joined by /, and their layouts, both in the tree's order."""
+    """The compact leaves of a tree, in its order, and the paths of the others; paths are joined by /."""
 
     paths: list[str]
     layouts: list[Layout]
+    dense: frozenset[str]
+
+    @property
+    def named(self) -> list[tuple[str, Layout]]:
+        """Path and layout of each."""
+        return list(zip(self.paths, self.layouts, strict=True))
 
 
 def compact_leaves(layout: Any) -> Compact:
     """The compact leaves of a tree of layouts; ValueError where there is none."""
-    rows = [(path, leaf) for path, leaf in layers_lib.leaf_paths(layout, is_layout) if is_layout(leaf)]
-    if not rows:
+    rows = layers_lib.leaf_paths(layout, lambda x: x is None or is_layout(x))
+    named = [(path, leaf) for path, leaf in rows if is_layout(leaf)]
+    if not named:
         raise ValueError('layout has no compact leaf: give the second result of sj.compact.compress.')
-    return Compact(*map(list, zip(*rows, strict=True)))
+    dense = frozenset(path for path, leaf in rows if not is_layout(leaf))
+    return Compact([path for path, _ in named], [leaf for _, leaf in named], dense)
 
 
 def is_stacked(layout: Layout) -> bool:
@@ -62,27 +70,22 @@ def owners(tree: Any, compact: Compact) -> list[int | None]:
     Raises:
       ValueError: for a leaf that looks like one of units and belongs to none, or has another shape.
     """
-    by_path = {path: i for i, path in enumerate(compact.paths)}
+    by_path: dict[str, int | None] = dict.fromkeys(compact.dense) | {path: i for i, path in enumerate(compact.paths)}
     shapes = {layout.values_shape for layout in compact.layouts}
     found: list[int | None] = []
     for path, leaf in layers_lib.leaf_paths(tree):
         parts, shape = path.split('/'), tuple(np.shape(leaf))
-        candidates = (by_path.get('/'.join(parts[start:])) for start in range(len(parts)))
-        number = next((i for i in candidates if i is not None), by_path.get('') if len(by_path) == 1 else None)
-        if number is not None and shape == compact.layouts[number].values_shape:
-            found.append(number)
-        elif math.prod(shape) <= 1:
-            found.append(None)
-        elif number is not None or shape in shapes:
-            which = (
-                f'{compact.paths[number]}, whose values have {compact.layouts[number].values_shape}'
-                if number is not None
-                else 'no leaf'
-            )
+        owner = next((name for name in ('/'.join(parts[i:]) for i in range(len(parts))) if name in by_path), '')
+        number = by_path.get(owner)
+        if number is not None and shape != compact.layouts[number].values_shape and math.prod(shape) > 1:
             raise ValueError(
-                f'{path}: an array of shape {shape} belongs to {which}: units can be moved in what has the values’ tree and shapes, as the '
-                'moments of optimizers that work element by element: see sj.compact.check.'
+                f'{path} has shape {shape}, and the values of {owner} have {compact.layouts[number].values_shape}: units can be moved in what '
+                'has the values’ shapes, as the moments of optimizers that work element by element: see sj.compact.check.'
             )
-        else:
-            found.append(None)
+        if owner not in by_path and shape in shapes and math.prod(shape) > 1:
+            raise ValueError(
+                f'{path} has shape {shape}, as values have, and its path ends in that of no leaf: units can be moved in trees of the values’ '
+                'names: see sj.compact.check.'
+            )
+        found.append(number if number is not None and shape == compact.layouts[number].values_shape else None)
     return found

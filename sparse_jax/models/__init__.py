@@ -152,7 +152,7 @@ def _by_lanes(layout: str, x: Any, params: Any, patterns: Any, train: bool) -> b
     """Whether images are to lie by lanes; ValueError where that was asked for and cannot be."""
     if not train and (layout == 'lanes' or len(x) >= by_lanes.BATCH):  # where no example sees another, a batch may be filled up
         x = jax.ShapeDtypeStruct((by_lanes.BATCH, *x.shape[1:]), x.dtype)
-    is_pattern = lambda p: isinstance(p, kernels.Pattern)
+    is_pattern = lambda p: isinstance(p, kernels.Pattern | kernels.Layout)
     named = {p.implementation for p in jax.tree.leaves(patterns, is_leaf=is_pattern) if is_pattern(p)}
     if layout == 'channels' or (layout == 'auto' and ('reference' in named or jax.device_count() > 1)):
         return False

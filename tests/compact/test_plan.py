@@ -10,7 +10,6 @@ import pytest
 
 import sparse_jax as sj
 from sparse_jax.core.granularity import Block, Unstructured
-from sparse_jax.kernels import lists
 from sparse_jax.kernels.layout import is_layout
 
 EVERY, TOTAL = 2, 40
@@ -52,12 +51,7 @@ def _scores(tree: dict, layout: dict, granularity) -> dict:
 
 
 def _masks_of(layout: dict) -> dict:
-    def mask(x):
-        if not is_layout(x):
-            return np.array(True)
-        return np.asarray((jax.vmap(lists.mask_of) if x.pointers.ndim == 2 else lists.mask_of)(x))
-
-    return jax.tree.map(mask, layout, is_leaf=lambda x: x is None or is_layout(x))
+    return jax.tree.map(np.asarray, sj.compact.masks(layout))
 
 
 def _rule(name: str, granularity):

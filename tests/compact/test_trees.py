@@ -99,7 +99,10 @@ WRONG = [
     (lambda: _compress({'w': EYE}, {'w': EYE != 0}, granularity='block'), 'must be'),
     (lambda: jax.jit(lambda w: _compress({'w': w}, {'w': EYE != 0})[0])(EYE), 'w is traced'),
     (lambda: sj.compact.expand({'w': EYE}, {'w': None}), 'layout has no compact leaf'),
-    (lambda: sj.compact.expand({'v': jnp.zeros(4)}, _compress({'w': EYE}, {'w': EYE != 0}, room=1)[1]), 'belongs to no leaf'),
+    (
+        lambda: sj.compact.expand({'v': jnp.zeros(4)}, _compress({'w': EYE}, {'w': EYE != 0}, room=1)[1]),
+        'its path ends in that of no leaf',
+    ),
     (lambda: sj.compact.probes({'w': None}), 'layout has no compact leaf'),
     (
         lambda: sj.compact.init(
@@ -129,6 +132,24 @@ def test_capacities_at_their_ends():
     assert y.tolist() == [[0, 0, 0, 5]]
     gradient = jax.grad(lambda v: sj.kernels.sparse_dot(jnp.ones((1, 4)), v, layout['w']).sum())(values['w'])
     assert gradient.tolist() == [1, 0, 0]
+
+
+def test_what_belongs_to_which_leaf():
+    params = {'w': jnp.diag(jnp.arange(1.0, 17)), 'bias': jnp.arange(16.0)}  # as many as there are units
+    masks = {'w': params['w'] != 0, 'bias': jnp.array(True)}
+    values, layout = sj.compact.compress(params, masks, room=1)
+    rule = sj.methods.rule('set', density=1 / 16, update_every=1, total_steps=9, distribution='uniform')
+    plan = sj.compact.plan(values, layout, None, 1, jax.random.key(0), rule)
+    moved, state = sj.compact.move((values, optax.adam(1e-3).init(values)), plan)
+    np.testing.assert_array_equal(moved['bias'], params['bias'])
+    assert (np.asarray(moved['w']) != values['w']).any() and state[0].mu['bias'].shape == (16,)
+    for tree, message in (
+        ({'other': jnp.zeros(16)}, 'ends in that of no leaf'),
+        ({'mu': {'w': jnp.zeros(3)}}, 'mu/w has shape (3,)'),
+    ):
+        with pytest.raises(ValueError) as error:
+            sj.compact.move((values, tree), plan)
+        assert message in str(error.value)
 
 
 def test_scores_of_a_leaf_used_in_two_products_add_up():
