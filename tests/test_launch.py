@@ -279,6 +279,9 @@ def test_the_installed_command_finds_the_configs_that_came_with_the_package(tmp_
     )
     said = command('--help').stderr
     assert said.startswith('usage: sparse-jax ') and '\n  configs/mnist_lenet5.py :offline\n' in said and 'launch.py' not in said
+    wrong = command('--config=configs/mnist_lenet5.py:oflin', '--workdir=x').stderr
+    assert "error: --config='configs/mnist_lenet5.py:oflin'" in wrong and 'Give configs/mnist_lenet5.py or' in wrong
+    assert 'error: --config is missing' in command('--workdir=new', '--config.seed=1').stderr
     small = [CONFIG, '--config.train.steps=4', '--config.log.every=2', '--config.sparsity.kernels=reference']
     done = command('--mode=sweep', *small, '--workdir=sweep', '--sweep=seed=0:2')
     assert done.returncode == 0, done.stderr

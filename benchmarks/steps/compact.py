@@ -64,9 +64,9 @@ def memory() -> dict[str, list[float]]:
         patterns = jax.device_put(sj.kernels.make_patterns(state))
         row(f'{what}, dense storage', params, optax.adam(1e-3), (state._replace(inner_state=()), patterns))
         del params, state, patterns
-        for room in (1.0, 1.25):
-            values, layout = sj.compact.init(_make, rule, room=room)
-            row(f'{what}, compact' + (f', room for {room:g} times as many' if room > 1 else ''), values, optax.adam(1e-3), layout)
+        for factor in (1.0, 1.25):
+            values, layout = sj.compact.init(_make, rule, capacity_factor=factor)
+            row(f'{what}, compact' + (f', capacity factor {factor:g}' if factor > 1 else ''), values, optax.adam(1e-3), layout)
     return rows
 
 
@@ -122,9 +122,10 @@ class Network:
         masks = sj.get_masks(self._opt_state)
         self._params = sj.apply_masks(params, masks)
         self._patterns = self._patterns_of(self._opt_state)
-        room = 1.25 if rule.redistribute is not None else 1.0
-        self._values, self._layout = sj.compact.compress(self._params, self._opt_state, room=room, implementation='cpu')
-        self._values = jax.tree.map(jnp.copy, self._values)  # its dense leaves are those of the params, which steps give up
+        capacity_factor = 1.25 if rule.redistribute is not None else 1.0
+        self._values, self._layout = sj.compact.compress(
+            self._params, self._opt_state, capacity_factor=capacity_factor, implementation='cpu'
+        )
         self._compact_state = self._inner.init(self._values)
         self._scores = self._layout_scores()
 

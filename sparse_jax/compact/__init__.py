@@ -9,7 +9,7 @@ Example:
   >>> import jax, jax.numpy as jnp, optax, sparse_jax as sj
   >>> rule = sj.methods.rule('rigl', density=0.25, update_every=2, total_steps=8)
   >>> values, layout = sj.compact.init(lambda: {'w': jax.random.normal(jax.random.key(0), (8, 8)), 'bias': jnp.zeros(8)}, rule)
-  >>> tx = sj.compact.check(optax.adam(1e-2), values)
+  >>> tx = sj.compact.check(optax.adam(1e-2), values, layout)
   >>> x = jax.random.normal(jax.random.key(1), (16, 8))
   >>> def loss(values, probes, layout):
   ...     y = sj.kernels.sparse_dot(x, values['w'], layout['w'], probe=probes['w']) + values['bias']

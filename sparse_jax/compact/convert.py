@@ -27,7 +27,7 @@ def compress(
     *,
     granularity: str | Granularity = builder.NOT_GIVEN,
     stacked: Callable[[str, Any], bool] | None = None,
-    room: float = tree_lib.ROOM,
+    capacity_factor: float = tree_lib.CAPACITY_FACTOR,
     implementation: str | None = None,
 ) -> tuple[Any, Any]:
     """The existing units of sparse leaves, and where they belong.
@@ -37,13 +37,13 @@ def compress(
       masks: state of an optimizer with one ``sparsify``, or masks as ``sj.get_masks`` gives them.
       granularity: with masks only: what a unit is, as in ``sj.sparsify``. A state knows it.
       stacked: likewise: which leaves hold a layer in each row.
-      room: capacity of a leaf against the units of its fullest layer: what a redistribution may add before all leaves are enlarged
+      capacity_factor: capacity of a leaf against the units of its fullest layer: what a redistribution may add before all leaves are enlarged
         (:func:`reserve`). Where each layer keeps its number of units, 1 is enough.
       implementation: the backend that is to multiply, such as ``'reference'``; None: by rule.
 
     Returns:
       Values: a tree like params with ``[capacity]`` single weights, or ``[capacity, inputs, outputs]`` of blocks, at each sparse leaf,
-      by input, then by output, then by tap, and padded with zeros; dense leaves are those of params. And the layout: a tree with a :class:`sparse_jax.kernels.Layout` at
+      by input, then by output, then by tap, and padded with zeros. And the layout: a tree with a :class:`sparse_jax.kernels.Layout` at
       each sparse leaf and None elsewhere.
 
     Raises:
@@ -52,27 +52,29 @@ def compress(
     Example:
       >>> import jax.numpy as jnp
       >>> params = {'w': jnp.array([[1.0, 0.0], [2.0, 3.0]]), 'bias': jnp.zeros(2)}
-      >>> values, layout = compress(params, {'w': params['w'] != 0, 'bias': jnp.array(True)}, room=1)
+      >>> values, layout = compress(params, {'w': params['w'] != 0, 'bias': jnp.array(True)}, capacity_factor=1)
       >>> values['w'], expand(values, layout)['w']
       (Array([1., 2., 3.], dtype=float32), Array([[1., 0.],
              [2., 3.]], dtype=float32))
     """
     masks, layers = builder.layers_of('compress', masks, granularity, None, stacked)
-    _check_room(room)
+    _check_capacity_factor(capacity_factor)
     values, rows = layers_lib.leaf_paths(params), layers_lib.leaf_paths(masks)
     if [path for path, _ in values] != [path for path, _ in rows]:
         raise ValueError('compress: masks must be a tree like params, with a scalar True at dense leaves: see sj.get_masks.')
     pairs = [
-        (value, None) if path not in layers else _leaf(path, value, mask, *layers[path], room, implementation)
+        (jnp.copy(value), None) if path not in layers else _leaf(path, value, mask, *layers[path], capacity_factor, implementation)
         for (path, value), (_, mask) in zip(values, rows, strict=True)
     ]
     treedef = jax.tree.structure(params)
     return jax.tree.unflatten(treedef, [value for value, _ in pairs]), jax.tree.unflatten(treedef, [layout for _, layout in pairs])
 
 
-def _check_room(room: float) -> None:
-    if isinstance(room, bool) or not isinstance(room, int | float) or not 1 <= room < math.inf:
-        raise ValueError(f'room={room!r}: must be a number of at least 1: capacity of a leaf against the units that it has.')
+def _check_capacity_factor(capacity_factor: float) -> None:
+    if isinstance(capacity_factor, bool) or not isinstance(capacity_factor, int | float) or not 1 <= capacity_factor < math.inf:
+        raise ValueError(
+            f'capacity_factor={capacity_factor!r}: must be a number of at least 1: capacity of a leaf against the units that it has.'
+        )
 
 
 def _check_axes(name: str, path: str, shape: tuple[int, ...]) -> None:
@@ -83,7 +85,7 @@ def _check_axes(name: str, path: str, shape: tuple[int, ...]) -> None:
         )
 
 
-def _leaf(path: str, value: Any, mask: Any, stacked: bool, unit: Granularity, room: float, implementation: str | None):
+def _leaf(path: str, value: Any, mask: Any, stacked: bool, unit: Granularity, capacity_factor: float, implementation: str | None):
     if isinstance(value, Tracer) or isinstance(mask, Tracer):
         raise ValueError(f'compress: {path} is traced. The number of units decides shapes: compress on the host.')
     if np.shape(value) != np.shape(mask):
@@ -95,7 +97,7 @@ def _leaf(path: str, value: Any, mask: Any, stacked: bool, unit: Granularity, ro
         raise ValueError(
             f'compress: {path} has {lost} weights off its mask that are not zero: apply it first, with sj.apply_masks(params, masks).'
         )
-    layout = _layout(mask, shape, stacked, unit, room, implementation, path)
+    layout = _layout(mask, shape, stacked, unit, capacity_factor, implementation, path)
     if not _is_mask_of(mask, layout):
         raise ValueError(f'compress: the mask of {path} does not consist of whole {unit}.')
     return _gathered(value, layout), layout
@@ -134,10 +136,12 @@ def _lists(mask: jax.Array, unit: Granularity, stacked: bool, capacity: int) -> 
     return (jax.vmap(of_row) if stacked else of_row)(mask)
 
 
-def _layout(mask: jax.Array, shape, stacked: bool, unit: Granularity, room: float, implementation: str | None, path: str) -> Layout:
+def _layout(
+    mask: jax.Array, shape, stacked: bool, unit: Granularity, capacity_factor: float, implementation: str | None, path: str
+) -> Layout:
     """The layout of a leaf, by its mask."""
     most = math.prod(granularity_lib.tap_units(unit, shape))
-    capacity = tree_lib.capacity_for(int(_most_units(mask, unit, stacked)), most, room)
+    capacity = tree_lib.capacity_for(int(_most_units(mask, unit, stacked)), most, capacity_factor)
     indices, pointers = _lists(mask, unit, stacked, capacity)
     return Layout(indices, pointers, shape, unit, implementation, path, by_input=True)
 
@@ -176,6 +180,9 @@ def masks(layout: Any) -> Any:
     Returns:
       A tree like layout: a bool array at each compact leaf, scalar True at dense ones.
 
+    Raises:
+      ValueError: if layout has no compact leaf.
+
     Example:
       >>> import jax.numpy as jnp, sparse_jax as sj
       >>> eye = {'w': jnp.eye(4), 'bias': jnp.ones(4)}
@@ -193,15 +200,17 @@ def _mask(layout: Layout) -> jax.Array:
     return tree_lib.per_row(lists.mask_of, layout)(layout)
 
 
-def init(make: Callable[[], Any], rule: Rule, *, room: float | None = None, implementation: str | None = None) -> tuple[Any, Any]:
+def init(
+    make: Callable[[], Any], rule: Rule, *, capacity_factor: float | None = None, implementation: str | None = None
+) -> tuple[Any, Any]:
     """A sparse start: values and layout, a leaf at a time, so that a dense tree is never there.
 
-    They have the bits of the dense form's start: those of ``jax.jit(make)()`` under the first masks of the rule.
+    They are bit for bit the dense form's start: ``jax.jit(make)()`` under the first masks of the rule.
 
     Args:
       make: makes the dense params, without arguments. It is traced, and compiled once a leaf, the others left out.
       rule: a method's rule: see :func:`sparse_jax.methods.rule`.
-      room: as in :func:`compress`; None: 1.25 where the rule redistributes, else 1.
+      capacity_factor: as in :func:`compress`; None: 1.25 where the rule redistributes, else 1.
       implementation: as in :func:`compress`.
 
     Returns:
@@ -217,8 +226,12 @@ def init(make: Callable[[], Any], rule: Rule, *, room: float | None = None, impl
       >>> values['w'].shape
       (16,)
     """
-    room = (tree_lib.ROOM if rule.redistribute is not None or rule.is_global else 1.0) if room is None else room
-    _check_room(room)
+    capacity_factor = (
+        (tree_lib.CAPACITY_FACTOR if rule.redistribute is not None or rule.is_global else 1.0)
+        if capacity_factor is None
+        else capacity_factor
+    )
+    _check_capacity_factor(capacity_factor)
     shapes = jax.eval_shape(make)
     layers = rule.sparse_layers(shapes)
     for layer in layers:
@@ -234,7 +247,9 @@ def init(make: Callable[[], Any], rule: Rule, *, room: float | None = None, impl
             of_layer = slice(layer.start, layer.stop)
             first = jax.jit(numerics.lenient(functools.partial(mask_update.first_mask, rule, layer)))
             mask = first(jnp.asarray(counts[of_layer]), keys[of_layer])
-            layout = _layout(mask, layer.shape, layer.depth is not None, rule.granularity, room, implementation, layer.name)
+            layout = _layout(
+                mask, layer.shape, layer.depth is not None, rule.granularity, capacity_factor, implementation, layer.name
+            )
             value = _gathered(value, layout)
         values.append(value)
         layouts.append(layout)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from typing import Any
 
 import jax
@@ -25,28 +26,36 @@ def fits(plan: Plan, layout: Any) -> bool:
 
     Returns:
       False: then the plan moves nothing. :func:`reserve` makes room, and the plan is made anew from the same scores.
+
+    Raises:
+      ValueError: if layout has no compact leaf.
+
+    Example: see :func:`reserve`.
     """
     compact = tree_lib.compact_leaves(layout)
     units = jax.device_get(jax.tree.leaves(plan.units))
     return all(int(np.max(u)) <= layout.capacity for u, layout in zip(units, compact.layouts, strict=True))
 
 
-def reserve(tree: Any, layout: Any, plan: Plan, *, room: float = tree_lib.ROOM) -> tuple[Any, Any]:
-    """More room, in all leaves at once, so that what is compiled for their shapes is compiled anew as seldom as can be.
+def reserve(tree: Any, layout: Any, plan: Plan, *, capacity_factor: float = tree_lib.CAPACITY_FACTOR) -> tuple[Any, Any]:
+    """Larger capacities, of all leaves at once, so that what is compiled for their shapes is compiled anew as seldom as can be.
 
     Args:
       tree: values, states of optimizers, averages: anything in whose leaves units may move.
       layout: the layout.
       plan: that does not fit.
-      room: capacity against the units that each leaf's fullest layer has now, or is to have.
+      capacity_factor: capacity against the units that each leaf's fullest layer has now, or is to have.
 
     Returns:
       The tree and the layout with larger arrays; what is in them stays.
 
+    Raises:
+      ValueError: if a leaf seems to be of units and belongs to none.
+
     Example:
       >>> import jax.numpy as jnp, sparse_jax as sj
       >>> eye = jnp.eye(4, dtype=bool)
-      >>> values, layout = sj.compact.compress({'w': jnp.eye(4)}, {'w': eye}, room=1)
+      >>> values, layout = sj.compact.compress({'w': jnp.eye(4)}, {'w': eye}, capacity_factor=1)
       >>> wanted = sj.compact.Plan(layout, None, {'w': jnp.array(8)}, None)
       >>> values, layout = reserve(values, layout, wanted)
       >>> sj.compact.fits(wanted, layout), values['w'].shape
@@ -57,11 +66,11 @@ def reserve(tree: Any, layout: Any, plan: Plan, *, room: float = tree_lib.ROOM) 
     wanted = [int(np.max(u)) for u in jax.device_get(jax.tree.leaves(plan.units))]
     present = [int(np.max(jax.device_get(x.pointers)[..., -1])) for x in compact.layouts]
     capacities = [
-        max(x.capacity, tree_lib.capacity_for(max(pair), tree_lib.most_units(x), room))
+        max(x.capacity, tree_lib.capacity_for(max(pair), math.prod(x.units), capacity_factor))
         for x, *pair in zip(compact.layouts, wanted, present, strict=True)
     ]
     _LOG.info(
-        'compact: more room for units, in all leaves at once: %s.',
+        'compact: larger capacities, of all leaves at once: %s.',
         ', '.join(f'{path} {x.capacity:,} -> {c:,}' for path, x, c in zip(compact.paths, compact.layouts, capacities, strict=True)),
     )
 
@@ -87,7 +96,9 @@ def move(tree: Any, plan: Plan) -> Any:
       The tree; its layout is ``plan.layout`` from now on.
 
     Raises:
-      ValueError: if a leaf seems to be of units and belongs to none.
+      ValueError: if a leaf seems to be of units and belongs to none, or a concrete plan does not fit.
+
+    Example: see :mod:`sparse_jax.compact`.
     """
     compact = tree_lib.compact_leaves(plan.layout)
     numbers = tree_lib.owners(tree, compact)

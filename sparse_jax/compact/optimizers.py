@@ -1,6 +1,5 @@
 """Which optimizers can train compact values: those that work element by element."""
 
-import math
 from typing import Any
 
 import jax
@@ -8,23 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sparse_jax.compact import convert
 from sparse_jax.compact import tree as tree_lib
 from sparse_jax.core import layers as layers_lib
+from sparse_jax.kernels.layout import Layout
 
-_UNITS = 6  # of a leaf in the trial
+_STEPS = 3
+_SIDES = 4, 3  # inputs and outputs of a small layer, in units
 
 
-def check(tx: optax.GradientTransformation, values: Any, layout: Any = None) -> optax.GradientTransformation:
-    """Refuses an optimizer that needs whole matrices, such as muon or adafactor: it would take units for matrices, and say nothing.
+def check(tx: optax.GradientTransformation, values: Any, layout: Any) -> optax.GradientTransformation:
+    """Refuses an optimizer that needs whole matrices, such as muon or adafactor: it would take values for others, and say nothing.
 
-    Its state may have numbers, and arrays of the values' shapes. And it is tried: in a few steps on a small tree of that form, whose units
-    and their weights are then put in another order, updates must come out in that order too. Norms of whole leaves or trees are right, as
-    the weights that do not exist would add zeros to them.
+    Its state may have numbers, and arrays of the values' names and shapes. And it is tried on a small tree of that form: in three steps its
+    updates of compact values must be those of whole arrays with zeros off the masks. Norms of leaves and trees are right, as zeros add
+    nothing to them; means over a leaf are not.
 
     Args:
       tx: an optax transformation.
       values: tree of values; shapes are enough.
-      layout: its layout: which of its leaves are compact. None: all of them are tried.
+      layout: its layout.
 
     Returns:
       The optimizer itself.
@@ -34,65 +36,77 @@ def check(tx: optax.GradientTransformation, values: Any, layout: Any = None) -> 
 
     Example:
       >>> import jax.numpy as jnp, optax
-      >>> values = {'w': jnp.zeros((6, 4, 4))}
-      >>> check(optax.adamw(1e-3), values) is not None
+      >>> eye = {'w': jnp.eye(8)}
+      >>> values, layout = convert.compress(eye, {'w': eye['w'] != 0})
+      >>> check(optax.adamw(1e-3), values, layout) is not None
       True
-      >>> check(optax.contrib.muon(1e-3, muon_weight_dimension_numbers=lambda p: optax.contrib.MuonDimensionNumbers()), values)
+      >>> check(optax.contrib.muon(1e-3), values, layout)
       Traceback (most recent call last):
       ...
       ValueError: the optimizer does not work element by element: ...
     """
-    named = layers_lib.leaf_paths(values)
-    compact = {path for path, _ in named} if layout is None else set(tree_lib.compact_leaves(layout).paths)
-    shapes = {path: tuple(np.shape(leaf)) for path, leaf in named}
-    for path, leaf in layers_lib.leaf_paths(jax.eval_shape(tx.init, values)):
-        parts = path.split('/')
-        owner = next((p for p in ('/'.join(parts[i:]) for i in range(len(parts))) if p in compact), None)
-        if owner is not None and math.prod(np.shape(leaf)) > 1 and np.shape(leaf) != shapes[owner]:
-            raise ValueError(
-                f'the optimizer does not work element by element: its state has {path} of shape {np.shape(leaf)} for {owner}, whose values '
-                f'have {shapes[owner]}. It needs whole matrices: train it by sj.sparsify.'
-            )
-    stacked = set() if layout is None else {p for p, x in tree_lib.compact_leaves(layout).named if tree_lib.is_stacked(x)}
-    _try(optax.with_extra_args_support(tx), values, compact, stacked)
+    compact = tree_lib.compact_leaves(layout)
+    try:
+        tree_lib.owners(jax.eval_shape(tx.init, values), compact)
+    except ValueError as error:
+        raise _refused(f'its state cannot be moved with the units: {str(error).partition(": units can")[0]}') from None
+    whole, masks = _small(values, compact)
+    try:
+        wrong = _first_difference(optax.with_extra_args_support(tx), whole, masks, dict(compact.named))
+    except Exception as error:
+        raise ValueError(f'the optimizer could not be tried on a small tree of values: {type(error).__name__}: {error}') from error
+    if wrong is not None:
+        raise _refused(f'its updates of the values of {wrong} are not those of the whole array')
     return tx
 
 
-def _try(tx: optax.GradientTransformationExtraArgs, values: Any, compact: set[str], stacked: set[str]) -> None:
-    """Two steps on a small tree, and on the same in another order."""
-    random, treedef = np.random.default_rng(0), jax.tree.structure(values)
+def _refused(reason: str) -> ValueError:
+    return ValueError(f'the optimizer does not work element by element: {reason}. Train it by sj.sparsify, with dense storage.')
 
-    def small(path: str, leaf: Any) -> tuple[int, ...]:
-        axis = 1 if path in stacked else 0
-        if path not in compact:
-            return tuple(min(side, 3) for side in np.shape(leaf))
-        return tuple(min(side, _UNITS) if i <= axis else side for i, side in enumerate(np.shape(leaf)))
+
+def _small(values: Any, compact: tree_lib.Compact) -> tuple[Any, Any]:
+    """Small whole arrays of a tree's names, and their masks."""
+    random, layouts = np.random.default_rng(0), dict(compact.named)
+
+    def arrays(path: str, leaf: Any) -> tuple[np.ndarray, np.ndarray]:
+        layout = layouts.get(path)
+        if layout is None:
+            return random.standard_normal([min(side, 3) for side in np.shape(leaf)]), np.array(True)
+        rows, columns = layout.granularity.sides
+        lead = (2,) if tree_lib.is_stacked(layout) else ()
+        shape = (*[min(side, 2) for side in layout.shape[:-2]], _SIDES[0] * rows, _SIDES[1] * columns)
+        units = random.permutation(np.arange(2 * np.prod(layout.granularity.unit_shape(shape))) % 3 == 0)
+        units = units.reshape(2, *layout.granularity.unit_shape(shape))
+        mask = np.stack([np.asarray(layout.granularity.expand(jnp.asarray(row), shape)) for row in units])
+        mask = mask if lead else mask[0]
+        return random.standard_normal(mask.shape) * mask, mask
 
     named = layers_lib.leaf_paths(values)
-    shapes = {path: small(path, leaf) for path, leaf in named}
-    orders = {path: random.permutation(math.prod(shape)) for path, shape in shapes.items() if path in compact}
-    dtypes = {path: jnp.result_type(leaf) for path, leaf in named}
-    draw = lambda: {path: random.standard_normal(shape).astype(np.float32) for path, shape in shapes.items()}
-    params, *gradients = (draw() for _ in range(3))
+    made = [arrays(path, leaf) for path, leaf in named]
+    treedef = jax.tree.structure(values)
+    whole = [jnp.asarray(x, jnp.result_type(leaf)) for (x, _), (_, leaf) in zip(made, named, strict=True)]
+    return jax.tree.unflatten(treedef, whole), jax.tree.unflatten(treedef, [jnp.asarray(mask) for _, mask in made])
 
-    def run(ordered: bool) -> list[np.ndarray]:
-        put = lambda path, x: x.reshape(-1)[orders[path]].reshape(x.shape) if ordered and path in orders else x
-        tree = lambda arrays: jax.tree.unflatten(treedef, [jnp.asarray(put(path, arrays[path]), dtypes[path]) for path, _ in named])
-        weights, updates = tree(params), None
-        state = tx.init(weights)
-        for arrays in gradients:
-            updates, state = tx.update(tree(arrays), state, weights, value=jnp.float32(1))
-            weights = optax.apply_updates(weights, updates)
-        rows = zip(named, jax.tree.leaves(updates), strict=True)
-        return [np.asarray(x, np.float32) for _, x in rows]
 
-    plain = [
-        x.reshape(-1)[orders[path]].reshape(x.shape) if path in orders else x
-        for (path, _), x in zip(named, run(False), strict=True)
-    ]
-    for (path, _), one, other in zip(named, plain, run(True), strict=True):
-        if path in orders and not np.allclose(one, other, rtol=1e-3, atol=1e-5 * max(1e-30, float(np.abs(one).max()))):
-            raise ValueError(
-                f'the optimizer does not work element by element: the updates of {path} depend on where in their units weights stand. '
-                'It needs whole matrices: train it by sj.sparsify.'
-            )
+def _first_difference(tx: optax.GradientTransformationExtraArgs, whole: Any, masks: Any, layouts: dict[str, Layout]) -> str | None:
+    """The path of a compact leaf whose updates differ in one of a few steps; None: there is none."""
+    random = np.random.default_rng(1)
+    first = next(iter(layouts.values()))
+    stacked = lambda path, leaf: path in layouts and tree_lib.is_stacked(layouts[path])
+    compress = lambda tree: convert.compress(tree, masks, granularity=first.granularity, stacked=stacked, capacity_factor=1.5)
+    values, layout = compress(whole)
+    state, compact_state = tx.init(whole), tx.init(values)
+    for _ in range(_STEPS):
+        grads = jax.tree.map(lambda x, m: jnp.asarray(random.standard_normal(x.shape), x.dtype) * m, whole, masks)
+        updates, state = tx.update(grads, state, whole, value=jnp.float32(1))
+        compact_updates, compact_state = tx.update(compress(grads)[0], compact_state, values, value=jnp.float32(1))
+        expanded = convert.expand(compact_updates, layout)
+        for (path, a), b, mask in zip(
+            layers_lib.leaf_paths(expanded), jax.tree.leaves(updates), jax.tree.leaves(masks), strict=True
+        ):
+            a, b = (np.asarray(jnp.where(mask, x, 0), np.float32) for x in (a, b))
+            if path in layouts and not np.allclose(a, b, rtol=1e-3, atol=1e-4 * max(1e-30, float(np.abs(b).max()))):
+                return path
+        whole = jax.tree.map(lambda x, u, m: x + jnp.where(m, u, 0).astype(x.dtype), whole, updates, masks)
+        values = optax.apply_updates(values, compact_updates)
+    return None

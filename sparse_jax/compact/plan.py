@@ -24,7 +24,7 @@ from sparse_jax.kernels.layout import Layout, is_layout
 class Plan(NamedTuple):
     """What a mask update is to do; arrays, and trees like the layout."""
 
-    layout: Any  # where units belong afterwards; as before where there is no room: see fits
+    layout: Any  # where units belong afterwards; as before where there is no capacity_factor: see fits
     sources: Any  # int32[capacity] of each compact leaf: which unit of the old list each of the new one is; -1: it is new
     units: Any  # int32 number of units of each layer afterwards, counted at each tap, whether there is room or not
     stats: UpdateStats  # of the layers that take part
@@ -50,7 +50,8 @@ def plan(values: Any, layout: Any, scores: Any, count: Any, key: jax.Array, rule
       The plan. Where there is no room for it nothing moves: ask :func:`fits`, and :func:`reserve` first where it does not.
 
     Raises:
-      ValueError: for a rule that needs dense state, whose density follows a schedule or whose masks are fixed; or trees that do not fit.
+      ValueError: for a rule that needs dense state, whose density follows a schedule, whose masks are fixed or whose units are others than the
+        layout's; for trees that do not fit; and where scores are missing that the rule reads.
 
     Example: see :mod:`sparse_jax.compact`.
 
@@ -65,9 +66,15 @@ def plan(values: Any, layout: Any, scores: Any, count: Any, key: jax.Array, rule
 @numerics.lenient
 def _plan(values, layout, scores, t, key, rule: Rule) -> Plan:
     compact = tree_lib.compact_leaves(layout)
+    for path, lists_of_leaf in compact.named:
+        if lists_of_leaf.granularity != rule.granularity:
+            raise ValueError(
+                f'plan: the units of {path} are {lists_of_leaf.granularity}, those of the rule {rule.granularity}: they must be the same.'
+            )
     by_leaf = _values_of(values, compact)
     score_of = _scores_of(scores, compact, rule)
-    members = [i for i in range(len(compact.paths)) if rule_needs_no_scores(rule) or score_of[i] is not None]
+    scored = [i for i, score in enumerate(score_of) if score is not None]
+    members = scored or list(range(len(compact.paths)))
     layers, of_all = _layers(compact, members)
     keys = jax.random.split(jax.random.fold_in(key, t), of_all[-1].stop)
     keys = jnp.concatenate([keys[of_all[i].start : of_all[i].stop] for i in members])
@@ -100,11 +107,10 @@ def _plan(values, layout, scores, t, key, rule: Rule) -> Plan:
     return Plan(after, origins, units, stats)
 
 
-def rule_needs_no_scores(rule: Rule) -> bool:
-    """Whether no criterion reads gradients or momentum."""
-    parts = [part for part in (rule.prune, rule.grow, rule.redistribute) if part is not None]
-    silent = {criteria.magnitude, criteria.signed_magnitude, criteria.random, criteria.mean_magnitude, criteria.nonzeros}
-    return all(part in silent for part in parts)
+def _reads_scores(rule: Rule) -> bool:
+    """Whether a criterion reads gradients or momentum."""
+    silent = {None, criteria.magnitude, criteria.signed_magnitude, criteria.random, criteria.mean_magnitude, criteria.nonzeros}
+    return any(part not in silent for part in (rule.prune, rule.grow, rule.redistribute))
 
 
 def _check_rule(rule: Rule) -> None:
@@ -140,12 +146,12 @@ def _scores_of(scores: Any, compact: Compact, rule: Rule) -> list[jax.Array | No
         raise ValueError(
             f'plan: scores has the leaf {unknown[0]!r}, which is not compact: give the gradients of sj.compact.probes(layout).'
         )
-    if not given and not rule_needs_no_scores(rule):
+    if not given and _reads_scores(rule):
         raise ValueError(
             'plan: the rule’s criteria read gradients or momentum: give scores, the gradients of sj.compact.probes(layout).'
         )
     for path, layout in compact.named:
-        wanted = (*layout.pointers.shape[:-1], *granularity_lib.tap_units(layout.granularity, layout.shape))
+        wanted = (*layout.pointers.shape[:-1], *layout.units)
         if path in given and tuple(given[path].shape) != wanted:
             raise ValueError(f'plan: the scores of {path} have shape {tuple(given[path].shape)}, its units {wanted}.')
     return [given.get(path) for path in compact.paths]

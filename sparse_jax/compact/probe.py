@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from sparse_jax.compact import tree
 from sparse_jax.core import layers as layers_lib
 from sparse_jax.core.granularity import Unstructured
-from sparse_jax.kernels.compact import probe_shape
 from sparse_jax.kernels.layout import is_layout
 
 
@@ -19,7 +18,9 @@ def probes(layout: Any, *, leaves: Callable[[str], bool] | None = None, dtype: A
 
     Of single weights the gradient is :math:`\partial L / \partial w` at all positions, signed; of blocks it is its mean magnitude in each
     block, float32: a measurement, which is not summed over micro-batches but averaged. It is taken in the steps only whose scores are
-    needed, and costs 2 bytes a weight, or 4 a block.
+    needed, and costs 2 bytes a weight, or 4 a block. A block's magnitudes do not add up over products: a probe of blocks is for one product with
+    the whole batch. A second one in the same function is refused, and so are ``shard_map`` and a ``vmap`` over examples; one that is hidden in
+    the body of a loop, or in another function that is jitted or checkpointed, is not seen.
 
     Args:
       layout: tree of layouts.
@@ -28,6 +29,9 @@ def probes(layout: Any, *, leaves: Callable[[str], bool] | None = None, dtype: A
 
     Returns:
       A tree like layout: an array at each leaf that is scored, None elsewhere.
+
+    Raises:
+      ValueError: if layout has no compact leaf.
 
     Example:
       >>> import jax.numpy as jnp, sparse_jax as sj
@@ -41,7 +45,7 @@ def probes(layout: Any, *, leaves: Callable[[str], bool] | None = None, dtype: A
         if not is_layout(leaf) or (leaves is not None and not leaves(path)):
             return None
         lead = leaf.pointers.shape[:-1]
-        return jnp.zeros((*lead, *probe_shape(leaf)), dtype if isinstance(leaf.granularity, Unstructured) else jnp.float32)
+        return jnp.zeros((*lead, *leaf.units), dtype if isinstance(leaf.granularity, Unstructured) else jnp.float32)
 
     rows = [probe(path, leaf) for path, leaf in layers_lib.leaf_paths(layout, lambda x: x is None or is_layout(x))]
     return jax.tree.unflatten(jax.tree.structure(layout, is_leaf=lambda x: x is None or is_layout(x)), rows)
@@ -57,9 +61,12 @@ def with_probes(layout: Any, probes: Any) -> Any:
     Returns:
       A tree like layout.
 
+    Raises:
+      ValueError: if the trees do not fit.
+
     Example:
       >>> import jax, jax.numpy as jnp, sparse_jax as sj
-      >>> values, layout = sj.compact.compress({'w': jnp.eye(2)}, {'w': jnp.eye(2, dtype=bool)}, room=1)
+      >>> values, layout = sj.compact.compress({'w': jnp.eye(2)}, {'w': jnp.eye(2, dtype=bool)}, capacity_factor=1)
       >>> network = lambda values, patterns, x: sj.kernels.sparse_dot(x, values['w'], patterns['w']).sum()
       >>> x, scored = jnp.ones((1, 2)), probes(layout, dtype=jnp.float32)
       >>> jax.grad(lambda p: network(values, with_probes(layout, p), x))(scored)['w'].tolist()

@@ -5,13 +5,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core import layers as layers_lib
 from sparse_jax.kernels.layout import Layout, is_layout
 
-ROOM = 1.25  # capacity of a leaf against the units that it has, where its budget may change
+CAPACITY_FACTOR = 1.25  # capacity of a leaf against the units that it has, where its budget may change
 
 
 class Compact(NamedTuple):
@@ -47,18 +47,17 @@ def per_row(function: Callable, layout: Layout) -> Callable:
     return jax.vmap(function) if is_stacked(layout) else function
 
 
-def most_units(layout: Layout) -> int:
-    """Units of one layer that there can be, counted at each tap."""
-    return math.prod(granularity_lib.tap_units(layout.granularity, layout.shape))
+def capacity_for(units: int, most: int, factor: float) -> int:
+    """Capacity of a leaf whose fullest layer has so many units: a number of four significant bits where there is to be more room.
 
+    Few different capacities: few programs.
 
-def capacity_for(units: int, most: int, room: float) -> int:
-    """Capacity of a leaf whose fullest layer has so many units.
-
-    >>> capacity_for(100, 1000, 1.25), capacity_for(900, 1000, 1.25), capacity_for(1, 9, 1.25)
-    (125, 1000, 1)
+    >>> capacity_for(100, 1000, 1.25), capacity_for(103, 1000, 1.25), capacity_for(900, 1000, 1.25), capacity_for(9, 99, 1)
+    (120, 128, 1000, 9)
     """
-    return max(1, min(most, math.floor(units * room)))
+    wanted = math.floor(units * factor)
+    step = 1 << max(0, wanted.bit_length() - 4)
+    return max(1, units, min(most, wanted // step * step))
 
 
 def owners(tree: Any, compact: Compact) -> list[int | None]:
@@ -82,10 +81,11 @@ def owners(tree: Any, compact: Compact) -> list[int | None]:
                 f'{path} has shape {shape}, and the values of {owner} have {compact.layouts[number].values_shape}: units can be moved in what '
                 'has the values’ shapes, as the moments of optimizers that work element by element: see sj.compact.check.'
             )
-        if owner not in by_path and shape in shapes and math.prod(shape) > 1:
+        is_of_numbers = jnp.issubdtype(leaf.dtype, jnp.inexact) or shape in shapes
+        if owner not in by_path and is_of_numbers and math.prod(shape) > 1:
             raise ValueError(
-                f'{path} has shape {shape}, as values have, and its path ends in that of no leaf: units can be moved in trees of the values’ '
-                'names: see sj.compact.check.'
+                f'{path} has shape {shape}, and its path ends with no leaf’s path: units can be moved in trees of the values’ names: see '
+                'sj.compact.check.'
             )
         found.append(number if number is not None and shape == compact.layouts[number].values_shape else None)
     return found

@@ -131,7 +131,8 @@ def sparse_dot(
     r"""Matrix product with a sparse weight: :math:`y_{\ldots o} = \sum_i x_{\ldots i} w_{io}` over the pattern's positions.
 
     The gradient with respect to x is such a product with the transposed weight, that with respect to w is computed at the pattern's
-    positions only and zero elsewhere. Gradients of gradients are there too, in reverse mode; ``jax.jvp`` is not. All backends give the same values within rounding on finite inputs; where x or w holds NaN or
+    positions only and zero elsewhere. Gradients of gradients are there too, in reverse mode (with compact values on the reference only);
+    ``jax.jvp`` is not. All backends give the same values within rounding on finite inputs; where x or w holds NaN or
     infinity, positions off the pattern may or may not spread it (0 times NaN).
 
     Args:
@@ -141,19 +142,21 @@ def sparse_dot(
       pattern: of w: see :func:`make_pattern`; or a layout. None with a frozen weight.
       probe: with a layout: zeros whose gradient is the score of each unit, those that do not exist included: see
         :func:`sparse_jax.compact.probes`. None: no unit is scored.
-      dense_gradient: whether the gradient with respect to w is wanted at all positions; so too if the pattern says so.
+      dense_gradient: whether the gradient with respect to w is wanted at all positions; so too if the pattern says so. Not with a layout:
+        there a probe gives it.
       implementation: ``'reference'`` (plain XLA), ``'cpu'`` (C++, float32), ``'gpu'`` (Hopper, blocks with sides of 32, 64 or 128, bfloat16
         or float16) or ``'tpu'`` (blocks of 128x128, bfloat16 or float32); None: the one that the pattern names, or else by rule: on CPU
-        ``'cpu'`` for patterns at 20% or less (10% for fewer than 16 rows), on GPU and TPU their own up to the density at which it was measured to win (see
+        ``'cpu'`` for patterns at 20% or less (10% for fewer than 16 rows) and for compact values, on GPU and TPU their own up to the density at which it was measured to win (see
         ``benchmarks.gpu``), otherwise the reference.
 
     Returns:
       [..., out], of x's type.
 
     Raises:
-      ValueError: if shapes or types do not fit together, a concrete pattern lists more units than it has room for, or there is no such
-        implementation.
-      NotImplementedError: if the implementation named here cannot take these operands, or does not run on this machine.
+      ValueError: if shapes or types do not fit together, a concrete pattern lists more units than it has room for, there is no such
+        implementation, or a probe of blocks is used twice.
+      NotImplementedError: if the implementation named here cannot take these operands, or does not run on this machine; for a probe of blocks
+        inside of ``shard_map``, or of ``vmap`` over examples.
 
     Example:
       >>> import jax.numpy as jnp

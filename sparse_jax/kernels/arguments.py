@@ -10,7 +10,6 @@ from jax import lax
 from jax.core import Tracer
 
 from sparse_jax.core import errors
-from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core.granularity import Unstructured
 from sparse_jax.kernels import reference, sharded
 from sparse_jax.kernels.layout import CompactWeight, Layout
@@ -56,7 +55,7 @@ def check_frozen(
         )
     if layout.pointers.ndim != 1:
         raise ValueError(f'{name}: the frozen weight holds several layers, one a row{where}: take one row, as lax.scan does.')
-    *_, outputs = granularity_lib.tap_units(layout.granularity, layout.shape)
+    *_, outputs = layout.units
     sides = () if isinstance(layout.granularity, Unstructured) else layout.granularity.sides
     if layout.pointers.shape != (outputs + 1,) or weight.values.shape != (*layout.indices.shape, *sides):
         raise ValueError(
@@ -74,7 +73,9 @@ def check_compact(
     """ValueError unless x, the values of a compact weight of so many axes, its layout and a probe fit together."""
     where = f' (layer {layout.name})' if layout.name else ''
     if dense_gradient:
-        raise ValueError(f'{name}: the gradient of compact values is compact{where}: scores of missing units come out of probe=.')
+        raise ValueError(
+            f'{name}: the gradient of compact values is compact{where}: pass probe= to get the scores of missing units.'
+        )
     if layout.pointers.ndim != 1:
         raise ValueError(f'{name}: the layout holds several layers, one a row{where}: take one row, as lax.scan does.')
     if not layout.by_input:
@@ -86,7 +87,7 @@ def check_compact(
             f'{name}: the values have shape {tuple(values.shape)}, their layout has room for {layout.values_shape}{where}: both must come '
             'from the same compress, plan or reserve.'
         )
-    units = granularity_lib.tap_units(layout.granularity, layout.shape)
+    units = layout.units
     if probe is not None and (tuple(probe.shape) != units or not jnp.issubdtype(probe.dtype, jnp.floating)):
         raise ValueError(
             f'{name}: the probe is {probe.dtype}{list(probe.shape)}, it must be floating point of shape {units}{where}.'

@@ -4,11 +4,14 @@ import dataclasses
 import functools
 import math
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
+from jax.extend.core import get_opaque_trace_state
 
 from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core.granularity import Unstructured
@@ -17,12 +20,9 @@ from sparse_jax.kernels.layout import Layout
 from sparse_jax.kernels.reference import Geometry
 
 _CHUNK = 2**22  # weights of a layer whose dense gradient is made at a time, where scores by block are wanted
-_probes: weakref.WeakValueDictionary[int, Tracer] = weakref.WeakValueDictionary()  # of blocks, in what is being traced
-
-
-def probe_shape(layout: Layout) -> tuple[int, ...]:
-    """Shape of one layer's probe: the weight's, or a number for each unit at each tap."""
-    return granularity_lib.tap_units(layout.granularity, layout.shape)
+# Probes of blocks, by their ids, and what was being traced when they were used: the branches of a condition, say, are traced one by one.
+_probes: weakref.WeakValueDictionary[int, Tracer] = weakref.WeakValueDictionary()
+_traced: dict[int, Any] = {}
 
 
 def apply(name: str, x: jax.Array, values: jax.Array, layout: Layout, geometry: Geometry, probe, implementation) -> jax.Array:
@@ -54,12 +54,13 @@ def check_probe(name: str, probe: jax.Array | None, layout: Layout) -> None:
             f'{name}: scores by block{layer} would be those of a part of the batch inside of shard_map: take jit with shardings.'
         )
     if isinstance(probe, Tracer):
-        if _probes.get(id(probe)) is probe:
+        trace = get_opaque_trace_state()
+        if _probes.get(id(probe)) is probe and _traced.get(id(probe)) == trace:
             raise ValueError(
                 f'{name}: the probe{layer} is used for a second product, and mean magnitudes of blocks do not add up: score single '
                 'weights, or multiply once, with both inputs in one batch.'
             )
-        _probes[id(probe)] = probe
+        _probes[id(probe)], _traced[id(probe)] = probe, trace
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -77,11 +78,37 @@ def _backward(geometry, implementation, residuals, dy):
     kernels = backend.COMPACT[implementation]
     dx = kernels.compact_input_gradient(dy, values, layout, geometry, x.shape)
     d_values = kernels.compact_weight_gradient(x, dy, layout, geometry)
-    scores = None if probe is None else _scores(x, dy, layout, geometry).astype(probe.dtype)
+    scores = None
+    if probe is not None:
+        static = dataclasses.replace(layout, indices=None, pointers=None)  # what scores are made of
+        score = lambda x, dy: _scores(x, dy, static, geometry)
+        scores = (score if isinstance(layout.granularity, Unstructured) else of_whole_batches(score, probe))(x, dy).astype(
+            probe.dtype
+        )
     return dx, d_values, scores, None
 
 
 _product.defvjp(_forward, _backward)
+
+
+def of_whole_batches(score: Callable[..., jax.Array], probe: jax.Array) -> Callable[..., jax.Array]:
+    """A function that makes scores by block, which refuses to be mapped over examples: one probe's scores would be sums of theirs."""
+
+    @jax.custom_batching.custom_vmap
+    def checked(probe, *operands):
+        del probe
+        return score(*operands)
+
+    @checked.def_vmap
+    def rule(axis_size, is_batched, probe, *operands):
+        if not is_batched[0]:
+            raise NotImplementedError(
+                'scores by block under vmap would be sums over its axis: make the product with the whole batch, or score single weights.'
+            )
+        axes = [0 if batched else None for batched in is_batched[1:]]
+        return jax.vmap(score, axes, axis_size=axis_size)(*operands), True
+
+    return functools.partial(checked, probe)
 
 
 def _scores(x: jax.Array, dy: jax.Array, layout: Layout, geometry: Geometry) -> jax.Array:
@@ -92,7 +119,7 @@ def _scores(x: jax.Array, dy: jax.Array, layout: Layout, geometry: Geometry) -> 
         sums = _block_sums(x, dy, layout)
     else:
         sums = reference.block_scores(x, dy, layout.taps + layout.shape[-2:], geometry, layout.granularity.sides)
-    return (sums / _areas(layout)).reshape(probe_shape(layout))
+    return (sums / _areas(layout)).reshape(layout.units)
 
 
 def scores_of_gradient(dw: jax.Array, layout: Layout) -> jax.Array:
@@ -105,7 +132,7 @@ def scores_of_gradient(dw: jax.Array, layout: Layout) -> jax.Array:
 
 def _areas(layout: Layout) -> jax.Array:
     """Weights in each block of a tap, float32[blocks of inputs, blocks of outputs]: those at the edge have fewer."""
-    (rows, columns), (*_, inputs, outputs) = layout.granularity.sides, probe_shape(layout)
+    (rows, columns), (*_, inputs, outputs) = layout.granularity.sides, layout.units
     sides = lambda count, side, size: jnp.minimum(side, size - side * jnp.arange(count)).astype(jnp.float32)
     return sides(inputs, rows, layout.shape[-2])[:, None] * sides(outputs, columns, layout.shape[-1])
 
@@ -113,7 +140,7 @@ def _areas(layout: Layout) -> jax.Array:
 def _block_sums(x: jax.Array, dy: jax.Array, layout: Layout) -> jax.Array:
     """Sums of a matrix's dense gradient by block, a few rows of blocks at a time: the gradient is never there as a whole."""
     rows, columns = layout.granularity.sides
-    inputs, outputs = probe_shape(layout)[-2:]
+    inputs, outputs = layout.units[-2:]
     x, dy = x.reshape(-1, x.shape[-1]).astype(jnp.float32), dy.reshape(-1, dy.shape[-1]).astype(jnp.float32)
     at_once = max(1, min(inputs, _CHUNK // (rows * dy.shape[-1])))
     chunks = -(-inputs // at_once)

@@ -46,6 +46,11 @@ class Layout:
         return self.indices.shape[-1]
 
     @property
+    def units(self) -> tuple[int, ...]:
+        """Shape of one layer's array of units: [taps..., inputs, outputs]; that of its probe."""
+        return granularity_lib.tap_units(self.granularity, self.shape)
+
+    @property
     def taps(self) -> tuple[int, int]:
         """Height and width of a convolution's kernel; of a matrix one and one."""
         return self.shape[:-2] or (1, 1)  # pyright: ignore[reportReturnType]
@@ -58,7 +63,7 @@ class Layout:
 
     def places(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The tap, input and output of each unit, int32[capacity]; of those that are not used one of the last two lies beyond the weight."""
-        *taps, _, _ = granularity_lib.tap_units(self.granularity, self.shape)
+        *taps, _, _ = self.units
         number = jnp.arange(self.capacity, dtype=jnp.int32)
         group = jnp.searchsorted(self.pointers, number, side='right').astype(jnp.int32) - 1
         other, tap = jnp.divmod(jnp.asarray(self.indices), jnp.int32(math.prod(taps)))
@@ -112,7 +117,7 @@ def is_compact(x: object) -> bool:
 
 def expand(values: jax.Array | np.ndarray, layout: Layout) -> jax.Array:
     """The whole weight of one layer, zero where no unit exists, in plain XLA."""
-    *taps, inputs, outputs = granularity_lib.tap_units(layout.granularity, layout.shape)
+    *taps, inputs, outputs = layout.units
     rows, columns = layout.granularity.sides
     tap, source, output = layout.places()
     values = jnp.asarray(values).reshape(-1, rows, columns)
@@ -125,7 +130,7 @@ def expand(values: jax.Array | np.ndarray, layout: Layout) -> jax.Array:
 
 def gather(whole: jax.Array, layout: Layout) -> jax.Array:
     """The values of one layer at its units, zero beyond the weight's edge and beyond the last unit: the inverse of :func:`expand`."""
-    *taps, inputs, outputs = granularity_lib.tap_units(layout.granularity, layout.shape)
+    *taps, inputs, outputs = layout.units
     rows, columns = layout.granularity.sides
     tap, source, output = layout.places()
     padded = jnp.pad(

@@ -65,14 +65,14 @@ def lists_of(units: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
 def flat_of(layout: Layout) -> tuple[jax.Array, jax.Array]:
     """The place of each unit of one layer in the flattened array of :func:`units_of`, int32[capacity], and whether it is used."""
     tap, source, output = layout.places()
-    *taps, _, outputs = granularity_lib.tap_units(layout.granularity, layout.shape)
+    *taps, _, outputs = layout.units
     used = jnp.arange(layout.capacity) < layout.pointers[-1]
     return jnp.where(used, (source * outputs + output) * math.prod(taps) + tap, 0), used
 
 
 def mask_of(layout: Layout) -> jax.Array:
     """The mask of one layer: bool of the weight's shape."""
-    *taps, inputs, outputs = granularity_lib.tap_units(layout.granularity, layout.shape)
+    *taps, inputs, outputs = layout.units
     flat, used = flat_of(layout)
     size = inputs * outputs * math.prod(taps)
     units = jnp.zeros(size, bool).at[jnp.where(used, flat, size)].set(True, mode='drop')

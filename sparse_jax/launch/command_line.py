@@ -107,13 +107,13 @@ def _arguments(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield name, value if equals else following
 
 
-def _missing(name: str) -> str:
+def _missing(name: str, folder: str | None = None) -> str:
     examples = {
         'config': 'configs/mnist_lenet300.py:offline', 'workdir': 'runs/mnist_lenet300', 'sweep': "'seed=0,1,2'", 'to': 'network.npz',
     }  # fmt: skip
     of_run = ' With the --workdir of a run that exists none is needed.' if name == 'config' else ''
-    if of_run and WORKDIR.value and not os.path.lexists(WORKDIR.value):
-        of_run = f' --workdir={WORKDIR.value} does not exist: there is no run to go on with.'
+    if of_run and folder and not os.path.lexists(folder):
+        of_run = f' --workdir={folder} does not exist: there is no run to go on with.'
     return f'--{name} is missing: give for instance --{name}={examples[name]}.{of_run}'
 
 
@@ -156,7 +156,7 @@ def _check_before_parsing(argv: Sequence[str]) -> None:
         usage.check_config(arguments['config'])
     settings = [name.removeprefix('config.') for name in arguments if name.startswith('config.')]
     if not arguments.get('config') and (settings or 'config' in arguments):
-        raise usage.WrongConfig(_missing('config'))
+        raise usage.WrongConfig(_missing('config', arguments.get('workdir')))
     if settings:
         from sparse_jax import config as config_lib
         from sparse_jax.core import errors
@@ -181,7 +181,7 @@ def _check_mode() -> None:
         raise ValueError(f'--lower_only={LOWER_ONLY.value!r}: must be cuda or tpu.')
     takes = MODES[name].flags
     if 'config' in takes and not CONFIG.value:
-        raise usage.WrongConfig(_missing('config'))
+        raise usage.WrongConfig(_missing('config', WORKDIR.value))
     for flag in (WORKDIR, SWEEP, TO):
         if flag.name in takes and not flag.value and not LOWER_ONLY.value:
             raise ValueError(_missing(flag.name))
@@ -217,9 +217,9 @@ def parse(argv: Sequence[str]) -> list[str]:
             0 if len(argv) > 1 else wrong_input('nothing to do: give at least --config and --workdir, as in the example above.')
         )
     try:
-        argv = _with_packaged_config(_with_stored_config(argv))
+        argv = _with_stored_config(argv)
         _check_before_parsing(argv[1:])
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(_with_packaged_config(argv))
         if len(rest) > 1:
             raise ValueError(f'{rest[1]!r} is not a flag: flags begin with --.')
         if LIST_SETTINGS.value:

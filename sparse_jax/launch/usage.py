@@ -91,7 +91,7 @@ def check_config(value: str) -> None:
       WrongConfig: saying which ones are near.
     """
     name, _, variant = value.partition(':')
-    path = pathlib.Path(name)
+    path = pathlib.Path(find_config(name))
     if not path.is_file():
         hint = ' or '.join(_nearest(path))
         problem = 'is a folder' if path.is_dir() else 'does not exist'

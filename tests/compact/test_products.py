@@ -155,7 +155,7 @@ def test_scores_by_block_never_make_the_whole_gradient():
 
 WRONG = [
     (dict(probe=jnp.zeros((3, 3))), 'the probe is float32[3, 3], it must be floating point of shape (40, 33)'),
-    (dict(dense_gradient=True), 'scores of missing units come out of probe='),
+    (dict(dense_gradient=True), 'pass probe= to get the scores of missing units'),
     (dict(values=jnp.zeros(3)), 'both must come from the same compress, plan or reserve'),
     (dict(x=jnp.ones((2, 39))), 'has 39 features, w of shape (40, 33) takes 40'),
     (dict(x=jnp.ones((2, 40), jnp.bfloat16)), 'x and w must be of one floating-point type'),
@@ -194,6 +194,13 @@ def test_a_probe_of_blocks_serves_one_product():
     once = lambda v, p: jnp.sum(kernels.sparse_dot(x, v, layout, probe=p))
     for _ in range(2):  # another trace is another matter
         jax.jit(jax.grad(once, (0, 1)))(values, probe)
+    jax.grad(lambda v, p: jax.lax.cond(v.sum() > 0, once, lambda v, p: 2 * once(v, p), v, p), (0, 1))(values, probe)
+    examples = lambda v, p: jnp.sum(jax.vmap(lambda row: jnp.sum(kernels.sparse_dot(row[None], v, layout, probe=p)))(x))
+    with pytest.raises(NotImplementedError, match='scores by block under vmap would be sums'):
+        jax.grad(examples, 1)(values, probe)
+    jax.grad(lambda v: examples(v, None))(values)
+    each = jax.vmap(jax.grad(once, 1), (None, 0))(values, jnp.stack([probe, probe]))
+    np.testing.assert_array_equal(each[0], jax.grad(once, 1)(values, probe))
     mesh = jax.make_mesh((1,), ('data',), axis_types=(AxisType.Auto,))
     with pytest.raises(NotImplementedError, match='part of the batch inside of shard_map'):
         jax.shard_map(

@@ -209,7 +209,9 @@ def _backward(statics, residuals, gradients):
     gradient = lambda shape, listed: cpu.call('weight_gradient', (shape,), x, taken[1], dy, cpu.LISTS, pattern=listed, **options)[0]
     scores = None
     if probe is not None:
-        scores = compact.scores_of_gradient(gradient(statics.w_shape, None), pattern).astype(probe.dtype)
+        score = lambda dw: compact.scores_of_gradient(dw, dataclasses.replace(pattern, indices=None, pointers=None))
+        score = score if isinstance(pattern.granularity, Unstructured) else compact.of_whole_batches(score, probe)
+        scores = score(gradient(statics.w_shape, None)).astype(probe.dtype)
     return dx, _d_activation(activation, sums), gradient(w.shape, listed), (dy if has_residual else None), None, scores
 
 

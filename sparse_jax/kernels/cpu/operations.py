@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparse_jax._malloc import MALLOC
 from sparse_jax.core import errors, target
 from sparse_jax.core.granularity import Granularity, Unstructured
 from sparse_jax.kernels.cpu import compiler
@@ -22,8 +23,6 @@ from sparse_jax.kernels.reference import Geometry
 
 _logger = logging.getLogger('sparse_jax')
 _HANDLERS = ('forward', 'frozen', 'input_gradient', 'weight_gradient', 'pool', 'pool_gradient')
-# launch.MALLOC: that module restarts Python before anything imports jax, as this one does
-MALLOC = ':'.join(f'glibc.malloc.{name}' for name in ('mmap_max=0', 'trim_threshold=1000000000000', 'arena_max=1', 'hugetlb=1'))
 _LARGE = 2**22  # elements of an array
 LISTS = object()  # where a pattern's lists stand among the operands
 
@@ -67,7 +66,7 @@ def call(name: str, shapes: Sequence[tuple[int, ...]], *operands, pattern: Patte
     if max(map(math.prod, shapes)) >= _LARGE and _malloc_returns_memory():
         errors.say_once(
             'CPU kernels: malloc maps large arrays anew in each step, which can cost a quarter of it. Start Python with '
-            f'GLIBC_TUNABLES={MALLOC} in the environment, as launch.py does.'
+            f'GLIBC_TUNABLES={MALLOC} in the environment, as the launcher does.'
         )
     empty = jnp.zeros(0, jnp.int32)
     # by input, also for the product by output: the order in which the weight lies in memory
@@ -100,8 +99,8 @@ def kernel(name: str, results: Any, **attributes) -> Callable[..., Any]:
     @function.defjvp
     def refuse(primals, tangents):
         raise NotImplementedError(
-            f'the C++ kernel {name} has no derivative of its own: networks by lanes have first derivatives only. Gradients of '
-            'gradients are those of sparse_dot and sparse_conv, and of networks without patterns.'
+            f'the C++ kernel {name} has no derivative of its own: networks by lanes and products of compact values have first derivatives '
+            "only. Gradients of gradients are those of sparse_dot and sparse_conv with a pattern, or with implementation='reference'."
         )
 
     return function
