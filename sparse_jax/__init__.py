@@ -13,9 +13,10 @@ from sparse_jax._version import __version__
 if TYPE_CHECKING:
     from sparse_jax import compact, export, kernels, nnx, stats
     from sparse_jax.core import allocation as redistribution
-    from sparse_jax.core import criteria, distributions, granularity, methods, momentum, schedules, selection
+    from sparse_jax.core import criteria, distributions, granularity, methods, momentum, saliency, schedules, selection
     from sparse_jax.core.masks import SparsifyState, UpdateStats, apply_masks, check_sparse, get_masks, layer_names, set_masks
     from sparse_jax.core.methods import sparse_momentum
+    from sparse_jax.core.pruning import prune
     from sparse_jax.core.rule import Rule
     from sparse_jax.core.schedules import Timing, needs_dense_gradient
     from sparse_jax.core.sparsify import sparsify
@@ -40,7 +41,9 @@ __all__ = [
     'momentum',
     'needs_dense_gradient',
     'nnx',
+    'prune',
     'redistribution',
+    'saliency',
     'schedules',
     'selection',
     'set_masks',
@@ -52,11 +55,11 @@ __all__ = [
 _PACKAGES = ('compact', 'export', 'kernels', 'nnx', 'stats')
 _OF_CORE = {  # modules of the core by their public names
     'criteria': 'criteria', 'distributions': 'distributions', 'granularity': 'granularity', 'masks': 'masks', 'methods': 'methods',
-    'momentum': 'momentum', 'redistribution': 'allocation', 'schedules': 'schedules', 'selection': 'selection',
+    'momentum': 'momentum', 'redistribution': 'allocation', 'saliency': 'saliency', 'schedules': 'schedules', 'selection': 'selection',
 }  # fmt: skip
 _MODULE_OF = {
     'Rule': 'rule', 'SparsifyState': 'masks', 'Timing': 'schedules', 'UpdateStats': 'masks', 'apply_masks': 'masks', 'check_sparse': 'masks',
-    'get_masks': 'masks', 'layer_names': 'masks', 'needs_dense_gradient': 'schedules', 'set_masks': 'masks', 'sparse_momentum': 'methods',
+    'get_masks': 'masks', 'layer_names': 'masks', 'needs_dense_gradient': 'schedules', 'prune': 'pruning', 'set_masks': 'masks', 'sparse_momentum': 'methods',
     'sparsify': 'sparsify',
 }  # fmt: skip
 

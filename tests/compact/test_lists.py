@@ -13,6 +13,8 @@ from sparse_jax.kernels import layout as layout_lib
 from sparse_jax.kernels import lists
 from sparse_jax.kernels.layout import Layout
 
+pytestmark = pytest.mark.core
+
 CASES = [
     ((7, 5), Unstructured()),
     ((40, 33), Unstructured()),

@@ -16,6 +16,8 @@ from sparse_jax.kernels import layout as layout_lib
 from tests.compact.test_lists import layout_of, random_mask
 from tests.kernels.test_compiler import needs_compiler
 
+pytestmark = pytest.mark.core
+
 IMPLEMENTATIONS = ('reference', pytest.param('cpu', marks=needs_compiler))
 # shape of the weight, of x, granularity, geometry
 CASES = [

@@ -121,6 +121,26 @@ def frozen(case, seed: int = 0):
     return y, float(np.abs(y - expected).max(initial=0) / max(np.abs(expected).max(initial=0), 1e-30))
 
 
+def compact(case, got, seed: int = 0) -> bool:
+    """Whether compact values give the bits of what the pattern gave (output, dx, dw) by the C++ kernel, and zeros beyond the last unit."""
+    import jax
+    import jax.numpy as jnp
+
+    from sparse_jax import compact as compact_lib
+    from sparse_jax import kernels
+
+    strides, padding, dilation, block = case[6], case[7], case[8], case[10]
+    x, mask, w, dy = make(case, seed)
+    granularity = 'unstructured' if block is None else f'block:{block[0]}x{block[1]}'
+    values, layout = compact_lib.compress({'w': w}, {'w': mask}, granularity=granularity, capacity_factor=1.5)
+    options = dict(strides=strides, padding=padding, dilation=dilation, implementation='cpu')
+    y, pull = jax.vjp(lambda x, v: kernels.sparse_conv(x, v, layout['w'], **options), jnp.asarray(x), values['w'])
+    dx, d_values = pull(jnp.asarray(dy))
+    expanded = compact_lib.expand({'w': d_values}, layout)['w']
+    unused = np.asarray(d_values)[int(layout['w'].pointers[-1]) :]
+    return not unused.any() and all(np.array_equal(a, b) for a, b in zip((y, dx, expanded), got, strict=True))
+
+
 # batch, height, width, in, out, taps, stride, padding, density
 BY_LANES = [
     (64, 8, 8, 20, 33, 3, 1, 1, 0.1),
@@ -237,6 +257,7 @@ def main() -> None:
         for seed in range(2):
             got, wrong = errors(case, 'cpu', seed)
             assert max(wrong) < 2e-6, (case, wrong)
+            assert compact(case, got, seed), case
             y, wrong = frozen(case, seed)
             assert wrong < 2e-6, (case, wrong)
             for array in (*got, y):
