@@ -75,10 +75,11 @@ def prune(
     Reference: Han et al., `Learning both weights and connections for efficient neural networks <https://arxiv.org/abs/1506.02626>`_, 2015.
     """
     total = _check(density, scores, criterion, rounds, prune_scope, distribution)
-    rule = Rule(
-        density=total, timing=Timing(1, 1), prune=criterion, grow=None, redistribute=None, distribution=distribution,
-        granularity=granularity, prune_scope=prune_scope, sparsifiable=sparsifiable, dense=dense, stacked=stacked, seed=seed,
+    parts: dict[str, Any] = dict(
+        prune=criterion, distribution=distribution, granularity=granularity, prune_scope=prune_scope,
+        sparsifiable=sparsifiable, dense=dense, stacked=stacked, seed=seed,
     )  # fmt: skip
+    rule = Rule(density=total, timing=Timing(1, 1), grow=None, redistribute=None, **parts)
     layers = rule.sparse_layers(params)
     masks = jax.tree.map(lambda _: jnp.array(True), params)
     for layer in layers:
@@ -172,8 +173,8 @@ def _leaf_scores(rule: Rule, layers: list[Layer], params: Any, masks: Masks, sco
             info = criteria.LeafInfo(weight, mask, None, None, key, granularity=rule.granularity)  # pyright: ignore[reportArgumentType]
             return jnp.abs(group_update.unit_scores(rule.granularity, jnp.asarray(rule.prune(info))).astype(jnp.float32))
 
-        rows = (grouping.as_rows(layer, x[layer.leaf]) for x in (weights, present))
-        return jax.vmap(row)(*rows, keys[layer.start : layer.stop])
+        weight, mask = (grouping.as_rows(layer, x[layer.leaf]) for x in (weights, present))
+        return jax.vmap(row)(weight, mask, keys[layer.start : layer.stop])
 
     return [of_criterion(layer) for layer in layers]
 
