@@ -1,6 +1,7 @@
 """Compact trees and optimizers: which optimizers are right, which are refused, and bad input."""
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,11 @@ OPTIMIZERS = {
     'chain': optax.chain(optax.clip(0.5), optax.add_decayed_weights(0.01), optax.rmsprop(1e-2, momentum=0.9)),
     'ema': optax.chain(optax.scale_by_adam(mu_dtype=jnp.bfloat16), optax.scale_by_learning_rate(0.01)),
 }
+
+
+# By an optimised program a reciprocal square root is another instruction in an array's last few entries than before them: a unit in the last
+# place. Without optimisations, and in the others, all bits are equal.
+ROUNDED = () if os.environ.get('JAX_DISABLE_MOST_OPTIMIZATIONS') else ('adagrad', 'chain')
 
 
 def _trees(granularity):
@@ -46,7 +52,10 @@ def test_optimizers_work_on_values_as_on_whole_arrays(name, granularity):
         params = sj.apply_masks(optax.apply_updates(params, updates), masks)
         updates, state = step(compress(grads), state, values)
         values = optax.apply_updates(values, updates)
-        jax.tree.map(np.testing.assert_array_equal, sj.compact.expand(values, layout), params)
+        close = functools.partial(
+            np.testing.assert_allclose, rtol=2e-6 if name in ROUNDED else 0, atol=2e-7 if name in ROUNDED else 0
+        )
+        jax.tree.map(close, sj.compact.expand(values, layout), params)
 
 
 REFUSED = {
