@@ -60,6 +60,8 @@ def check_probe(name: str, probe: jax.Array | None, layout: Layout) -> None:
                 f'{name}: the probe{layer} is used for a second product, and mean magnitudes of blocks do not add up: score single '
                 'weights, or multiply once, with both inputs in one batch.'
             )
+        for gone in _traced.keys() - _probes.keys():
+            _traced.pop(gone, None)
         _probes[id(probe)], _traced[id(probe)] = probe, trace
 
 

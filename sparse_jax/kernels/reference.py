@@ -10,6 +10,7 @@ from jax import lax
 from sparse_jax.core import target
 from sparse_jax.core.granularity import Block, Granularity
 from sparse_jax.kernels import layout as layout_lib
+from sparse_jax.kernels import lists
 from sparse_jax.kernels.layout import CompactWeight, Layout
 from sparse_jax.kernels.pattern import Pattern
 
@@ -63,16 +64,7 @@ def convolve_dense(x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
 
 def mask_of(pattern: Pattern) -> jax.Array:
     """The mask that a pattern stands for: bool of the weight's shape."""
-    *taps, inputs, outputs = pattern.units
-    number = jnp.arange(pattern.capacity)
-    output = jnp.searchsorted(pattern.pointers, number, side='right') - 1  # of unused ones: too large, and dropped
-    source, tap = jnp.divmod(pattern.indices, math.prod(taps))
-    units = (
-        jnp.zeros((math.prod(taps), inputs, outputs), bool).at[tap, source, output].set(True, mode='drop').reshape(pattern.units)
-    )
-    rows, columns = pattern.granularity.sides
-    whole = jnp.repeat(jnp.repeat(units, rows, axis=-2), columns, axis=-1)
-    return whole[..., : pattern.shape[-2], : pattern.shape[-1]]
+    return lists.mask_of(Layout(pattern.indices, pattern.pointers, pattern.shape, pattern.granularity))
 
 
 def unsupported(dtype, granularity: Granularity) -> str:

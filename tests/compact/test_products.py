@@ -145,12 +145,11 @@ def test_an_ordinary_step_holds_nothing_of_a_leafs_dense_size():
     assert '96,80]' in compiled(jax.grad(loss, (0, 1)), values, jnp.zeros(shape, jnp.bfloat16)), 'with scores it does'
 
 
+@needs_compiler
 def test_scores_by_block_never_make_the_whole_gradient():
     layout = layout_of(random_mask((8192, 1024), Block(64, 64), 0.1, 0), Block(64, 64))
     values, probe = jnp.zeros(layout.values_shape), jnp.zeros((128, 16))
     loss = lambda v, p, x: jnp.sum(kernels.sparse_dot(x, v, layout, probe=p, implementation='cpu'))
-    if sj.kernels.unsupported('cpu', 'float32', 'block:64x64'):
-        pytest.skip('needs a C++ compiler: install g++ or clang++')
     text = jax.jit(jax.grad(loss, (0, 1))).lower(values, probe, jnp.ones((32, 8192))).compile().as_text()
     assert '8192,1024]' not in text and '4096,1024]' in text
 
