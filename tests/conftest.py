@@ -1,6 +1,8 @@
 """What all tests share: eight virtual CPU devices, parsed flags (grain asks absl for some), and caches of kernels and programs."""
 
+import gc
 import os
+import pathlib
 import shutil
 import signal
 import tempfile
@@ -21,12 +23,31 @@ collect_ignore = [] if os.environ.get('AOT') else _FOR_DEVICES
 _CACHES = 'SPARSE_JAX_TEST_CACHES'
 
 
+class _Maps:
+    """Drops the compiled programs of a worker that has many.
+
+    Each takes several of the 65,530 memory maps that Linux allows a process by default; XLA crashes where there is none left.
+    """
+
+    _MOST, _EVERY = 20_000, 10  # maps, tests
+
+    def __init__(self):
+        self._path, self._tests = pathlib.Path('/proc/self/maps'), 0
+
+    def pytest_runtest_teardown(self):
+        self._tests += 1
+        if self._tests % self._EVERY == 0 and self._path.exists() and self._path.read_bytes().count(b'\n') > self._MOST:
+            jax.clear_caches()
+            gc.collect()
+
+
 def pytest_configure(config):
     """Gives this run caches of its own: for the C++ kernels and measurements, and for the programs that XLA compiles.
 
     They begin empty, so that a run depends on nothing that one before it left; all workers and the processes they start share them, as the
     same small programs are compiled over and over. (The environment is for those processes: this one has imported jax already.)
     """
+    config.pluginmanager.register(_Maps())
     if _CACHES not in os.environ:
         folder = tempfile.mkdtemp(prefix='sparse_jax_tests_')
         os.environ[_CACHES] = folder
