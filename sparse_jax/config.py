@@ -104,6 +104,10 @@ class Sparsity(_Section):
     dense: str = (
         ''  # Layers to keep dense: patterns of their paths, separated by commas, such as fc3/*; empty: no more than the model's.
     )
+    # What is stored of sparse layers: dense arrays with zeros, or, in compact storage, existing weights only, their gradients and moments:
+    # memory falls with the density.
+    storage: str = 'dense'
+    groups: int = 1  # Compact storage: groups of sparse layers that take turns in mask updates, each with gradients of its own, to save memory.
     # Kernels of sparse layers: auto measures each layer of density 0.9 or less and takes the fastest; dense multiplies masked weights.
     kernels: str = 'auto'
     # Steps up to a mask update that compute dense gradients, where growth reads a momentum; None: all steps; 0: none.
@@ -245,6 +249,7 @@ _RANGES = {
     'sparsity.density': _ABOVE_0,
     'sparsity.initial_density': _ABOVE_0,
     'sparsity.accumulate_steps': _AT_LEAST_1,
+    'sparsity.groups': _AT_LEAST_1,
     'sparsity.prune_rate': _FROM_0_TO_1,
     'sparsity.update_every': _AT_LEAST_0,
     'sparsity.start_step': _AT_LEAST_0,
@@ -277,6 +282,7 @@ _ONLY_FOR = (
     (('optimizer.final_factor',), 'optimizer.schedule', ('cosine',)),
     (('sparsity.initial_density',), 'sparsity.method', ('granet', 'dense')),
     (('sparsity.accumulate_steps',), 'sparsity.method', ('rigl', 'dense')),
+    (('sparsity.groups',), 'sparsity.storage', ('compact',)),
 )
 
 _OPTIONAL = ('sparsity.dense_gradient_window',)

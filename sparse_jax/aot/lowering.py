@@ -69,6 +69,10 @@ def lower(config: config_lib.Config, platform: str) -> Lowered:
     """
     if platform not in PLATFORMS:
         raise errors.unknown('platform', platform, PLATFORMS)
+    if config.sparsity.storage == 'compact':
+        raise ValueError(
+            "config.sparsity.storage='compact' has kernels on CPU only, and there is nothing of it to lower for others: take 'dense'."
+        )
     backend = PLATFORMS[platform]
     with kernels_lib.lowering_for(backend):
         run_lib.check_settings(config)

@@ -97,10 +97,18 @@ def _leaf(path: str, value: Any, mask: Any, stacked: bool, unit: Granularity, ca
         raise ValueError(
             f'compress: {path} has {lost} weights off its mask that are not zero: apply it first, with sj.apply_masks(params, masks).'
         )
-    layout = _layout(mask, shape, stacked, unit, capacity_factor, implementation, path)
+    most = math.prod(granularity_lib.tap_units(unit, shape))
+    capacity = tree_lib.capacity_for(int(_most_units(mask, unit, stacked)), most, capacity_factor)
+    layout = _layout(mask, shape, stacked, unit, capacity, implementation, path)
     if not _is_mask_of(mask, layout):
         raise ValueError(f'compress: the mask of {path} does not consist of whole {unit}.')
     return _gathered(value, layout), layout
+
+
+def _first_capacity(units: int, shape: tuple[int, ...], unit: Granularity, capacity_factor: float) -> int:
+    """The capacity of a leaf whose fullest layer has so many units, of which a list has one at each tap."""
+    listed = math.prod(granularity_lib.tap_units(unit, shape))
+    return tree_lib.capacity_for(units * (listed // math.prod(unit.unit_shape(shape))), listed, capacity_factor)
 
 
 @jax.jit
@@ -137,11 +145,9 @@ def _lists(mask: jax.Array, unit: Granularity, stacked: bool, capacity: int) -> 
 
 
 def _layout(
-    mask: jax.Array, shape, stacked: bool, unit: Granularity, capacity_factor: float, implementation: str | None, path: str
+    mask: jax.Array, shape, stacked: bool, unit: Granularity, capacity: int, implementation: str | None, path: str
 ) -> Layout:
     """The layout of a leaf, by its mask."""
-    most = math.prod(granularity_lib.tap_units(unit, shape))
-    capacity = tree_lib.capacity_for(int(_most_units(mask, unit, stacked)), most, capacity_factor)
     indices, pointers = _lists(mask, unit, stacked, capacity)
     return Layout(indices, pointers, shape, unit, implementation, path, by_input=True)
 
@@ -226,11 +232,7 @@ def init(
       >>> values['w'].shape
       (16,)
     """
-    capacity_factor = (
-        (tree_lib.CAPACITY_FACTOR if rule.redistribute is not None or rule.is_global else 1.0)
-        if capacity_factor is None
-        else capacity_factor
-    )
+    capacity_factor = tree_lib.factor_for(rule) if capacity_factor is None else capacity_factor
     _check_capacity_factor(capacity_factor)
     shapes = jax.eval_shape(make)
     layers = rule.sparse_layers(shapes)
@@ -247,9 +249,8 @@ def init(
             of_layer = slice(layer.start, layer.stop)
             first = jax.jit(numerics.lenient(functools.partial(mask_update.first_mask, rule, layer)))
             mask = first(jnp.asarray(counts[of_layer]), keys[of_layer])
-            layout = _layout(
-                mask, layer.shape, layer.depth is not None, rule.granularity, capacity_factor, implementation, layer.name
-            )
+            capacity = _first_capacity(int(counts[of_layer].max()), layer.shape, rule.granularity, capacity_factor)
+            layout = _layout(mask, layer.shape, layer.depth is not None, rule.granularity, capacity, implementation, layer.name)
             value = _gathered(value, layout)
         values.append(value)
         layouts.append(layout)

@@ -62,22 +62,26 @@ def reserve(tree: Any, layout: Any, plan: Plan, *, capacity_factor: float = tree
       (True, (10,))
     """
     compact = tree_lib.compact_leaves(layout)
-    numbers = tree_lib.owners(tree, compact)
     wanted = [int(np.max(u)) for u in jax.device_get(jax.tree.leaves(plan.units))]
     present = [int(np.max(jax.device_get(x.pointers)[..., -1])) for x in compact.layouts]
-    capacities = [
-        max(x.capacity, tree_lib.capacity_for(max(pair), math.prod(x.units), capacity_factor))
-        for x, *pair in zip(compact.layouts, wanted, present, strict=True)
-    ]
-    _LOG.info(
-        'compact: larger capacities, of all leaves at once: %s.',
-        ', '.join(f'{path} {x.capacity:,} -> {c:,}' for path, x, c in zip(compact.paths, compact.layouts, capacities, strict=True)),
-    )
+    capacities = {
+        path: max(x.capacity, tree_lib.capacity_for(max(pair), math.prod(x.units), capacity_factor))
+        for (path, x), *pair in zip(compact.named, wanted, present, strict=True)
+    }
+    larger = [f'{path} {x.capacity:,} -> {capacities[path]:,}' for path, x in compact.named if capacities[path] > x.capacity]
+    _LOG.info('compact: larger capacities, of all leaves at once: %s.', ', '.join(larger))
+    return with_capacities(tree, layout, capacities)
+
+
+def with_capacities(tree: Any, layout: Any, capacities: dict[str, int]) -> tuple[Any, Any]:
+    """The tree and the layout with these capacities by leaf, none smaller than it is; runs under jit."""
+    compact = tree_lib.compact_leaves(layout)
+    numbers = tree_lib.owners(tree, compact)
 
     def wider(x: jax.Array, number: int) -> jax.Array:
         old = compact.layouts[number]
         axis = 1 if tree_lib.is_stacked(old) else 0
-        return jnp.pad(x, [(0, capacities[number] - old.capacity if i == axis else 0) for i in range(x.ndim)])
+        return jnp.pad(x, [(0, capacities[compact.paths[number]] - old.capacity if i == axis else 0) for i in range(x.ndim)])
 
     leaves = [x if i is None else wider(x, i) for x, i in zip(jax.tree.leaves(tree), numbers, strict=True)]
     order = iter(range(len(compact.layouts)))

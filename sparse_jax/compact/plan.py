@@ -58,7 +58,7 @@ def plan(values: Any, layout: Any, scores: Any, count: Any, key: jax.Array, rule
     Reference: Evci et al., `Rigging the Lottery <https://arxiv.org/abs/1911.11134>`_, 2020, for growth by the gradients of missing weights.
     """
     arguments.check_type('rule', rule, Rule)
-    _check_rule(rule)
+    check_rule(rule)
     return _plan(values, layout, scores, jnp.asarray(count, jnp.int32), rule.key_of(key), rule)
 
 
@@ -107,13 +107,13 @@ def _plan(values, layout, scores, t, key, rule: Rule) -> Plan:
     return Plan(after, origins, units, stats)
 
 
-def _reads_scores(rule: Rule) -> bool:
+def reads_scores(rule: Rule) -> bool:
     """Whether a criterion reads gradients or momentum."""
     silent = {None, criteria.magnitude, criteria.signed_magnitude, criteria.random, criteria.mean_magnitude, criteria.nonzeros}
     return any(part not in silent for part in (rule.prune, rule.grow, rule.redistribute))
 
 
-def _check_rule(rule: Rule) -> None:
+def check_rule(rule: Rule) -> None:
     if rule.is_fixed:
         raise ValueError(
             'plan: this rule has grow=None and a constant density, so its masks never change: there is nothing to plan.'
@@ -146,7 +146,7 @@ def _scores_of(scores: Any, compact: Compact, rule: Rule) -> list[jax.Array | No
         raise ValueError(
             f'plan: scores has the leaf {unknown[0]!r}, which is not compact: give the gradients of sj.compact.probes(layout).'
         )
-    if not given and _reads_scores(rule):
+    if not given and reads_scores(rule):
         raise ValueError(
             'plan: the rule’s criteria read gradients or momentum: give scores, the gradients of sj.compact.probes(layout).'
         )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_jax.core import layers as layers_lib
+from sparse_jax.core.rule import Rule
 from sparse_jax.kernels.layout import Layout, is_layout
 
 CAPACITY_FACTOR = 1.25  # capacity of a leaf against the units that it has, where its budget may change
@@ -45,6 +46,11 @@ def is_stacked(layout: Layout) -> bool:
 def per_row(function: Callable, layout: Layout) -> Callable:
     """A function of one layer's arrays as one of a leaf's."""
     return jax.vmap(function) if is_stacked(layout) else function
+
+
+def factor_for(rule: Rule) -> float:
+    """Capacity of leaves against the units that they have: room for more only where a rule may give a layer more."""
+    return CAPACITY_FACTOR if rule.redistribute is not None or rule.is_global else 1.0
 
 
 def capacity_for(units: int, most: int, factor: float) -> int:

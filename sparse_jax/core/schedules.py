@@ -175,9 +175,13 @@ class Timing:
                 f'window={window} steps of dense gradients before each mask update, of which there is one every {self.update_every}: all '
                 'gradients are dense, and no weight gradient is sparse. Take a shorter window, or update masks less often.'
             )
-        step = count + 1
-        next_update = -(-max(step, self.start_step + 1) // self.update_every) * self.update_every  # this step or a later one
-        return next_update < self.end and next_update - step < window
+        update = self.next_update(count + 1)
+        return update is not None and update - (count + 1) < window
+
+    def next_update(self, step: int) -> int | None:
+        """The first update in a step (1-based) or after it; None where there is none any more."""
+        update = -(-max(step, self.start_step + 1) // self.update_every) * self.update_every
+        return update if update < self.end else None
 
 
 def refuse_arrays(**arguments) -> None:

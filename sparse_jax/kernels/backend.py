@@ -122,6 +122,17 @@ def of_pattern(implementation: str, pattern: Pattern) -> Backend:
     return backend if pattern.split is None else sharded.ByParts(backend)
 
 
+def of_compact(implementation: str, rows: int) -> CompactBackend:
+    """The backend of this name for a product of so many rows with a compact weight: on each device its part of them, where a mesh is named.
+
+    The compiler divides the reference's products itself.
+    """
+    backend, mesh = COMPACT[implementation], target.mesh()
+    if implementation == 'reference' or mesh is None or rows % mesh.shape['data']:
+        return backend
+    return sharded.OverData(backend, mesh)  # pyright: ignore[reportReturnType]
+
+
 def unsupported(implementation: str, dtype, granularity: str | Granularity) -> str:
     """Why an implementation cannot run a layer where programs are traced for, and what would work; empty where it can.
 

@@ -68,7 +68,7 @@ def check_probe(name: str, probe: jax.Array | None, layout: Layout) -> None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _product(x, values, probe, layout: Layout, geometry: Geometry, implementation: str):
     del probe
-    return backend.COMPACT[implementation].compact_forward(x, values, layout, geometry)
+    return backend.of_compact(implementation, x.shape[0]).compact_forward(x, values, layout, geometry)
 
 
 def _forward(x, values, probe, layout, geometry, implementation):
@@ -77,7 +77,7 @@ def _forward(x, values, probe, layout, geometry, implementation):
 
 def _backward(geometry, implementation, residuals, dy):
     x, values, probe, layout = residuals
-    kernels = backend.COMPACT[implementation]
+    kernels = backend.of_compact(implementation, x.shape[0])
     dx = kernels.compact_input_gradient(dy, values, layout, geometry, x.shape)
     d_values = kernels.compact_weight_gradient(x, dy, layout, geometry)
     scores = None

@@ -115,6 +115,17 @@ def is_compact(x: object) -> bool:
     return isinstance(x, CompactWeight)
 
 
+@jax.jit
+def weights(layout: Layout) -> jax.Array:
+    """How many weights there are in the units of each layer, int32; blocks at the edge have fewer."""
+    if jnp.ndim(layout.pointers) == 2:
+        return jax.vmap(weights)(layout)
+    (rows, columns), (*_, inputs, outputs) = layout.granularity.sides, layout.shape
+    _, source, output = layout.places()
+    sides = jnp.minimum(rows, inputs - rows * source) * jnp.minimum(columns, outputs - columns * output)
+    return jnp.sum(jnp.where(jnp.arange(layout.capacity) < layout.pointers[-1], sides, 0), dtype=jnp.int32)
+
+
 def expand(values: jax.Array | np.ndarray, layout: Layout) -> jax.Array:
     """The whole weight of one layer, zero where no unit exists, in plain XLA."""
     *taps, inputs, outputs = layout.units

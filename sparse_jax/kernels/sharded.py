@@ -98,6 +98,29 @@ class ByParts(NamedTuple):
         return split.run(part, specs, split.weight(len(w_shape)), x, dy, pattern)
 
 
+class OverData(NamedTuple):
+    """A backend for compact weights on a mesh whose devices have all of them: the given one multiplies each device's part of the batch."""
+
+    backend: Any
+    mesh: Mesh
+
+    def _run(self, function: Callable, specs: tuple, out: P, *operands) -> jax.Array:
+        return jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)(*operands)
+
+    def compact_forward(self, x, values, layout, geometry) -> jax.Array:
+        part = lambda x, values, layout: self.backend.compact_forward(x, values, layout, geometry)
+        return self._run(part, (P('data'), P(), P()), P('data'), x, values, layout)
+
+    def compact_input_gradient(self, dy, values, layout, geometry, x_shape) -> jax.Array:
+        shape = (x_shape[0] // self.mesh.shape['data'], *x_shape[1:])
+        part = lambda dy, values, layout: self.backend.compact_input_gradient(dy, values, layout, geometry, shape)
+        return self._run(part, (P('data'), P(), P()), P('data'), dy, values, layout)
+
+    def compact_weight_gradient(self, x, dy, layout, geometry) -> jax.Array:
+        part = lambda x, dy, layout: lax.psum(self.backend.compact_weight_gradient(x, dy, layout, geometry), 'data')
+        return self._run(part, (P('data'), P('data'), P()), P(), x, dy, layout)
+
+
 def mask(function: Callable, pattern) -> jax.Array:
     """The mask that a pattern stands for; `function` makes it of one device's pattern."""
     split: Split = pattern.split

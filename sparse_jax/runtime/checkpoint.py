@@ -284,7 +284,8 @@ class Checkpoints:
 
         Args:
           step: which.
-          target: tree of shapes and dtypes that the state must have; with shardings, it is put there, else on the first device.
+          target: tree of shapes and dtypes that the state must have; with shardings, it is put there, else on the first device. Or a
+            function that gives it, of the step and of the types and shapes of the arrays that are there, by their paths.
           layers: what a sparse optimizer's state says of its layers, int32[leaves, 4]: for checkpoints of formats that do not hold it.
 
         Returns:
@@ -309,6 +310,8 @@ class Checkpoints:
             raise ValueError(
                 f'{where} has format {version}, this version reads {" and ".join(map(str, _READ))}: use the version that wrote it, or {remedy}'
             )
+        if callable(target):
+            target = target(step, meta.get('arrays', {}))
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # wherever it was saved
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), target)
         held = target if version > 2 else _target_before_3(target)

@@ -45,6 +45,7 @@ class Devices:
             self.mesh = sharding.make_mesh(settings.data, settings.model, devices=devices)
         elif settings.data * settings.model not in (1, -1):
             sharding.make_mesh(settings.data, settings.model, devices=available[:1])  # raises
+        self._experiment = experiment
         self._shapes = jax.eval_shape(experiment.init, jax.random.key(0))
         mesh = self.mesh or sharding.make_mesh(devices=available[:1])
         self._placed = sharding.placements(self._shapes.params, mesh, settings.layout, rules=rules)
@@ -55,15 +56,36 @@ class Devices:
 
     @functools.cached_property
     def state_shardings(self) -> Any:
-        """Shardings of a training state; None on one device."""
-        return self.mesh and sharding.shardings(self._shapes, self._shapes.params, self._placed, self.mesh)
+        """Shardings of a first state; None on one device."""
+        return self._shardings_of(self._shapes)
+
+    @property
+    def step_shardings(self) -> Any:
+        """Shardings of the state that a step gives: compact storage may then hold scores, and has all on every device."""
+        return self.state_shardings if self._experiment.storage == 'dense' else self.replicated
+
+    def _shardings_of(self, shapes: Any) -> Any:
+        return self.mesh and sharding.shardings(shapes, self._shapes.params, self._placed, self.mesh)
 
     @property
     def shapes(self) -> Any:
-        """A training state's shapes and types, and shardings where there are several devices."""
+        """A first state's shapes and types, and shardings where there are several devices."""
+        return self.shapes_after(0, {})
+
+    def shapes_after(self, step: int, arrays: dict[str, str]) -> Any:
+        """:attr:`shapes` of a state that was saved after a step, by the types and shapes of its arrays."""
+        shapes = self._experiment.shapes_after(self._shapes, step, arrays)
         if self.mesh is None:
-            return self._shapes
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self._shapes, self.state_shardings)
+            return shapes
+        placed = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+        return jax.tree.map(placed, shapes, self._shardings_of(shapes))
+
+    def first(self, make: Callable[..., Any], *arguments: Any) -> Any:
+        """A first state by a function of the experiment, in its place."""
+        if self._experiment.storage == 'dense':
+            return self.jit(make, self.state_shardings)(*arguments)
+        state = make(*arguments)
+        return state if self.mesh is None else jax.device_put(state, self.state_shardings)
 
     @property
     def replicated(self) -> NamedSharding | None:

@@ -95,6 +95,6 @@ def restored(config: config_lib.Config, folder: pathlib.Path) -> tuple[Run, int,
     step = checkpoints.latest_step()
     if step is None:
         raise ValueError(f'--workdir={folder} has no complete checkpoint: train first, with --mode=train.')
-    state, _ = checkpoints.restore(step, run.devices.shapes, run.experiment.layer_codes)
+    state, _ = checkpoints.restore(step, run.devices.shapes_after, run.experiment.layer_codes)
     checkpoints.close()
     return run, step, state

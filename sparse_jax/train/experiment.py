@@ -16,6 +16,7 @@ from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core import layers as layers_lib
 from sparse_jax.core.rule import Rule
 from sparse_jax.core.sparsify import sparsify
+from sparse_jax.train import compact_settings, storage
 from sparse_jax.train import optimizer as optimizer_lib
 from sparse_jax.train import step as step_lib
 from sparse_jax.train.state import Experiment
@@ -38,6 +39,7 @@ def check_names(config: config_lib.Config) -> None:
         ('optimizer.name', config.optimizer.name, optimizer_lib.OPTIMIZERS),
         ('optimizer.schedule', config.optimizer.schedule, optimizer_lib.SCHEDULES),
         ('sparsity.method', sparsity.method, METHODS),
+        ('sparsity.storage', sparsity.storage, storage.STORAGES),
         ('sparsity.kernels', sparsity.kernels, KERNELS),
     ):
         if value not in choices:
@@ -49,7 +51,9 @@ def check_names(config: config_lib.Config) -> None:
     parts = dataclasses.replace(sparsity, method=method, start_step=0, stop_step=0)
     steps = config.train.schedule_steps or config.train.steps
     every = sparsity.update_every or steps or 10**8
-    _rule(dataclasses.replace(config, sparsity=parts), None, every, steps or min(10 * every, 2**31 - 1))
+    rule = _rule(dataclasses.replace(config, sparsity=parts), None, every, steps or min(10 * every, 2**31 - 1))
+    if sparsity.storage == 'compact':
+        compact_settings.check(config, None if sparsity.method == 'dense' else rule)
 
 
 def create(config: config_lib.Config, *, num_examples: int, input_shape: tuple[int, ...], num_outputs: int) -> Experiment:
@@ -85,31 +89,35 @@ def build(config: config_lib.Config, *, num_examples: int, input_shape: tuple[in
     learning_rate = optimizer_lib.schedule(config.optimizer, schedule_steps)
     if total_steps > schedule_steps:
         learning_rate = optimizer_lib.held(learning_rate, schedule_steps)
-    tx, updates = optimizer_lib.create(config.optimizer, learning_rate), _NO_UPDATES
-    is_sparse = config.sparsity.method != 'dense'
-    if is_sparse:
-        rule = _rule(config, model.stacked, update_every, schedule_steps)
-        tx, updates = sparsify(tx, rule=rule), _mask_updates(config.sparsity, rule)
+    groups, is_compact = config.sparsity.groups, config.sparsity.storage == 'compact'
+    if update_every % groups:
+        raise ValueError(
+            f'config.sparsity.groups={groups} must divide the {update_every} steps of sparsity.update_every: a group is updated every so often.'
+        )
+    rule = None if config.sparsity.method == 'dense' else _rule(config, model.stacked, update_every // groups, schedule_steps)
     spec = step_lib.StepSpec(
         model=model,
-        tx=tx,
-        is_sparse=is_sparse,
+        tx=optimizer_lib.create(config.optimizer, learning_rate),
+        is_sparse=False,
         label_smoothing=config.train.label_smoothing,
         clip_norm=config.optimizer.clip_norm,
         accumulate=config.train.accumulate,
         average_decay=config.train.average_decay,
     )
-    init = functools.partial(step_lib.init, spec)
-    params = jax.eval_shape(init, jax.random.key(0)).params  # budget and leaves are checked before any file is made
+    updates = _NO_UPDATES if rule is None else _mask_updates(config.sparsity, rule)
+    if rule is not None and is_compact:
+        functions = compact_settings.functions(config, spec, rule, learning_rate)
+    else:
+        functions = _functions(spec if rule is None else spec._replace(tx=sparsify(spec.tx, rule=rule), is_sparse=True))
+    jax.eval_shape(functions['init'], jax.random.key(0))  # budget and leaves are checked before any file is made
+    params = jax.eval_shape(model.init, jax.random.key(0))[0]
     is_sparse_leaf = layers_lib.sparse_leaves(params, None, _patterns(config.sparsity.dense))
     layers = layers_lib.layer_table(params, is_sparse_leaf, model.stacked)
     return Experiment(
-        init=init,
-        train_step=functools.partial(step_lib.train_step, spec),
-        evaluate=functools.partial(step_lib.evaluate, spec),
         apply=functools.partial(step_lib.apply, spec),
+        storage=config.sparsity.storage,
         learning_rate=learning_rate,
-        **updates._asdict(),
+        **(updates._asdict() | functions),
         layers=layers,
         layer_codes=layers_lib.encode(len(jax.tree.leaves(params)), layers, granularity_lib.get(config.sparsity.granularity)),
         stacked=model.stacked,
@@ -118,6 +126,18 @@ def build(config: config_lib.Config, *, num_examples: int, input_shape: tuple[in
         steps_per_epoch=steps_per_epoch,
         update_every=update_every,
     )
+
+
+def _functions(spec: step_lib.StepSpec) -> dict[str, Any]:
+    """The functions of an experiment with dense storage, by their names in :class:`Experiment`; its step updates the masks."""
+    names = 'init', 'begin', 'train_step', 'evaluate'
+    unchanged = lambda step, state: state
+    return {
+        **{name: functools.partial(getattr(step_lib, name), spec) for name in names},
+        'before_step': unchanged,
+        'after_step': unchanged,
+        'shapes_after': lambda shapes, step, arrays: shapes,
+    }
 
 
 def _model(config: config_lib.Config, input_shape: tuple[int, ...], num_outputs: int) -> models.Model:
@@ -167,7 +187,7 @@ def _rule(config: config_lib.Config, stacked, update_every: int, total_steps: in
         options['grow'] = criteria.accumulated_gradient(s.accumulate_steps)
     if s.method == 'granet':
         options['initial_density'] = s.initial_density
-    options |= dict(track_exploration=True, seed=jax.random.key(config.seed))
+    options |= dict(track_exploration=s.storage == 'dense', seed=jax.random.key(config.seed))
     return methods.rule(s.method, s.density, update_every, total_steps, **options)
 
 

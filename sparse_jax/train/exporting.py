@@ -6,9 +6,9 @@ from typing import Any
 import jax
 
 from sparse_jax import config as config_lib
-from sparse_jax.core import masks as masks_lib
 from sparse_jax.export import files
 from sparse_jax.runtime import hosts
+from sparse_jax.train import storage
 from sparse_jax.train.evaluate import restored
 
 
@@ -48,8 +48,7 @@ def network(config: config_lib.Config, folder: pathlib.Path) -> tuple[Any, Any, 
     if config.sparsity.method == 'dense':
         masks = jax.tree.map(lambda _: True, params)
     else:
-        masks = masks_lib.get_masks(state.opt_state)
-        params = masks_lib.apply_masks(params, masks)
+        masks, params = storage.masks(state), storage.whole(state, params)
     params, masks, model_state = run.devices.host((params, masks, model_state))
     return _merged(params, model_state), _merged(masks, jax.tree.map(lambda _: True, model_state)), step
 

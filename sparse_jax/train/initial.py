@@ -10,10 +10,10 @@ from sparse_jax import config as config_lib
 from sparse_jax.core import errors
 from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core import layers as layers_lib
-from sparse_jax.core import masks as masks_lib
 from sparse_jax.export import files, leaves
 from sparse_jax.train import devices as devices_lib
 from sparse_jax.train import state as state_lib
+from sparse_jax.train import storage
 
 
 class Network(NamedTuple):
@@ -47,12 +47,13 @@ def check(network: Network, config: config_lib.Config, experiment: state_lib.Exp
       shapes: of its state.
     """
     what = f'--init_from={config.train.init_from}'
-    wanted = {path: tuple(leaf.shape) for tree in (shapes.params, shapes.model_state) for path, leaf in layers_lib.leaf_paths(tree)}
+    whole = storage.shapes(shapes), shapes.model_state
+    wanted = {path: tuple(leaf.shape) for tree in whole for path, leaf in layers_lib.leaf_paths(tree)}
     errors.check_names(what, {path: value.shape for path, value in network.values.items()}, wanted)
     if config.sparsity.method == 'dense':
         return
     granularity, nonzeros = granularity_lib.get(config.sparsity.granularity), 0
-    for path, mask in layers_lib.leaf_paths(masks_lib.get_masks(shapes.opt_state)):
+    for path, mask in layers_lib.leaf_paths(storage.masks(shapes)):
         found = network.masks[path]
         if bool(mask.ndim) != bool(found.ndim):
             is_there, is_here = ('sparse', 'dense') if found.ndim else ('dense', 'sparse')
@@ -72,19 +73,13 @@ def check(network: Network, config: config_lib.Config, experiment: state_lib.Exp
         )
 
 
-def begin(network: Network, state: state_lib.TrainState, devices: devices_lib.Devices) -> state_lib.TrainState:
+def begin(
+    network: Network, state: state_lib.TrainState, experiment: state_lib.Experiment, devices: devices_lib.Devices
+) -> state_lib.TrainState:
     """A first state with the weights and masks of a network that :func:`check` has passed."""
     pick = lambda tree, values: jax.tree.unflatten(
         jax.tree.structure(tree), [values[path] for path, _ in layers_lib.leaf_paths(tree)]
     )
     params, model_state = (pick(tree, network.values) for tree in (state.params, state.model_state))
-    masks = pick(masks_lib.get_masks(state.opt_state), network.masks) if state_lib.has_masks(state) else None
-
-    def put(state, params, model_state, masks):
-        opt_state = state.opt_state
-        if masks is not None:
-            params, opt_state = masks_lib.apply_masks(params, masks), masks_lib.set_masks(opt_state, masks)
-        average = None if state.average is None else (params, model_state)
-        return state._replace(params=params, model_state=model_state, opt_state=opt_state, average=average)
-
-    return devices.jit(put, devices.state_shardings)(state, params, model_state, masks)
+    masks = pick(state.params, network.masks) if storage.has_masks(state) else None
+    return devices.first(experiment.begin, state, params, model_state, masks)

@@ -41,7 +41,7 @@ def _unsupported(config: config_lib.Config, implementation: str) -> str:
 
 def cut_by_mesh(config: config_lib.Config, experiment: state_lib.Experiment, devices: devices_lib.Devices) -> list[str]:
     """Sparse layers that the mesh divides so that no kernel takes them, as where it cuts blocks; ValueError where kernels are named."""
-    if devices.mesh is None or config.sparsity.method == 'dense':
+    if devices.mesh is None or config.sparsity.method == 'dense' or config.sparsity.storage == 'compact':
         return []
     granularity, cut = granularity_lib.get(config.sparsity.granularity), []
     for path, mask in layers_lib.leaf_paths(masks_lib.get_masks(devices.shapes.opt_state)):
@@ -81,7 +81,8 @@ class LayerKernels:
         devices: devices_lib.Devices | None = None,
     ):
         """Args: start: steps done already, 0 for a new run. devices: of the run; None: one."""
-        self._mode = 'dense' if config.sparsity.method == 'dense' else config.sparsity.kernels
+        has_patterns = config.sparsity.method != 'dense' and config.sparsity.storage == 'dense'  # else the layout takes their place
+        self._mode = config.sparsity.kernels if has_patterns else 'dense'
         self._mesh = self._shardings = None
         if devices is not None and devices.mesh is not None:
             self._mesh, self._shardings = devices.mesh, devices.state_shardings.params

@@ -7,9 +7,8 @@ from typing import Any
 
 import jax
 
-from sparse_jax import stats
 from sparse_jax.runtime import hosts
-from sparse_jax.train import metrics
+from sparse_jax.train import metrics, storage
 from sparse_jax.train import state as state_lib
 from sparse_jax.train.run import Run
 
@@ -46,8 +45,10 @@ class Log:
         by_layer = {
             name: dict(zip(self._layers, getattr(updates, name).tolist(), strict=True)) for name in ('share', 'pruned', 'grown')
         }
-        explored = stats.exploration_rate(state.opt_state)
-        self._density(step, sizes, {**by_layer, 'flips': int(updates.flipped.sum()), 'exploration_rate': explored})
+        numbers: dict[str, Any] = {**by_layer, 'flips': int(updates.flipped.sum())}
+        if (explored := storage.exploration_rate(state)) is not None:
+            numbers['exploration_rate'] = explored
+        self._density(step, sizes, numbers)
 
     def _density(self, step: int, sizes: state_lib.Sizes, values: dict[str, Any]) -> None:
         density = {name: count / size for name, (count, size) in sizes.layers.items()}

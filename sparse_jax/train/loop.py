@@ -18,7 +18,7 @@ from sparse_jax import config as config_lib
 from sparse_jax import data as data_lib
 from sparse_jax import stats
 from sparse_jax.runtime import checkpoint, hosts, memory, records, workdir
-from sparse_jax.train import initial, kernel_choice, stored
+from sparse_jax.train import initial, kernel_choice, storage, stored
 from sparse_jax.train import programs as programs_lib
 from sparse_jax.train import state as state_lib
 from sparse_jax.train.evaluate import PARTS, evaluate_part
@@ -157,17 +157,14 @@ def _train(run: Run, is_held: Callable[[], bool]) -> dict[str, Any]:
     if hosts.is_host0():
         devices.print_table()
     checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', keep=config.checkpoint.keep)
-    init = devices.jit(experiment.init, devices.state_shardings)
-    key = jax.random.key(config.seed)
-    restored = checkpoints.restore_newest(devices.shapes, experiment.layer_codes)
+    restored = checkpoints.restore_newest(devices.shapes_after, experiment.layer_codes)
     if hosts.is_host0() and config.sparsity.method != 'dense':
-        _LOG.info(
-            'sparse: %s; %s', ', '.join(layer.name for layer in experiment.layers), stats.dense_leaves(devices.shapes.opt_state)
-        )
+        names = ', '.join(layer.name for layer in experiment.layers)
+        _LOG.info('sparse: %s; %s', names, stats.dense_leaves(storage.masks(devices.shapes)))
     with _ended(config, checkpoints):
-        start, state, seconds = restored or (0, init(key), 0.0)
+        start, state, seconds = restored or (0, devices.first(experiment.init, jax.random.key(config.seed)), 0.0)
         if restored is None and run.initial is not None:
-            state = initial.begin(run.initial, state, devices)
+            state = initial.begin(run.initial, state, experiment, devices)
         sums = state_lib.NonzeroSums(state_lib.sizes(experiment, state), start, checkpoints.totals(start) if restored else None)
         if start and hosts.is_host0():
             _LOG.info('resumed at step %d of %d.', start, experiment.total_steps)
@@ -231,11 +228,13 @@ def _train_loop(
             if on_accelerator and step == start + 1:
                 programs.compile(programs_lib.ahead(experiment, start), state, batch, patterns)
             settling.before(kind)
+            state = experiment.before_step(step, state)
             state, values = programs(kind, state, batch, patterns)
+            state = experiment.after_step(step, state)
             settling.after(kind)
             log.step(step, values)
             checkpoints.check()
-            if kind.mask_update:
+            if experiment.is_mask_update(step):
                 patterns = kernels.patterns(step, state)
                 sizes = state_lib.sizes(experiment, state)
                 sums.update(step, sizes)

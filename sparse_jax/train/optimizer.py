@@ -90,30 +90,38 @@ def _decayed(params: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(params), flags)
 
 
-def _sgd(settings: config_lib.Optimizer, rate: optax.Schedule) -> optax.GradientTransformation:
+def _sgd(settings: config_lib.Optimizer, rate: optax.Schedule, whole: Any) -> optax.GradientTransformation:
+    del whole
     sgd = optax.sgd(rate, settings.momentum, settings.nesterov)
     return optax.chain(optax.add_decayed_weights(settings.weight_decay), sgd)
 
 
-def _adamw(settings: config_lib.Optimizer, rate: optax.Schedule) -> optax.GradientTransformation:
-    return optax.adamw(rate, settings.beta1, settings.beta2, weight_decay=settings.weight_decay, mask=_decayed)
+def _adamw(settings: config_lib.Optimizer, rate: optax.Schedule, whole: Any) -> optax.GradientTransformation:
+    mask = _decayed if whole is None else _decayed(whole)
+    return optax.adamw(rate, settings.beta1, settings.beta2, weight_decay=settings.weight_decay, mask=mask)
 
 
-OPTIMIZERS: dict[str, Callable[[config_lib.Optimizer, optax.Schedule], optax.GradientTransformation]] = {
+OPTIMIZERS: dict[str, Callable[[config_lib.Optimizer, optax.Schedule, Any], optax.GradientTransformation]] = {
     'sgd': _sgd,
     'adamw': _adamw,
 }
 
 
-def create(settings: config_lib.Optimizer, rate: optax.Schedule) -> optax.GradientTransformation:
-    """The dense optimizer that settings describe; ValueError if its name is unknown."""
+def create(settings: config_lib.Optimizer, rate: optax.Schedule, whole: Any = None) -> optax.GradientTransformation:
+    """The dense optimizer that settings describe; ValueError if its name is unknown.
+
+    Args:
+      settings: of the optimizer.
+      rate: the learning rate by step.
+      whole: shapes of the dense params, where it is to train compact values; None: it trains the params themselves.
+    """
     if settings.name not in OPTIMIZERS:
         raise errors.unknown('optimizer.name', settings.name, OPTIMIZERS)
-    return OPTIMIZERS[settings.name](settings, rate)
+    return OPTIMIZERS[settings.name](settings, rate, whole)
 
 
-def clipped(grads: Any, masks: Any | None, max_norm: float) -> Any:
-    """Gradients scaled down so that those of existing weights have at most this global norm.
+def clip_factor(grads: Any, masks: Any | None, max_norm: float) -> jax.Array:
+    """What gradients are multiplied with so that those of existing weights have at most this global norm: at most 1.
 
     The norm leaves missing weights out, so that it does not jump between steps with and without their gradients; they are scaled
     like the others.
@@ -122,10 +130,11 @@ def clipped(grads: Any, masks: Any | None, max_norm: float) -> Any:
       grads: tree of gradients.
       masks: tree of masks; None: all weights exist.
       max_norm: positive.
-
-    Returns:
-      A tree like the gradients.
     """
     norm = optax.tree.norm(grads if masks is None else masks_lib.apply_masks(grads, masks))
-    factor = jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-30))
-    return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
+    return jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-30))
+
+
+def scaled(tree: Any, factor: jax.Array) -> Any:
+    """A tree of arrays times a number, in the arrays' own types."""
+    return jax.tree.map(lambda g: g * factor.astype(g.dtype), tree)

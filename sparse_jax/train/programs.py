@@ -22,16 +22,18 @@ class Kind(NamedTuple):
     """Which of the programs a step takes."""
 
     dense_gradients: bool
-    mask_update: bool
+    mask_update: bool  # within the step; compact storage moves masks after it
 
 
 def kind_of(experiment: state_lib.Experiment, step: int) -> Kind:
     """The program of a step, by its number, 1-based."""
-    return Kind(experiment.needs_dense_gradient(step), experiment.is_mask_update(step))
+    return Kind(experiment.needs_dense_gradient(step), experiment.storage == 'dense' and experiment.is_mask_update(step))
 
 
 def ahead(experiment: state_lib.Experiment, start: int) -> list[Kind]:
     """The programs of the steps after this one and of the next intervals between updates, in the order in which they are needed."""
+    if experiment.storage == 'compact':  # states with scores are not there yet, and rooms may change
+        return []
     stop = min(experiment.total_steps, start + 3 * max(1, experiment.update_every))
     return list(dict.fromkeys(kind_of(experiment, step) for step in range(start + 1, stop + 1)))
 
@@ -41,7 +43,7 @@ class Programs:
 
     def __init__(self, devices: devices_lib.Devices, experiment: state_lib.Experiment):
         options: dict[str, Any] = dict(donate_argnums=0, static_argnames='dense_gradients')
-        out = devices.replicated if devices.mesh is None else (devices.state_shardings, devices.replicated)
+        out = devices.replicated if devices.mesh is None else (devices.step_shardings, devices.replicated)
         plain, moving = (functools.partial(experiment.train_step, mask_update=moves) for moves in (False, True))
         frugal = memory.frugal_compiler_options()
         self._jitted: dict[bool, Callable] = {

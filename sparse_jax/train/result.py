@@ -11,11 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparse_jax import stats
-from sparse_jax.core import masks as masks_lib
 from sparse_jax.models import attention
 from sparse_jax.runtime import hosts, records
 from sparse_jax.train import state as state_lib
+from sparse_jax.train import storage
 from sparse_jax.train.evaluate import results
 from sparse_jax.train.run import Run
 
@@ -69,10 +68,10 @@ def _result(run: Run, state: state_lib.TrainState, seconds: float, mean_density:
         **({'data_fingerprint': run.data.fingerprint} if run.data.fingerprint else {}),
         **results(run, state),
     }
-    masks = None if config.sparsity.method == 'dense' else run.devices.host(masks_lib.get_masks(state.opt_state))
+    masks = None if config.sparsity.method == 'dense' else run.devices.host(storage.masks(state))
     result |= state_lib.operations(experiment, state, mean_density, masks)
-    if masks is not None:
-        result['exploration_rate'] = stats.exploration_rate(state.opt_state)
+    if masks is not None and (explored := storage.exploration_rate(state)) is not None:
+        result['exploration_rate'] = explored
     return result | {'seconds': round(seconds, 3), 'steps_per_second': round(experiment.total_steps / max(seconds, 1e-9), 3)}
 
 
@@ -121,7 +120,7 @@ def _input_counts(run: Run, state: state_lib.TrainState) -> np.ndarray | None:
     """Weights that each pixel of the image kept, where the first layer takes the image as a vector."""
     if run.config.model.name != 'lenet300' or run.config.sparsity.method == 'dense':
         return None
-    mask = masks_lib.get_masks(state.opt_state)['fc1']['kernel']
+    mask = storage.masks(state)['fc1']['kernel']
     if mask.ndim == 0:
         return None
     return run.devices.host(mask.sum(axis=1)).reshape(run.data.input_shape).sum(axis=-1)

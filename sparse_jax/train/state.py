@@ -12,7 +12,7 @@ import optax
 
 from sparse_jax import stats
 from sparse_jax.core import layers as layers_lib
-from sparse_jax.core import masks as masks_lib
+from sparse_jax.train import storage
 
 
 class NonFiniteError(RuntimeError):
@@ -33,10 +33,15 @@ class TrainState(NamedTuple):
 class Experiment(NamedTuple):
     """The pure functions of one experiment, and its lengths in steps."""
 
-    init: Callable[[jax.Array], TrainState]  # of a random key
+    init: Callable[[jax.Array], TrainState]  # of a random key; in compact storage to be called on the host, elsewhere under jit
+    begin: Callable[..., TrainState]  # (state, whole params, model_state, masks or None): a first state with these
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]  # (state, batch, patterns=None, *, dense_gradients)
     evaluate: Callable[..., dict[str, jax.Array]]  # (state, batch, patterns=None): sums over the batch
     apply: Callable[..., Any]  # (params, model_state, inputs, patterns=None, train=False): logits
+    before_step: Callable[[int, TrainState], TrainState]  # on the host, of a step's number, 1-based
+    after_step: Callable[[int, TrainState], TrainState]  # likewise: updates the masks of compact storage
+    shapes_after: Callable[[TrainState, int, dict[str, str]], TrainState]  # of a saved state: (first shapes, step, its arrays)
+    storage: str  # of the weights that are trained sparse: 'dense' or 'compact'
     learning_rate: optax.Schedule
     prune_rate: optax.Schedule | None  # None where nothing is pruned and grown
     is_mask_update: Callable[[int], bool]  # of a step's number, 1-based
@@ -69,10 +74,10 @@ def sizes(experiment: Experiment, state: TrainState) -> Sizes:
     names = layers_lib.names_of(experiment.layers)
     full = [math.prod(layer.shape) for layer in experiment.layers for _ in range(layer.depth or 1)]
     counts = full
-    if has_masks(state):
-        counts = stats.layer_nonzeros(masks_lib.get_masks(state.opt_state), experiment.layers)
+    if storage.has_masks(state):
+        counts = storage.layer_nonzeros(state, experiment.layers)
     return Sizes(
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(storage.shapes(state))),
         sparse_size=sum(full),
         nonzeros=sum(counts),
         layers=dict(zip(names, zip(counts, full, strict=True), strict=True)),
@@ -105,12 +110,6 @@ class NonzeroSums:
         return {name: sums[name] / (size * max(self._step, 1)) for name, (_, size) in self._sizes.layers.items()}
 
 
-def has_masks(state: TrainState) -> bool:
-    """Whether its optimizer is a sparse one."""
-    is_state = lambda x: isinstance(x, masks_lib.SparsifyState)
-    return any(is_state(x) for x in jax.tree.leaves(state.opt_state, is_leaf=is_state))
-
-
 def operations(experiment: Experiment, state: TrainState, mean_density: dict[str, float], masks: Any = None) -> dict[str, float]:
     """Multiply-adds of one example, sparse and against dense: for inference now, for training on average over the run.
 
@@ -123,13 +122,14 @@ def operations(experiment: Experiment, state: TrainState, mean_density: dict[str
     Returns:
       Numbers for ``result.json``: what sparse products take, with gradients off the masks in those steps only that compute them.
     """
+    params = storage.shapes(state)
     if masks is None:
-        masks = jax.tree.map(lambda _: jnp.array(True), state.params)
-    count = functools.partial(stats.operations, lambda p, x: experiment.apply(p, state.model_state, x), state.params, masks)
+        masks = jax.tree.map(lambda _: jnp.array(True), params)
+    count = functools.partial(stats.operations, lambda p, x: experiment.apply(p, state.model_state, x), params, masks)
     window = experiment.dense_gradient_steps
     now = count(experiment.example, update_every=experiment.update_every, dense_gradient_window=window)
     layers = {}
-    for layer in experiment.layers if has_masks(state) else ():
+    for layer in experiment.layers if storage.has_masks(state) else ():
         row, names = now.layers[layer.name], layers_lib.names_of([layer])
         density = sum(mean_density[name] for name in names) / len(names)
         forward, back = round(row.forward_dense * density), round(row.input_gradient_dense * density)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparse_jax import kernels, models
+from sparse_jax import compact, kernels, models
 from sparse_jax.core import masks as masks_lib
 from sparse_jax.train import optimizer as optimizer_lib
 from sparse_jax.train.state import TrainState
@@ -18,7 +18,7 @@ class StepSpec(NamedTuple):
 
     model: models.Model
     tx: Any  # optax transformation
-    is_sparse: bool  # whether tx holds masks
+    is_sparse: bool  # whether tx holds masks; in compact storage it does not
     label_smoothing: float
     clip_norm: float  # 0: gradients are not clipped
     accumulate: int  # parts that a batch is divided into
@@ -49,18 +49,38 @@ def init(spec: StepSpec, key: jax.Array) -> TrainState:
     )
 
 
-def gradients(spec: StepSpec, params: Any, model_state: Any, batch: Any, rng: jax.Array, patterns: Any) -> tuple[Any, Any, dict]:
+def begin(spec: StepSpec, state: TrainState, params: Any, model_state: Any, masks: Any) -> TrainState:
+    """A first state with the weights and masks of another network; masks: None in the dense twin."""
+    opt_state = state.opt_state
+    if masks is not None:
+        params, opt_state = masks_lib.apply_masks(params, masks), masks_lib.set_masks(opt_state, masks)
+    average = None if state.average is None else (params, model_state)
+    return state._replace(params=params, model_state=model_state, opt_state=opt_state, average=average)
+
+
+class Trained(NamedTuple):
+    """What the loss is differentiated by."""
+
+    params: Any
+    probes: Any = None  # of compact storage, in steps that score units; their gradients are the scores
+
+
+def gradients(
+    spec: StepSpec, trained: Trained, model_state: Any, batch: Any, rng: jax.Array, patterns: Any
+) -> tuple[Trained, Any, dict]:
     """Gradients of the mean loss over a batch, the new model state, and the metrics."""
 
-    def loss_fn(params):
-        options: dict[str, Any] = dict(train=True, rng=rng, patterns=patterns)
+    def loss_fn(trained):
+        params, probes = trained
+        with_probes = patterns if probes is None else compact.with_probes(patterns, probes)
+        options: dict[str, Any] = dict(train=True, rng=rng, patterns=with_probes)
         measure = functools.partial(_measured, smoothing=spec.label_smoothing)
         (losses, correct), new_state = spec.model.apply(
             params, model_state, batch['input'], measure=measure, labels=batch['label'], **options
         )
         return losses.mean(), (correct, new_state)
 
-    (loss, (correct, new_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    (loss, (correct, new_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
     return grads, new_state, {'loss': loss, 'accuracy': jnp.mean(correct)}
 
 
@@ -69,19 +89,21 @@ def _measured(logits: jax.Array, labels: jax.Array, smoothing: float) -> tuple[j
     return cross_entropy(logits, labels, smoothing), jnp.argmax(logits, axis=-1) == labels
 
 
-def accumulated_gradients(
-    spec: StepSpec, params: Any, model_state: Any, batch: Any, rng: jax.Array, patterns: Any
-) -> tuple[Any, Any, dict]:
+def mean_gradients(
+    spec: StepSpec, trained: Trained, model_state: Any, batch: Any, rng: jax.Array, patterns: Any
+) -> tuple[Trained, Any, dict]:
     """:func:`gradients` as means over the parts of a batch, one part at a time; running statistics go from part to part."""
+    if spec.accumulate == 1:
+        return gradients(spec, trained, model_state, batch, rng, patterns)
 
     def add_part(carry, row):
         total, model_state = carry
         part, index = row
-        grads, model_state, metrics = gradients(spec, params, model_state, part, jax.random.fold_in(rng, index), patterns)
+        grads, model_state, metrics = gradients(spec, trained, model_state, part, jax.random.fold_in(rng, index), patterns)
         return (jax.tree.map(jnp.add, total, grads), model_state), metrics
 
     parts = jax.tree.map(lambda x: x.reshape(spec.accumulate, -1, *x.shape[1:]), batch)
-    start = jax.tree.map(jnp.zeros_like, params), model_state
+    start = jax.tree.map(jnp.zeros_like, trained), model_state
     (total, model_state), metrics = jax.lax.scan(add_part, start, (parts, jnp.arange(spec.accumulate)))
     return jax.tree.map(lambda g: g / spec.accumulate, total), model_state, jax.tree.map(jnp.mean, metrics)
 
@@ -106,24 +128,27 @@ def train_step(
     if dense_gradients:
         patterns = kernels.with_dense_gradients(patterns)
     rng = jax.random.fold_in(state.rng_key, state.step)
-    compute = gradients if spec.accumulate == 1 else accumulated_gradients
-    grads, model_state, metrics = compute(spec, state.params, state.model_state, batch, rng, patterns)
+    (grads, _), model_state, metrics = mean_gradients(spec, Trained(state.params), state.model_state, batch, rng, patterns)
     masks = masks_lib.get_masks(state.opt_state) if spec.is_sparse else None
     if spec.is_sparse and not dense_gradients:
         grads = _masked(grads, masks, patterns)
     if spec.clip_norm:
-        grads = optimizer_lib.clipped(grads, masks, spec.clip_norm)
+        grads = optimizer_lib.scaled(grads, optimizer_lib.clip_factor(grads, masks, spec.clip_norm))
     leave_out = {'update_masks': False} if spec.is_sparse and not mask_update else {}
     updates, opt_state = spec.tx.update(grads, state.opt_state, state.params, **leave_out)
     params = optax.apply_updates(state.params, updates)
+    return advanced(spec, state, params, model_state, opt_state), metrics
+
+
+def advanced(spec: StepSpec, state: TrainState, params: Any, model_state: Any, opt_state: Any) -> TrainState:
+    """The state after a step."""
     step = jnp.asarray(optax.safe_increment(state.step))
     average = state.average
     if spec.average_decay:
         average = _averaged(average, (params, model_state), step, spec.average_decay)
-    new_state = TrainState(
+    return TrainState(
         step=step, params=params, model_state=model_state, opt_state=opt_state, rng_key=state.rng_key, average=average
     )
-    return new_state, metrics
 
 
 def _averaged(average: Any, current: Any, step: jax.Array, decay: float) -> Any:

@@ -103,12 +103,13 @@ def test_adamw_equals_numpy_and_decays_matrices_only():
 def test_clipping_measures_existing_weights_and_scales_all():
     grads = {'w': jnp.array([3.0, 4.0, 100.0]), 'b': jnp.array([12.0])}
     masks = {'w': jnp.array([True, True, False]), 'b': jnp.array(True)}
-    got = optimizer.clipped(grads, masks, 6.5)  # the norm is 13
+    got = optimizer.scaled(grads, optimizer.clip_factor(grads, masks, 6.5))  # the norm is 13
     np.testing.assert_allclose(got['w'], [1.5, 2, 50])
     np.testing.assert_allclose(got['b'], [6])
-    for same in (optimizer.clipped(grads, masks, 13.1), optimizer.clipped(grads, None, 200.0)):
+    for same in (optimizer.scaled(grads, optimizer.clip_factor(grads, *options)) for options in ((masks, 13.1), (None, 200.0))):
         np.testing.assert_array_equal(same['w'], grads['w'])
-    zero = optimizer.clipped(jax.tree.map(jnp.zeros_like, grads), masks, 1.0)
+    zeros = jax.tree.map(jnp.zeros_like, grads)
+    zero = optimizer.scaled(zeros, optimizer.clip_factor(zeros, masks, 1.0))
     assert not np.isnan(zero['w']).any()
 
 
