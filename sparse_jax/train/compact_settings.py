@@ -88,9 +88,7 @@ def _kind(criterion: criteria.Criterion) -> str:
     return 'a momentum' if needs.momentum else ''
 
 
-def functions(
-    config: config_lib.Config, step: step_lib.StepSpec, rule: Rule, rate: optax.Schedule
-) -> dict[str, Any]:
+def functions(config: config_lib.Config, step: step_lib.StepSpec, rule: Rule, rate: optax.Schedule) -> dict[str, Any]:
     """The functions of an experiment with compact storage, by their names in :class:`sparse_jax.train.state.Experiment`.
 
     Args:

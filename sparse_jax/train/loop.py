@@ -18,7 +18,7 @@ from sparse_jax import config as config_lib
 from sparse_jax import data as data_lib
 from sparse_jax import stats
 from sparse_jax.runtime import checkpoint, hosts, memory, records, workdir
-from sparse_jax.train import initial, kernel_choice, storage, stored
+from sparse_jax.train import initial, kernel_choice, memory_table, storage, stored
 from sparse_jax.train import programs as programs_lib
 from sparse_jax.train import state as state_lib
 from sparse_jax.train.evaluate import PARTS, evaluate_part
@@ -156,6 +156,8 @@ def _train(run: Run, is_held: Callable[[], bool]) -> dict[str, Any]:
     hosts.run_on_host0(_begin, run)
     if hosts.is_host0():
         devices.print_table()
+        if config.sparsity.storage == 'compact':
+            memory_table.print_table(run)
     checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', keep=config.checkpoint.keep)
     restored = checkpoints.restore_newest(devices.shapes_after, experiment.layer_codes)
     if hosts.is_host0() and config.sparsity.method != 'dense':
