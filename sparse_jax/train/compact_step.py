@@ -15,11 +15,10 @@ import numpy as np
 import optax
 
 from sparse_jax import compact
-from sparse_jax.compact import move, tree
-from sparse_jax.core import layers as layers_lib
+from sparse_jax.compact import tree
+from sparse_jax.compact.move import with_capacities
 from sparse_jax.core.masks import UpdateStats
 from sparse_jax.core.rule import Rule
-from sparse_jax.kernels.layout import is_layout
 from sparse_jax.runtime import memory
 from sparse_jax.train import optimizer as optimizer_lib
 from sparse_jax.train import step as step_lib
@@ -48,19 +47,13 @@ class CompactSpec(NamedTuple):
 
     def scores(self, layout: Any, step: int) -> Any:
         """Zeros for the scores of the group whose turn it is: every so many-th sparse leaf."""
-        paths = [path for path, leaf in layers_lib.leaf_paths(layout, is_leaf=_is_leaf) if is_layout(leaf)]
-        chosen = set(paths[self.group(step) :: self.groups])
+        chosen = set(tree.compact_leaves(layout).paths[self.group(step) :: self.groups])
         return compact.probes(layout, leaves=lambda path: path in chosen)
-
-
-def _is_leaf(x: Any) -> bool:
-    return x is None or is_layout(x)
 
 
 def _layers(layout: Any) -> list[int]:
     """Number of layers in each compact leaf."""
-    leaves = [x for x in jax.tree.leaves(layout, is_leaf=is_layout) if is_layout(x)]
-    return [x.pointers.shape[0] if len(x.pointers.shape) == 2 else 1 for x in leaves]
+    return [x.pointers.shape[0] if tree.is_stacked(x) else 1 for x in tree.compact_leaves(layout).layouts]
 
 
 def init(spec: CompactSpec, key: jax.Array) -> TrainState:
@@ -85,6 +78,9 @@ def begin(spec: CompactSpec, state: TrainState, params: Any, model_state: Any, m
         capacity_factor=tree.factor_for(spec.rule),
         implementation=spec.implementation,
     )
+    first = dict(tree.compact_leaves(state.opt_state.layout).named)
+    room = {path: max(leaf.capacity, first[path].capacity) for path, leaf in tree.compact_leaves(layout).named}
+    values, layout = with_capacities(values, layout, room)  # which shapes_after relies on
     return _first(spec, values, layout, jax.tree.map(jnp.asarray, model_state), state.rng_key)
 
 
@@ -196,10 +192,9 @@ def shapes_after(spec: CompactSpec, shapes: TrainState, step: int, arrays: dict[
       arrays: type and shape of what was saved, by path: leaves may have more room by then.
     """
     own = shapes.opt_state
-    named = [(path, leaf) for path, leaf in layers_lib.leaf_paths(own.layout, is_leaf=_is_leaf) if is_layout(leaf)]
-    saved = {path: _last_side(arrays.get(f'opt_state/layout/{path}/indices', '')) for path, _ in named}
+    saved = {path: _last_side(arrays.get(f'opt_state/layout/{path}/indices', '')) for path in tree.compact_leaves(own.layout).paths}
     if all(saved.values()):
-        resize = functools.partial(move.with_capacities, capacities=saved)
+        resize = functools.partial(with_capacities, capacities=saved)
         average, averaged_state = shapes.average or (None, None)
         (params, inner_state, average), layout = jax.eval_shape(resize, (shapes.params, own.inner_state, average), own.layout)
         own = own._replace(layout=layout, inner_state=inner_state)

@@ -101,7 +101,16 @@ def _machine(run: Run, start: int) -> dict[str, Any]:
         'jax': jax.__version__,
         'python': sys.version.split()[0],
         'max_memory_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        **_device_memory(),
     }
+
+
+def _device_memory() -> dict[str, int]:
+    """The most memory that one of this host's devices has held, where devices count it; a CPU's is the process's."""
+    counted = [
+        stats['peak_bytes_in_use'] for x in jax.local_devices() if (stats := x.memory_stats()) and 'peak_bytes_in_use' in stats
+    ]
+    return {'max_device_memory_mib': max(counted) // 2**20} if counted else {}
 
 
 def _attention(run: Run) -> str:

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 
 from sparse_jax import compact, stats
+from sparse_jax.compact import tree
 from sparse_jax.core import layers as layers_lib
 from sparse_jax.core import masks as masks_lib
 from sparse_jax.core.masks import UpdateStats
 from sparse_jax.kernels import layout as layout_lib
-from sparse_jax.kernels.layout import is_layout
 
 STORAGES = ('dense', 'compact')
 
@@ -69,7 +69,7 @@ def layer_nonzeros(state: Any, layers: list[layers_lib.Layer]) -> list[int]:
     """Weights of each layer of a concrete sparse training; in compact storage by its lists."""
     if not is_compact(state):
         return stats.layer_nonzeros(masks_lib.get_masks(state.opt_state), layers)
-    counts = jax.device_get([layout_lib.weights(x) for x in jax.tree.leaves(state.opt_state.layout, is_leaf=is_layout)])
+    counts = jax.device_get([layout_lib.weights(x) for x in tree.compact_leaves(state.opt_state.layout).layouts])
     return [count for row in counts for count in np.atleast_1d(row).tolist()]
 
 
