@@ -34,6 +34,21 @@ from sparse_jax.compact.convert import compress, expand, init, masks
 from sparse_jax.compact.move import fits, move, reserve
 from sparse_jax.compact.optimizers import check
 from sparse_jax.compact.plan import Plan, plan
+from sparse_jax.compact.prepare import prepare
 from sparse_jax.compact.probe import probes, with_probes
 
-__all__ = ['Plan', 'check', 'compress', 'expand', 'fits', 'init', 'masks', 'move', 'plan', 'probes', 'reserve', 'with_probes']
+__all__ = [
+    'Plan',
+    'check',
+    'compress',
+    'expand',
+    'fits',
+    'init',
+    'masks',
+    'move',
+    'plan',
+    'prepare',
+    'probes',
+    'reserve',
+    'with_probes',
+]

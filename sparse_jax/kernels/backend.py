@@ -105,14 +105,31 @@ class _Pallas:
         with self._operations() as operations:
             return operations.weight_gradient(x, dy, pattern, geometry, w_shape)
 
+    def frozen(self, x, weight, geometry):
+        with self._operations() as operations:
+            return operations.frozen(x, weight, geometry)
+
+    def compact_forward(self, x, values, layout, geometry):
+        with self._operations() as operations:
+            return operations.compact_forward(x, values, layout, geometry)
+
+    def compact_input_gradient(self, dy, values, layout, geometry, x_shape):
+        with self._operations() as operations:
+            return operations.compact_input_gradient(dy, values, layout, geometry, x_shape)
+
+    def compact_weight_gradient(self, x, dy, layout, geometry):
+        with self._operations() as operations:
+            return operations.compact_weight_gradient(x, dy, layout, geometry)
+
     def block_scores(self, x, dy, w_shape, geometry, block):
         with self._operations() as operations:
             return operations.block_scores(x, dy, w_shape, geometry, block)
 
 
-SCORING: dict[str, ScoringBackend] = {'reference': reference, 'gpu': _Pallas(gpu), 'tpu': _Pallas(tpu)}
-BACKENDS: dict[str, Backend] = {'reference': reference, 'cpu': cpu, 'gpu': SCORING['gpu'], 'tpu': SCORING['tpu']}
-COMPACT: dict[str, CompactBackend] = {'reference': reference, 'cpu': cpu}  # of frozen weights, and in training
+_GPU, _TPU = _Pallas(gpu), _Pallas(tpu)
+SCORING: dict[str, ScoringBackend] = {'reference': reference, 'gpu': _GPU, 'tpu': _TPU}
+BACKENDS: dict[str, Backend] = {'reference': reference, 'cpu': cpu, 'gpu': _GPU, 'tpu': _TPU}
+COMPACT: dict[str, CompactBackend] = {'reference': reference, 'cpu': cpu, 'gpu': _GPU}  # of frozen weights, and in training
 IMPLEMENTATIONS = tuple(BACKENDS)
 
 

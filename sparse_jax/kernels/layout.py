@@ -13,6 +13,22 @@ from sparse_jax.core.granularity import Granularity, Unstructured
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class ByOutput:
+    """The units of a layout by input once more, by output: for kernels that walk both ways. Where layers are stacked, with a first axis.
+
+    Attributes:
+      indices: int32[capacity]: input * taps + tap of each unit of output 0, then of output 1, ..., ascending.
+      pointers: int32[outputs + 1]: the units of output o are those from pointers[o] to pointers[o + 1].
+      numbers: int32[capacity]: which of the values each of them is.
+    """
+
+    indices: jax.Array
+    pointers: jax.Array
+    numbers: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Layout:
     """Which units of a weight exist, in the order of its values: by output, of each output's by input and then by tap; or by input.
 
@@ -29,6 +45,7 @@ class Layout:
       by_input: whether units are listed by input, as training takes them: the order in which a dense weight lies in memory. Frozen weights
         are listed by output.
       probe: zeros whose gradient is the score of each unit: see :func:`sparse_jax.compact.with_probes`; None: there is none.
+      by_output: the same units by output, for kernels that need both: see :func:`sparse_jax.compact.prepare`; None: they make it at each call.
     """
 
     indices: jax.Array | np.ndarray
@@ -39,6 +56,7 @@ class Layout:
     name: str = dataclasses.field(default='', metadata=dict(static=True))
     by_input: bool = dataclasses.field(default=False, metadata=dict(static=True))
     probe: jax.Array | None = None
+    by_output: ByOutput | None = None
 
     @property
     def capacity(self) -> int:

@@ -8,7 +8,7 @@ from jax import lax
 
 from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core.granularity import Granularity, Unstructured
-from sparse_jax.kernels.layout import Layout
+from sparse_jax.kernels.layout import ByOutput, Layout
 
 _BITS = 32
 
@@ -60,6 +60,24 @@ def lists_of(units: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
     per_input = jnp.sum(units.reshape(inputs, -1), axis=1, dtype=jnp.int32)
     pointers = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(per_input, dtype=jnp.int32)])
     return flat % math.prod(others), pointers
+
+
+def by_output(layout: Layout) -> ByOutput:
+    """The units of one layer's layout by output; of entries that are not used the numbers are no unit's.
+
+    A grid of all units holds the number of each, and is read column by column: it is small, as this is for blocks.
+    """
+    tap, source, output = layout.places()
+    *taps, inputs, outputs = layout.units
+    each = inputs * math.prod(taps)
+    used = jnp.arange(layout.capacity) < layout.pointers[-1]
+    place = jnp.where(used, output * each + source * math.prod(taps) + tap, outputs * each)
+    grid = jnp.full(outputs * each, -1, jnp.int32).at[place].set(jnp.arange(layout.capacity, dtype=jnp.int32), mode='drop')
+    there = grid >= 0
+    flat, _ = positions(there, layout.capacity)
+    counts = jnp.sum(there.reshape(outputs, each), axis=1, dtype=jnp.int32)
+    pointers = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
+    return ByOutput(flat % each, pointers, jnp.where(used, grid[flat], 0))
 
 
 def flat_of(layout: Layout) -> tuple[jax.Array, jax.Array]:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_jax import kernels
+from sparse_jax import compact, kernels
 from tests.kernels import kernel_cases
 
 NONE, SAME = ((0, 0), (0, 0)), ((1, 1), (1, 1))
@@ -37,6 +37,33 @@ def errors(case, block: tuple[int, int], platform: str, dtype, products: int = 3
         assert value.shape == expected.shape and value.dtype == dtype
     if len(actual) == 3:
         assert not np.asarray(actual[2], np.float64)[off].any()
+    pairs = zip(actual, desired, strict=False)
+    return [float(np.abs(np.asarray(a, np.float64) - b).max() / max(np.abs(b).max(), 1e-9)) for a, b in pairs]
+
+
+def compact_errors(case, block: tuple[int, int], platform: str, dtype, products: int = 3) -> list[float]:
+    """:func:`errors` of compact values, with room to spare and their lists by output made beforehand; what is not used must be zeros."""
+    strides, padding, dilation = case[6:9]
+    x, mask, w, dy = kernel_cases.make((*case, block))
+    x, w, dy = (jnp.asarray(value, dtype) for value in (x, w, dy))
+    mask = np.broadcast_to(mask, w.shape)
+    options = dict(strides=strides, padding=padding, dilation=dilation, implementation=platform)
+    granularity = f'block:{block[0]}x{block[1]}'
+    with kernels.lowering_for(platform, interpret=True):
+        values, layout = compact.compress({'w': w}, {'w': mask}, granularity=granularity, capacity_factor=1.3)
+        prepared = compact.prepare(layout)['w']
+        values = values['w']
+        product = lambda x, values: kernels.sparse_conv(x, values, prepared, **options)
+        if products == 1:
+            actual = [product(x, values)]
+        else:
+            y, vjp = jax.vjp(product, x, values)
+            dx, d_values = vjp(dy)
+            used = int(prepared.pointers[-1])
+            assert d_values.shape == values.shape and not np.asarray(d_values[used:], np.float64).any()
+            actual = [y, dx, compact.expand({'w': d_values}, layout)['w']]
+    desired = list(kernel_cases.convolution(x, w, dy, strides, padding, dilation))
+    desired[2] = np.where(mask, desired[2], 0)
     pairs = zip(actual, desired, strict=False)
     return [float(np.abs(np.asarray(a, np.float64) - b).max() / max(np.abs(b).max(), 1e-9)) for a, b in pairs]
 

@@ -12,7 +12,7 @@ import pytest
 
 from sparse_jax import kernels, sharding
 from sparse_jax.kernels.gpu import config as config_lib
-from tests.kernels.block_cases import NONE, SAME, errors, matrix, rounding, score_error
+from tests.kernels.block_cases import NONE, SAME, compact_errors, errors, matrix, rounding, score_error
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 gradients = jax.__version_info__ >= (0, 11)
@@ -57,6 +57,19 @@ def _no_races(capfd):
 def test_products_and_both_gradients_equal_float64(name):
     case, block, dtype = CASES[name]
     assert max(errors(case, block, 'gpu', dtype, 3 if gradients else 1)) <= rounding(dtype)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_products_with_compact_values_equal_float64(name):
+    case, block, dtype = CASES[name]
+    assert max(compact_errors(case, block, 'gpu', dtype, 3 if gradients else 1)) <= rounding(dtype)
+
+
+@needs_gradients
+@pytest.mark.parametrize('name', IN_PARTS)
+def test_gradients_of_compact_values_that_are_summed_in_parts_equal_float64(name):
+    case, block, dtype, _ = IN_PARTS[name]
+    assert max(compact_errors(case, block, 'gpu', dtype)) <= rounding(dtype)
 
 
 @needs_gradients

@@ -8,6 +8,8 @@ The gradient is a dense array with zeros off the pattern, as the optimizer takes
 that owns a unit also writes the zeros between it and the unit before: each block is written once, by one program, and no pass over the
 weight is made beforehand.
 
+Of compact values there are no zeros to write: a unit is written at its number.
+
 A small weight has few units, and each is a sum over all images and pixels: a dozen programs would keep a dozen of 132 multiprocessors
 busy. There :func:`partial_gradients` gives each program a part of the images and pixels only, and the partial sums, in float32, are added
 up afterwards, in their order. Into how many is a rule of shapes (``config.num_splits``), so that no measurement changes the order of sums.
@@ -49,6 +51,21 @@ class Operands(NamedTuple):
     units: Any
     pointers: Any
     pixels: Any
+
+
+class CompactOperands(NamedTuple):
+    """What the gradient of compact values reads: see :class:`Operands`.
+
+    Attributes:
+      numbers: int32[capacity]: which unit of the values each of `units` is.
+    """
+
+    x: Any
+    dy: Any
+    units: Any
+    pointers: Any
+    pixels: Any
+    numbers: Any
 
 
 class ScoreOperands(NamedTuple):
@@ -158,21 +175,25 @@ def _gradient_kernel(gmem: Operands, dw_gmem, zeros_smem, *dw_smems, k_blocks: i
 
 
 @once
-def partial_gradients(operands: Operands, *, block: tuple[int, int], num_splits: int, config: Config, interpret=None) -> jax.Array:
+def partial_gradients(
+    operands: Operands | CompactOperands, *, block: tuple[int, int], num_splits: int, config: Config, interpret=None
+) -> jax.Array:
     """The units' sums over each of `num_splits` parts of the images and pixels; other arguments as in :func:`gradient`.
 
     Returns:
-      float32[num_splits, capacity, inputs, outputs of a block], undefined past the lists' end (where ``jax_debug_nans`` may meet NaN).
+      [num_splits, capacity, inputs, outputs of a block], float32, or of x's type where there is one part; in the order of the lists, or
+      by their numbers. Undefined past the lists' end (where ``jax_debug_nans`` may meet NaN).
     """
     tiling = _tiling('weight_gradient', block, config)
     capacity, num_taps = len(operands.units), operands.pixels.shape[1]
     max_units = min(capacity, operands.x.shape[-1] // tiling.block_k * num_taps)  # of a block of outputs
-    tile = plgpu.SMEM((tiling.window_k, tiling.block_n), jnp.float32, transforms=swizzled(jnp.float32, tiling.block_n))
+    dtype = operands.x.dtype if num_splits == 1 else jnp.float32
+    tile = plgpu.SMEM((tiling.window_k, tiling.block_n), dtype, transforms=swizzled(dtype, tiling.block_n))
     return call(
         functools.partial(_partial_kernel, num_splits=num_splits, tiling=tiling),
         'sparse_jax_weight_gradient',
         operands,
-        out_type=jax.ShapeDtypeStruct((num_splits, capacity, *block), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((num_splits, capacity, *block), dtype),
         scratch_types=[tile] * tiling.units_per_program,
         grid=(num_splits, pl.cdiv(max_units, tiling.units_per_program), operands.dy.shape[-1] // tiling.block_n),
         grid_names=('split', 'group', 'n'),
@@ -180,7 +201,7 @@ def partial_gradients(operands: Operands, *, block: tuple[int, int], num_splits:
     )
 
 
-def _partial_kernel(gmem: Operands, sums_gmem, *sums_smems, num_splits: int, tiling: _Tiling) -> None:
+def _partial_kernel(gmem: Operands | CompactOperands, sums_gmem, *sums_smems, num_splits: int, tiling: _Tiling) -> None:
     """A group of units of one list, over one part of the images and pixels."""
     split_idx, n_idx, group_idx = lax.axis_index('split'), lax.axis_index('n'), lax.axis_index('group')
     list_end = gmem.pointers[n_idx + 1]
@@ -191,14 +212,15 @@ def _partial_kernel(gmem: Operands, sums_gmem, *sums_smems, num_splits: int, til
         x_index_maps = _unit_index_maps(gmem, group_start, list_end, tiling)
         accs = _accumulate(gmem, x_index_maps, n_idx, _part(gmem, split_idx, num_splits, tiling), tiling)
         for sums_smem, acc in zip(sums_smems, accs, strict=True):
-            sums_smem[...] = acc
+            sums_smem[...] = acc.astype(sums_gmem.dtype)
         plgpu.commit_smem()
         for i, sums_smem in enumerate(sums_smems):
 
             @pl.when(group_start + i < list_end)
             def _(i=i, sums_smem=sums_smem):
                 k_idx = lax.div(gmem.units[group_start + i], gmem.pixels.shape[1])
-                _store(sums_smem, k_idx, tiling.block_k, sums_gmem.at[split_idx, group_start + i])
+                number = gmem.numbers[group_start + i] if isinstance(gmem, CompactOperands) else group_start + i
+                _store(sums_smem, k_idx, tiling.block_k, sums_gmem.at[split_idx, number])
 
         plgpu.wait_smem_to_gmem(0)
 
@@ -253,7 +275,7 @@ def _scores_kernel(gmem: ScoreOperands, sums_gmem, *sums_smems, num_units: int, 
     plgpu.wait_smem_to_gmem(0)
 
 
-def _unit_index_maps(gmem: Operands, group_start, list_end, tiling: _Tiling) -> list[Callable]:
+def _unit_index_maps(gmem: Operands | CompactOperands, group_start, list_end, tiling: _Tiling) -> list[Callable]:
     """Where x is read for each unit of a group; past the list's end for its last one once more, which is not stored."""
     num_taps = gmem.pixels.shape[1]
 
@@ -285,11 +307,11 @@ class _Range(NamedTuple):
     size: tuple[Any, Any]
 
 
-def _whole(gmem: Operands | ScoreOperands, tiling: _Tiling) -> _Range:
+def _whole(gmem: Operands | CompactOperands | ScoreOperands, tiling: _Tiling) -> _Range:
     return _Range((0, 0), (gmem.pixels.shape[0], gmem.x.shape[0] // tiling.block_m))
 
 
-def _part(gmem: Operands, split_idx, num_splits: int, tiling: _Tiling) -> _Range:
+def _part(gmem: Operands | CompactOperands, split_idx, num_splits: int, tiling: _Tiling) -> _Range:
     """Pixels are divided where there are enough, or else images, in steps that the tiles of all configs divide."""
     num_pixels, m_tiles = _whole(gmem, tiling).size
     if num_splits <= num_pixels:

@@ -7,7 +7,7 @@ units, `block_k` of their channels a step, and for each adds
     acc[block_m, block_n] += x[images, pixel(tap), block_k] @ w[tap, block_k, block_n]
 
 with both tiles brought by TMA in a ring of stages, read straight from the images and from the dense weight: nothing is packed, and no
-value is copied when masks change. The accumulator stays in registers; no two programs write to one tile. The taps of a convolution are
+value is copied when masks change. Of a compact weight the tile is that of a unit, by its number, and no dense weight is there. The accumulator stays in registers; no two programs write to one tile. The taps of a convolution are
 another index of pixels, nothing else; strides are too, so that images are never rearranged. Where a tap lies outside of an image some
 pixel is read and multiplied with a tap of zeros: that costs a copy of the weight, which is smaller than images with a frame of zeros.
 
@@ -49,6 +49,28 @@ class Operands(NamedTuple):
     phases: Any
 
 
+class CompactOperands(NamedTuple):
+    """What a product with a compact weight reads.
+
+    Attributes:
+      x: as in :class:`Operands`.
+      w: [capacity, inputs, outputs of a block], and one more unit of zeros where `pixels` points outside of x.
+      units: likewise.
+      pointers: likewise.
+      pixels: likewise.
+      phases: likewise.
+      numbers: int32[capacity]: which unit of w each of `units` is.
+    """
+
+    x: Any
+    w: Any
+    units: Any
+    pointers: Any
+    pixels: Any
+    phases: Any
+    numbers: Any
+
+
 class _Tiling(NamedTuple):
     block_m: int  # images of a tile
     block_n: int  # channels of the result: a whole side of a unit
@@ -61,9 +83,10 @@ class _Tiling(NamedTuple):
 
 @once
 def product(
-    operands: Operands,
+    operands: Operands | CompactOperands,
     *,
     block: tuple[int, int],
+    n_tiles: int,
     transpose_rhs: bool,
     config: Config,
     interpret=None,
@@ -71,8 +94,9 @@ def product(
     """The walk above; all sides are multiples of their tiles.
 
     Args:
-      operands: see :class:`Operands`.
+      operands: see :class:`Operands` and :class:`CompactOperands`.
       block: of the weight, inputs and outputs.
+      n_tiles: blocks of the result's channels.
       transpose_rhs: whether w is read transposed, and the result has its inputs as channels.
       config: tiles.
       interpret: parameters of the interpreter; None: compile.
@@ -80,7 +104,6 @@ def product(
     Returns:
       [images, pixels of the result, channels of the result], of x's type.
     """
-    _, inputs, outputs = operands.w.shape
     unit_k, block_n = reversed(block) if transpose_rhs else block
     block_k = min(config.block_k, unit_k)
     tiling = _Tiling(
@@ -88,7 +111,7 @@ def product(
         block_n=block_n,
         block_k=block_k,
         k_tiles=unit_k // block_k,
-        n_tiles=(inputs if transpose_rhs else outputs) // block_n,
+        n_tiles=n_tiles,
         num_stages=config.num_stages,
         transpose_rhs=transpose_rhs,
     )
@@ -105,7 +128,7 @@ def product(
     )
 
 
-def _kernel(gmem: Operands, y_gmem, y_smem, *, tiling: _Tiling) -> None:
+def _kernel(gmem: Operands | CompactOperands, y_gmem, y_smem, *, tiling: _Tiling) -> None:
     """One tile of the result, at one of its pixels."""
     block_m, block_n, n_tiles = tiling.block_m, tiling.block_n, tiling.n_tiles
     num_pixels, num_phases = gmem.pixels.shape[0], (gmem.pointers.shape[0] - 1) // n_tiles
@@ -138,11 +161,14 @@ def _kernel(gmem: Operands, y_gmem, y_smem, *, tiling: _Tiling) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _index_maps(gmem: Operands, first_unit, tile_idx: tuple[Any, Any, Any], tiling: _Tiling) -> tuple[Callable, Callable]:
+def _index_maps(
+    gmem: Operands | CompactOperands, first_unit, tile_idx: tuple[Any, Any, Any], tiling: _Tiling
+) -> tuple[Callable, Callable]:
     """Which tiles of x and w each step multiplies, for the tile (m, n, pixel) of the result."""
     m_idx, n_idx, pixel_idx = tile_idx
     num_taps, last_pixel = gmem.pixels.shape[1], gmem.x.shape[1] - 1
-    has_tap_of_zeros = gmem.w.shape[0] > num_taps
+    has_tap_of_zeros = isinstance(gmem, Operands) and gmem.w.shape[0] > num_taps
+    has_unit_of_zeros = isinstance(gmem, CompactOperands) and gmem.w.shape[0] > gmem.numbers.shape[0]
 
     def k_and_tap(step):
         unit = gmem.units[first_unit + lax.div(step, tiling.k_tiles)]
@@ -158,7 +184,15 @@ def _index_maps(gmem: Operands, first_unit, tile_idx: tuple[Any, Any, Any], tili
             tap_idx = jnp.where(gmem.pixels[pixel_idx, tap_idx] > last_pixel, num_taps, tap_idx)
         return (tap_idx, n_idx, k_idx) if tiling.transpose_rhs else (tap_idx, k_idx, n_idx)
 
-    return x_index_map, w_index_map
+    def unit_index_map(step):
+        number = gmem.numbers[first_unit + lax.div(step, tiling.k_tiles)]
+        if has_unit_of_zeros:
+            _, tap_idx = k_and_tap(step)
+            number = jnp.where(gmem.pixels[pixel_idx, tap_idx] > last_pixel, gmem.w.shape[0] - 1, number)
+        part = lax.rem(step, tiling.k_tiles)
+        return (number, 0, part) if tiling.transpose_rhs else (number, part, 0)
+
+    return x_index_map, unit_index_map if isinstance(gmem, CompactOperands) else w_index_map
 
 
 def _multiply(_, x_smem, w_smem, *, acc, transpose_rhs: bool) -> None:
