@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks.gpu import check, model
 from benchmarks.gpu.model import Shape
-from sparse_jax import kernels
+from sparse_jax import compact, kernels
 from sparse_jax.aot import compile_only
 from sparse_jax.kernels.gpu import config as config_lib
 from sparse_jax.kernels.reference import Geometry
@@ -52,7 +53,14 @@ class Compiled(NamedTuple):
 
 @functools.cache
 def compiled(
-    kernel: str, shape: Shape, block: tuple[int, int], config: config_lib.Config, dtype: str = 'bfloat16', capacity: int = 0
+    kernel: str,
+    shape: Shape,
+    block: tuple[int, int],
+    config: config_lib.Config,
+    dtype: str = 'bfloat16',
+    capacity: int = 0,
+    *,
+    is_compact: bool = False,
 ) -> Compiled:
     """Compiles one kernel and reads what came of it; ValueError where the compiler refuses.
 
@@ -63,13 +71,22 @@ def compiled(
       config: tiles.
       dtype: of x and w.
       capacity: least number of units that the pattern has room for.
+      is_compact: whether the weight is compact values.
     """
     os.environ['MOSAIC_GPU_DUMP_TO'] = _DUMPS.name
     sharding = SingleDeviceSharding(compile_only.devices('gpu')[0])
     abstract = lambda x, dtype=None: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding)
     mask = model.random_mask(shape, block, 0.1)
-    pattern = jax.tree.map(abstract, kernels.make_pattern(mask, block=block, implementation='gpu', at_least=capacity))
-    run, arrays = model.function(kernel, shape, block, config)
+    if is_compact:
+        granularity = f'block:{block[0]}x{block[1]}'
+        _, layout = compact.compress(
+            {'w': np.zeros(mask.shape, np.float32)}, {'w': mask}, granularity=granularity, implementation='gpu'
+        )
+        pattern = jax.tree.map(abstract, compact.prepare(layout)['w'])
+        run, arrays = model.compact_function(kernel, shape, pattern, config)
+    else:
+        pattern = jax.tree.map(abstract, kernels.make_pattern(mask, block=block, implementation='gpu', at_least=capacity))
+        run, arrays = model.function(kernel, shape, block, config)
     dumped_before, begin = set(glob.glob(f'{_DUMPS.name}/*.ptx')), time.perf_counter()
     with kernels.lowering_for('gpu'):
         jax.jit(run).trace(*(abstract(x, jnp.dtype(dtype)) for x in arrays), pattern).lower(lowering_platforms=('cuda',)).compile()

@@ -26,6 +26,7 @@ import numpy as np
 from sparse_jax import kernels
 from sparse_jax.kernels.gpu import config as config_lib
 from sparse_jax.kernels.gpu import operations
+from sparse_jax.kernels.layout import Layout
 from sparse_jax.kernels.reference import Geometry
 
 DENSE, MOST = 700e12, 600e12  # operations a second
@@ -123,6 +124,17 @@ def function(kernel: str, shape: Shape, block: tuple[int, int], config: config_l
     if kernel == 'weight_gradient':
         return lambda x, dy, p: operations.weight_gradient(x, dy, p, geometry, shape.w, config), (x, y)
     return lambda x, dy, p: operations.block_scores(x, dy, shape.w, geometry, block, config), (x, y)
+
+
+def compact_function(kernel: str, shape: Shape, layout: Layout, config: config_lib.Config | None = None):
+    """Likewise with compact values, of their layout's arrays."""
+    x, values, y = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in (shape.x, layout.values_shape, shape.y))
+    geometry = shape.geometry
+    if kernel == 'forward':
+        return lambda x, v, p: operations.compact_forward(x, v, p, geometry, config), (x, values)
+    if kernel == 'input_gradient':
+        return lambda dy, v, p: operations.compact_input_gradient(dy, v, p, geometry, shape.x, config), (y, values)
+    return lambda x, dy, p: operations.compact_weight_gradient(x, dy, p, geometry, config), (x, y)
 
 
 def chosen(kernel: str, shape: Shape, block: tuple[int, int]) -> config_lib.Config:

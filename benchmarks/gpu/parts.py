@@ -81,10 +81,12 @@ def _part(kernel: program.Kernel, density: float, block: int) -> Part:
 
 def _sparse(kernel: program.Kernel, density: float, block: int) -> tuple[float, int, float]:
     """Operations, bytes and seconds of a sparse product."""
-    first, second, *_, result = kernel.shapes
+    first, second, *others, result = kernel.shapes
+    is_compact = len(others) == (5 if kernel.kind != 'weight_gradient' else 4)  # with the numbers of units
     is_partial = kernel.kind == 'weight_gradient' and len(result) == 4  # [parts, units, inputs, outputs], added up after the kernel
-    if is_partial:
-        weights = kernel.shapes[4][-1] * first[-1] * second[-1]  # the table of pixels has a column for each tap
+    if is_partial or is_compact:
+        channels = second[-1] if kernel.kind == 'weight_gradient' else result[-1]
+        weights = kernel.shapes[4][-1] * first[-1] * channels  # the table of pixels has a column for each tap
     elif kernel.kind == 'weight_gradient':
         weights = math.prod(result)
     else:
@@ -92,7 +94,8 @@ def _sparse(kernel: program.Kernel, density: float, block: int) -> tuple[float, 
     over = {'forward': result, 'input_gradient': first, 'weight_gradient': second}[kernel.kind]
     operations = 2.0 * math.prod(over[:-1]) * weights * density
     moved = 2 * (math.prod(first) + (math.prod(second) if kernel.kind == 'weight_gradient' else density * weights))
-    moved = round(moved + (4 * result[0] * density * weights if is_partial else 2 * math.prod(result)))
+    width = 2 if is_partial and result[0] == 1 else 4
+    moved = round(moved + (width * result[0] * density * weights if is_partial else 2 * math.prod(result)))
     is_matrix = first[1] == 1
     measured = shipped.seconds(
         DEVICE, kernel.kind, operations / density, weights=weights, is_matrix=is_matrix, block=block, density=density

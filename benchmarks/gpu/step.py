@@ -48,7 +48,8 @@ MODELS = (*LANGUAGE_MODELS, 'lm_350m', *_SMALL)
 
 
 def settings(model: str, method: str, density: float, block: int, remat: str = 'none') -> config_lib.Config:
-    """The config of a benchmark's run."""
+    """The config of a benchmark's run; a method with '/compact' behind it is trained with compact storage."""
+    method, _, storage = method.partition('/')
     if model in LANGUAGE_MODELS:
         config = lm_tiny.get_config()
         depth, features, sequences, length = LANGUAGE_MODELS[model]
@@ -67,6 +68,7 @@ def settings(model: str, method: str, density: float, block: int, remat: str = '
     config.model.dtype, config.sparsity.method, config.mesh.data, config.mesh.model = 'bfloat16', method, 1, 1
     if method != 'dense':
         config.sparsity.density, config.sparsity.granularity = density, f'block:{block}x{block}'
+        config.sparsity.storage = storage or 'dense'
     return config
 
 
@@ -184,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--density', type=float, default=0.1)
     parser.add_argument('--block', type=int, default=64, choices=(32, 64, 128))
     parser.add_argument('--remat', default='none', choices=('none', 'products', 'all'))
-    parser.add_argument('--methods', default='dense,sparse_momentum')
+    parser.add_argument('--methods', default='dense,sparse_momentum', help='sparse_momentum/compact: with compact storage')
     parser.add_argument('--lines', type=int, default=0, help='how many lines of the source to list')
     parser.add_argument('--program', type=pathlib.Path, help='count this text of an optimised program instead of a model')
     parser.add_argument('--host_ms', type=float, default=0.0, help='what a host adds to each step, while the device waits')

@@ -18,6 +18,8 @@ from sparse_jax import config as config_lib
 from sparse_jax import kernels as kernels_lib
 from sparse_jax import sharding
 from sparse_jax.aot import collectives, compile_only
+from sparse_jax.compact import tree
+from sparse_jax.compact.prepare import lists_by_output
 from sparse_jax.core import errors
 from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core import layers as layers_lib
@@ -69,10 +71,6 @@ def lower(config: config_lib.Config, platform: str) -> Lowered:
     """
     if platform not in PLATFORMS:
         raise errors.unknown('platform', platform, PLATFORMS)
-    if config.sparsity.storage == 'compact':
-        raise ValueError(
-            "config.sparsity.storage='compact' has kernels on CPU only, and there is nothing of it to lower for others: take 'dense'."
-        )
     backend = PLATFORMS[platform]
     with kernels_lib.lowering_for(backend):
         run_lib.check_settings(config)
@@ -91,13 +89,13 @@ def lower(config: config_lib.Config, platform: str) -> Lowered:
         devices = devices_lib.Devices(config, experiment, stand_ins)
         kernel_choice.cut_by_mesh(config, experiment, devices)
     with kernels_lib.lowering_for(backend, mesh=devices.mesh):
-        patterns, layers = _patterns(config, experiment, devices)
+        patterns, layers = (_patterns if experiment.storage == 'dense' else _lists)(config, experiment, devices)
         arguments = (
             _placed(devices, stand_ins[0]),
             _batch(config, experiment, devices, stand_ins[0]),
             _on(patterns, devices, stand_ins[0]),
         )
-        placed = devices.replicated if devices.mesh is None else (devices.state_shardings, devices.replicated)
+        placed = devices.replicated if devices.mesh is None else (devices.step_shardings, devices.replicated)
         ordinary = functools.partial(experiment.train_step, mask_update=False)
         step = devices.jit(ordinary, placed, donate_argnums=0, static_argnames='dense_gradients')
         dense = experiment.dense_gradient_steps is None
@@ -207,6 +205,19 @@ def _patterns(
     if not any(patterns):
         return None, layers
     return jax.tree.unflatten(jax.tree.structure(masks), patterns), layers
+
+
+def _lists(
+    config: config_lib.Config, experiment: state_lib.Experiment, devices: devices_lib.Devices
+) -> tuple[Any, dict[str, backend_lib.Choice]]:
+    """:func:`_patterns` of compact storage: shapes of what kernels read beside the layout."""
+    layout = devices.shapes.opt_state.layout
+    named = tree.compact_leaves(layout).named
+    layers = {path: backend_lib.choose_compact(None, config.model.dtype, leaf) for path, leaf in named}
+    lists = jax.eval_shape(lists_by_output, layout)
+    if devices.mesh is not None:
+        lists = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=devices.replicated), lists)
+    return lists, layers
 
 
 def _pattern(

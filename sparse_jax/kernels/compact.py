@@ -143,7 +143,7 @@ def _block_sums(x: jax.Array, dy: jax.Array, layout: Layout) -> jax.Array:
     """Sums of a matrix's dense gradient by block, a few rows of blocks at a time: the gradient is never there as a whole."""
     rows, columns = layout.granularity.sides
     inputs, outputs = layout.units[-2:]
-    x, dy = x.reshape(-1, x.shape[-1]).astype(jnp.float32), dy.reshape(-1, dy.shape[-1]).astype(jnp.float32)
+    x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     at_once = max(1, min(inputs, _CHUNK // (rows * dy.shape[-1])))
     chunks = -(-inputs // at_once)
     padded = jnp.pad(x, [(0, 0), (0, chunks * at_once * rows - x.shape[-1])])
@@ -151,7 +151,7 @@ def _block_sums(x: jax.Array, dy: jax.Array, layout: Layout) -> jax.Array:
 
     def some(start):
         part = lax.dynamic_slice_in_dim(padded, start * at_once * rows, at_once * rows, axis=1)
-        gradient = jnp.abs(part.T @ dy)
+        gradient = jnp.abs(jnp.matmul(part.T, dy, preferred_element_type=jnp.float32))
         return gradient.reshape(at_once, rows, outputs, columns).sum((1, 3))
 
     return lax.map(some, jnp.arange(chunks)).reshape(chunks * at_once, outputs)[:inputs]

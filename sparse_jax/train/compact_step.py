@@ -17,6 +17,7 @@ import optax
 from sparse_jax import compact
 from sparse_jax.compact import tree
 from sparse_jax.compact.move import with_capacities
+from sparse_jax.compact.prepare import with_lists
 from sparse_jax.core.masks import UpdateStats
 from sparse_jax.core.rule import Rule
 from sparse_jax.runtime import memory
@@ -118,13 +119,17 @@ def train_step(
     dense_gradients: bool = True,
     mask_update: bool = True,
 ):
-    """One training step; what it scores is told by the state. Arguments and results as those of :func:`sparse_jax.train.step.train_step`."""
-    del patterns, dense_gradients, mask_update
+    """One training step; what it scores is told by the state. Arguments and results as those of :func:`sparse_jax.train.step.train_step`.
+
+    Patterns are what kernels read beside the layout of the state, as :func:`sparse_jax.compact.prepare.lists_by_output` makes it.
+    """
+    del dense_gradients, mask_update
     own: CompactState = state.opt_state
+    layout = with_lists(own.layout, patterns)
     rng = jax.random.fold_in(state.rng_key, state.step)
     probes = None if own.scores is None else jax.tree.map(jnp.zeros_like, own.scores)
     trained = step_lib.Trained(state.params, probes)
-    (grads, scores), model_state, metrics = step_lib.mean_gradients(spec.step, trained, state.model_state, batch, rng, own.layout)
+    (grads, scores), model_state, metrics = step_lib.mean_gradients(spec.step, trained, state.model_state, batch, rng, layout)
     if spec.step.clip_norm:
         factor = optimizer_lib.clip_factor(grads, None, spec.step.clip_norm)
         grads, scores = optimizer_lib.scaled((grads, scores), factor)
@@ -143,8 +148,7 @@ def _summed(decay: float, before: Any, scores: Any) -> Any:
 
 def evaluate(spec: CompactSpec, state: TrainState, batch: Any, patterns: Any = None) -> dict[str, jax.Array]:
     """As :func:`sparse_jax.train.step.evaluate`."""
-    del patterns
-    return step_lib.evaluate(spec.step, state, batch, state.opt_state.layout)
+    return step_lib.evaluate(spec.step, state, batch, with_lists(state.opt_state.layout, patterns))
 
 
 @functools.cache

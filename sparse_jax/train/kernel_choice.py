@@ -15,6 +15,7 @@ from rich.console import Console
 
 from sparse_jax import config as config_lib
 from sparse_jax import kernels
+from sparse_jax.compact.prepare import lists_by_output
 from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core import layers as layers_lib
 from sparse_jax.core import masks as masks_lib
@@ -81,8 +82,8 @@ class LayerKernels:
         devices: devices_lib.Devices | None = None,
     ):
         """Args: start: steps done already, 0 for a new run. devices: of the run; None: one."""
-        has_patterns = config.sparsity.method != 'dense' and config.sparsity.storage == 'dense'  # else the layout takes their place
-        self._mode = config.sparsity.kernels if has_patterns else 'dense'
+        self._is_compact = config.sparsity.storage == 'compact'
+        self._mode = 'dense' if config.sparsity.method == 'dense' or self._is_compact else config.sparsity.kernels
         self._mesh = self._shardings = None
         if devices is not None and devices.mesh is not None:
             self._mesh, self._shardings = devices.mesh, devices.state_shardings.params
@@ -110,12 +111,14 @@ class LayerKernels:
                 _LOG.warning("kernels: %s says '%s', which does not run here (%s): the reference does.", self._path, name, reason)
 
     def patterns(self, step: int, state: state_lib.TrainState) -> Any:
-        """The patterns of a state's masks, as ``train_step`` takes them; None where all layers are dense.
+        """The patterns of a state's masks, as ``train_step`` takes them; None where all layers are dense, or lists suffice.
 
         Args:
           step: steps done; choices are made and kept by it.
           state: concrete.
         """
+        if self._is_compact:
+            return lists_by_output(state.opt_state.layout)
         if self._mode == 'dense':
             return None
         sparse = masks_lib.find_state(state.opt_state)

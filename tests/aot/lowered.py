@@ -35,7 +35,19 @@ def vgg_on_two_devices(platform: str) -> lowering.Lowered:
     return lowering.lower(config, platform)
 
 
-steps = {'transformer on four devices': transformer_on_four_devices, 'vgg on two devices': vgg_on_two_devices}
+def compact_transformer_on_two_devices(platform: str) -> lowering.Lowered:
+    config = lm_tiny.get_config()
+    config.model.dtype, config.model.features, config.model.hidden, config.model.depth = 'bfloat16', 512, 1024, 2
+    config.sparsity.granularity, config.sparsity.density, config.sparsity.storage = _BLOCK[platform], 0.3, 'compact'
+    config.mesh.data = 2
+    return lowering.lower(config, platform)
+
+
+steps = {
+    'compact transformer on two devices': compact_transformer_on_two_devices,
+    'transformer on four devices': transformer_on_four_devices,
+    'vgg on two devices': vgg_on_two_devices,
+}
 
 
 def check_compiled(lowered: lowering.Lowered) -> None:

@@ -40,6 +40,30 @@ def test_no_spills_tensor_cores_and_bytes_as_modelled(case):
         assert abs(counted - expected) <= 0.1 * expected
 
 
+@pytest.mark.parametrize(
+    'case', [case for case in CASES if case[0] != 'scores'], ids=lambda case: f'{case[0]} {case[1].name} {case[2][0]}x{case[2][1]}'
+)
+def test_kernels_of_compact_values_compile_to_the_same_loop(case):
+    code, dense = machine_code.compiled(*case, is_compact=True), machine_code.compiled(*case)
+    assert code.spills == 0 and code.registers <= 255 and code.bulk_loads >= 2
+    assert code.shared_memory <= config_lib.SHARED_MEMORY
+    assert (code.step_operations, code.step_bytes, code.tensor_core) == (dense.step_operations, dense.step_bytes, dense.tensor_core)
+
+
+def test_compact_storage_writes_gradients_and_moments_of_existing_units_only():
+    moved = {}
+    for name in ('rigl', 'rigl/compact'):
+        config = step.settings('lm_2048', name, 0.1, 64)
+        config.model.depth, config.model.features, config.model.heads, config.data.length = 2, 512, 4, 256
+        kernels = program.kernels(lowering.lower(config, 'cuda').compiled_text)
+        gradients = [kernel for kernel in kernels if kernel.kind == 'weight_gradient']
+        assert sum(kernel.count for kernel in gradients) == 14
+        if name == 'rigl/compact':  # parts of units, of which there are a tenth, the longest list filled up to eight
+            assert all(len(kernel.shapes[-1]) == 4 and kernel.shapes[-1][1] <= 16 for kernel in gradients)
+        moved[name] = sum(kernel.count * kernel.bytes for kernel in kernels if kernel.part == 'optimizer')
+    assert moved['rigl/compact'] <= 0.15 * moved['rigl']  # with the embedding, which is dense in both
+
+
 @pytest.mark.parametrize('block', ((32, 32), (64, 64), (128, 128)))
 @pytest.mark.parametrize('kernel', model.KERNELS)
 def test_every_config_of_the_sweep_compiles_without_spills(kernel, block):

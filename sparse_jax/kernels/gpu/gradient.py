@@ -323,7 +323,7 @@ def _part(gmem: Operands | CompactOperands, split_idx, num_splits: int, tiling: 
 
 
 def _accumulate(
-    gmem: Operands | ScoreOperands, x_index_maps: Sequence[Callable], n_idx, within: _Range, tiling: _Tiling
+    gmem: Operands | CompactOperands | ScoreOperands, x_index_maps: Sequence[Callable], n_idx, within: _Range, tiling: _Tiling
 ) -> list[jax.Array]:
     """x.T @ dy over a range of pixels and images, for each window of x and one block of dy: float32[window_k, block_n], in registers."""
     window_k, block_n, block_m = tiling.window_k, tiling.block_n, tiling.block_m

@@ -167,8 +167,7 @@ def _index_maps(
     """Which tiles of x and w each step multiplies, for the tile (m, n, pixel) of the result."""
     m_idx, n_idx, pixel_idx = tile_idx
     num_taps, last_pixel = gmem.pixels.shape[1], gmem.x.shape[1] - 1
-    has_tap_of_zeros = isinstance(gmem, Operands) and gmem.w.shape[0] > num_taps
-    has_unit_of_zeros = isinstance(gmem, CompactOperands) and gmem.w.shape[0] > gmem.numbers.shape[0]
+    has_tap_of_zeros = gmem.w.shape[0] > num_taps
 
     def k_and_tap(step):
         unit = gmem.units[first_unit + lax.div(step, tiling.k_tiles)]
@@ -184,6 +183,10 @@ def _index_maps(
             tap_idx = jnp.where(gmem.pixels[pixel_idx, tap_idx] > last_pixel, num_taps, tap_idx)
         return (tap_idx, n_idx, k_idx) if tiling.transpose_rhs else (tap_idx, k_idx, n_idx)
 
+    if isinstance(gmem, Operands):
+        return x_index_map, w_index_map
+    has_unit_of_zeros = gmem.w.shape[0] > gmem.numbers.shape[0]
+
     def unit_index_map(step):
         number = gmem.numbers[first_unit + lax.div(step, tiling.k_tiles)]
         if has_unit_of_zeros:
@@ -192,7 +195,7 @@ def _index_maps(
         part = lax.rem(step, tiling.k_tiles)
         return (number, 0, part) if tiling.transpose_rhs else (number, part, 0)
 
-    return x_index_map, unit_index_map if isinstance(gmem, CompactOperands) else w_index_map
+    return x_index_map, unit_index_map
 
 
 def _multiply(_, x_smem, w_smem, *, acc, transpose_rhs: bool) -> None:
