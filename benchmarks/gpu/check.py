@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.gpu import model
 from benchmarks.gpu.model import Shape
-from sparse_jax import kernels
+from sparse_jax import compact, kernels
 from sparse_jax.kernels import reference
 from sparse_jax.kernels.reference import Geometry
 
@@ -49,11 +49,25 @@ def expected(kernel: str, shape: Shape, x, w, dy, pattern, block: tuple[int, int
         return kernels.block_scores(x, dy, shape.w, **geometry, block=block, implementation='reference')
 
 
-def error(kernel: str, shape: Shape, block: tuple[int, int], sparsity: float = 0.7, dtype: Any = jnp.bfloat16) -> float:
+def compact_result(kernel: str, shape: Shape, x, w, dy, block: tuple[int, int], mask: np.ndarray) -> jax.Array:
+    """What a kernel makes of compact values, with room for a quarter more; gradients as whole arrays."""
+    options: dict[str, Any] = dict(granularity=f'block:{block[0]}x{block[1]}', implementation='gpu')
+    values, layout = compact.compress({'w': w}, {'w': mask}, **options)
+    run, _ = model.compact_function(kernel, shape, layout['w'])
+    result = jax.jit(run)(*arguments(kernel, x, values['w'], dy, compact.prepare(layout)['w']))
+    return compact.expand({'w': result}, layout)['w'] if kernel == 'weight_gradient' else result
+
+
+def error(
+    kernel: str, shape: Shape, block: tuple[int, int], sparsity: float = 0.7, dtype: Any = jnp.bfloat16, *, is_compact: bool = False
+) -> float:
     """Largest difference of a kernel from the reference, as a part of the largest value."""
     x, w, dy, pattern = operands(shape, block, sparsity, dtype)
-    run, _ = model.function(kernel, shape, block)
-    actual = np.asarray(jax.jit(run)(*arguments(kernel, x, w, dy, pattern)), np.float64)
+    if is_compact:
+        actual = compact_result(kernel, shape, x, w, dy, block, model.random_mask(shape, block, 1 - sparsity))
+    else:
+        actual = jax.jit(model.function(kernel, shape, block)[0])(*arguments(kernel, x, w, dy, pattern))
+    actual = np.asarray(actual, np.float64)
     desired = np.asarray(expected(kernel, shape, x, w, dy, pattern, block), np.float64)
     if actual.shape != desired.shape:
         raise AssertionError(f'{kernel} of {shape.name}: shape {actual.shape} instead of {desired.shape}')

@@ -54,6 +54,8 @@ def kernels(dry: bool) -> Iterator[Row]:
         for block in blocks:
             for shape in check.CHECKED[1:2] if dry else check.CHECKED:
                 errors = {name: check.error(name, shape, block) for name in names}
+                if block == (64, 64):
+                    errors |= {f'{n}, compact': check.error(n, shape, block, is_compact=True) for n in names if n != 'scores'}
                 wrong = {name: f'{error:.1e}' for name, error in errors.items() if not error <= bound}
                 said = f'{len(errors)} kernels, largest error {max(errors.values()):.1e}' + (f', wrong: {wrong}' if wrong else '')
                 yield Row(f'{shape.name}, {block[0]}x{block[1]}', said, f'at most {bound:.1e}', not wrong)
@@ -92,7 +94,8 @@ def step_of(name: str) -> Callable[[bool], Iterator[Row]]:
     """A check of the whole step of a model of benchmarks/gpu/step.py: measured beside predicted, dense and sparse, and PyTorch's."""
 
     def run(dry: bool) -> Iterator[Row]:
-        configs = {method: step.settings(name, method, 0.25 if dry else 0.1, 64) for method in ('dense', 'sparse_momentum')}
+        methods = 'dense', 'sparse_momentum', 'sparse_momentum/compact'
+        configs = {method: step.settings(name, method, 0.25 if dry else 0.1, 64) for method in methods}
         if not dry and (rival := step.torch_step(configs['dense'], sys.executable)):  # before our own process takes the memory
             yield Row(f'PyTorch {rival["torch"]}, dense', f'{rival["ms"]:.2f} ms, {rival["bytes"] / 1e9:.2f} GB')
         times = []
@@ -109,7 +112,7 @@ def step_of(name: str) -> Callable[[bool], Iterator[Row]]:
             memory = 'not told' if one.memory is None else f'{one.memory / 1e9:.2f} GB'
             yield Row(f'{method}, memory', f'{memory}; compiled in {one.compile_seconds:.0f} s')
             yield Row(f'{method}, loss', f'{one.loss:.3f}', 'finite', math.isfinite(one.loss))
-        yield Row('dense / sparse', f'{times[0] / times[1]:.2f}x')
+        yield Row('dense / sparse, dense / compact', f'{times[0] / times[1]:.2f}x, {times[0] / times[2]:.2f}x')
 
     return run
 

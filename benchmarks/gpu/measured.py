@@ -80,7 +80,7 @@ def _compiled(config: config_lib.Config) -> _Program:
     run_lib.check_settings(config)
     experiment = run_lib.create_experiment(config, run_lib.load_data(config))
     devices = devices_lib.Devices(config, experiment)
-    state = devices.jit(experiment.init, devices.state_shardings)(jax.random.key(0))
+    state = devices.first(experiment.init, jax.random.key(0))
     with tempfile.TemporaryDirectory() as folder:
         patterns = kernel_choice.LayerKernels(config, experiment, pathlib.Path(folder), 0, devices).patterns(0, state)
     example, random, size = experiment.example, np.random.default_rng(0), config.data.batch_size
