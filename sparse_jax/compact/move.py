@@ -75,6 +75,7 @@ def reserve(tree: Any, layout: Any, plan: Plan, *, capacity_factor: float = tree
 
 def with_capacities(tree: Any, layout: Any, capacities: dict[str, int]) -> tuple[Any, Any]:
     """The tree and the layout with these capacities by leaf, none smaller than it is; runs under jit."""
+    layout = tree_lib.bare(layout)
     compact = tree_lib.compact_leaves(layout)
     numbers = tree_lib.owners(tree, compact)
 

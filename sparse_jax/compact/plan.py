@@ -59,7 +59,7 @@ def plan(values: Any, layout: Any, scores: Any, count: Any, key: jax.Array, rule
     """
     arguments.check_type('rule', rule, Rule)
     check_rule(rule)
-    return _plan(values, layout, scores, jnp.asarray(count, jnp.int32), rule.key_of(key), rule)
+    return _plan(values, tree_lib.bare(layout), scores, jnp.asarray(count, jnp.int32), rule.key_of(key), rule)
 
 
 @functools.partial(jax.jit, static_argnums=5)

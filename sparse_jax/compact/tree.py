@@ -1,5 +1,6 @@
 """Trees of values and of layouts: which leaves are compact, and what a leaf of another tree belongs to."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,6 +14,12 @@ from sparse_jax.core.rule import Rule
 from sparse_jax.kernels.layout import Layout, is_layout
 
 CAPACITY_FACTOR = 1.25  # capacity of a leaf against the units that it has, where its budget may change
+
+
+def bare(layout: Any) -> Any:
+    """A tree of layouts without what products alone read beside the lists: probes, and lists by output."""
+    strip = lambda x: dataclasses.replace(x, probe=None, by_output=None) if is_layout(x) else x
+    return jax.tree.map(strip, layout, is_leaf=lambda x: x is None or is_layout(x))
 
 
 class Compact(NamedTuple):

@@ -85,7 +85,9 @@ class Devices:
         if self._experiment.storage == 'dense':
             return self.jit(make, self.state_shardings)(*arguments)
         state = make(*arguments)
-        return state if self.mesh is None else jax.device_put(state, self.state_shardings)
+        return (
+            state if self.mesh is None else self.jit(lambda x: x, self.state_shardings)(state)
+        )  # of many hosts, each has all of it
 
     @property
     def replicated(self) -> NamedSharding | None:

@@ -96,3 +96,25 @@ def test_units_at_each_tap():
     units = lists.units_of(jnp.asarray(mask), Block(4, 4, whole_kernel=True))
     assert units.shape == (2, 2, 9) and granularity_lib.tap_units(Block(4, 4, True), (3, 3, 8, 8)) == (3, 3, 2, 2)
     assert (np.asarray(units).all(-1) | ~np.asarray(units).any(-1)).all()
+
+
+@pytest.mark.parametrize(('shape', 'granularity'), CASES)
+@pytest.mark.parametrize('density', [0.0, 0.3, 1.0])
+def test_units_by_output_are_the_same_units(shape, granularity, density):
+    layout = layout_of(random_mask(shape, granularity, density, 0), granularity, room=3)
+    found = jax.jit(lists.by_output)(layout)
+    *taps, inputs, outputs = layout.units
+    each = int(np.prod(taps, dtype=int))
+    tap, source, output = (np.asarray(x)[: int(layout.pointers[-1])] for x in layout.places())
+    order = np.lexsort((tap, source, output))
+    used = len(order)
+    np.testing.assert_array_equal(np.asarray(found.numbers)[:used], order)
+    np.testing.assert_array_equal(np.asarray(found.indices)[:used], (source * each + tap)[order])
+    np.testing.assert_array_equal(found.pointers, np.searchsorted(output[order], np.arange(outputs + 1)))
+    assert found.numbers.shape == layout.indices.shape and inputs * each > int(np.asarray(found.indices).max())
+
+
+@pytest.mark.parametrize(('shape', 'granularity'), CASES)
+def test_weights_are_counted_in_blocks_at_the_edge_too(shape, granularity):
+    mask = random_mask(shape, granularity, 0.4, 1)
+    assert int(layout_lib.weights(layout_of(mask, granularity, room=2))) == mask.sum()
