@@ -12,7 +12,7 @@ from sparse_jax.compact.plan import check_rule, reads_scores
 from sparse_jax.core import criteria
 from sparse_jax.core.rule import Rule
 from sparse_jax.kernels import backend
-from sparse_jax.train import compact_step
+from sparse_jax.train import compact_step, starting_masks
 from sparse_jax.train import optimizer as optimizer_lib
 from sparse_jax.train import step as step_lib
 
@@ -32,6 +32,11 @@ def check(config: config_lib.Config, rule: Rule | None) -> None:
     if config.mesh.layout != 'data' or config.mesh.rules:
         raise ValueError(
             f"{_STORAGE} has all weights on every device: take mesh.layout='data' and no mesh.rules, or sparsity.storage='dense'."
+        )
+    if sparsity.method in starting_masks.STARTS:
+        raise ValueError(
+            f"{_STORAGE}: sparsity.method={sparsity.method!r} scores the dense network: train a step of it with sparsity.storage='dense' "
+            '(train.steps=1, train.schedule_steps=1), and start from that run by --init_from.'
         )
     if rule.momentum == 'gradient_average':
         raise ValueError(

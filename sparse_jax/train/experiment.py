@@ -16,12 +16,12 @@ from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core import layers as layers_lib
 from sparse_jax.core.rule import Rule
 from sparse_jax.core.sparsify import sparsify
-from sparse_jax.train import compact_settings, storage
+from sparse_jax.train import compact_settings, starting_masks, storage
 from sparse_jax.train import optimizer as optimizer_lib
 from sparse_jax.train import step as step_lib
 from sparse_jax.train.state import Experiment
 
-METHODS = (*methods.NAMES, 'dense')
+METHODS = (*methods.NAMES, *starting_masks.STARTS, 'dense')
 KERNELS = ('auto', 'dense', *kernels.IMPLEMENTATIONS)
 
 
@@ -44,6 +44,11 @@ def check_names(config: config_lib.Config) -> None:
     ):
         if value not in choices:
             raise errors.unknown(name, value, choices)
+    if sparsity.method in starting_masks.STARTS and config.train.init_from:
+        raise ValueError(
+            f"--init_from gives the masks, and sparsity.method={sparsity.method!r} would make others: take sparsity.method='static', or "
+            'a method that moves them.'
+        )
     if config.data.batch_size % config.train.accumulate:
         raise ValueError(f'config.train.accumulate={config.train.accumulate} must divide data.batch_size={config.data.batch_size}.')
     # the names of the method's parts; its steps wait for the length of an epoch
@@ -113,7 +118,14 @@ def build(config: config_lib.Config, *, num_examples: int, input_shape: tuple[in
     params = jax.eval_shape(model.init, jax.random.key(0))[0]
     is_sparse_leaf = layers_lib.sparse_leaves(params, None, _patterns(config.sparsity.dense))
     layers = layers_lib.layer_table(params, is_sparse_leaf, model.stacked)
+    first_network = None
+    if rule is not None and config.sparsity.method in starting_masks.STARTS:
+        plain = dataclasses.replace(config, model=dataclasses.replace(config.model, layout='channels'))
+        scored = _model(plain, input_shape, num_outputs)
+        arguments = config.sparsity.method, scored, rule, config.train.label_smoothing
+        first_network = functools.partial(starting_masks.network, *arguments)
     return Experiment(
+        first_network=first_network,
         apply=functools.partial(step_lib.apply, spec),
         storage=config.sparsity.storage,
         learning_rate=learning_rate,
@@ -188,7 +200,8 @@ def _rule(config: config_lib.Config, stacked, update_every: int, total_steps: in
     if s.method == 'granet':
         options['initial_density'] = s.initial_density
     options |= dict(track_exploration=s.storage == 'dense', seed=jax.random.key(config.seed))
-    return methods.rule(s.method, s.density, update_every, total_steps, **options)
+    name = 'static' if s.method in starting_masks.STARTS else s.method  # or whatever growth is named, after the start
+    return methods.rule(name, s.density, update_every, total_steps, **options)
 
 
 class _MaskUpdates(NamedTuple):

@@ -49,8 +49,12 @@ def network(config: config_lib.Config, folder: pathlib.Path) -> tuple[Any, Any, 
         masks = jax.tree.map(lambda _: True, params)
     else:
         masks, params = storage.masks(state), storage.whole(state, params)
-    params, masks, model_state = run.devices.host((params, masks, model_state))
-    return _merged(params, model_state), _merged(masks, jax.tree.map(lambda _: True, model_state)), step
+    return *with_state(*run.devices.host((params, masks, model_state))), step
+
+
+def with_state(params: Any, masks: Any, model_state: Any) -> tuple[Any, Any]:
+    """Weights and running statistics in one tree, and masks like it."""
+    return _merged(params, model_state), _merged(masks, jax.tree.map(lambda _: True, model_state))
 
 
 def _merged(a: Any, b: Any) -> dict[str, Any]:

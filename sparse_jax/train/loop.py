@@ -18,11 +18,10 @@ from sparse_jax import config as config_lib
 from sparse_jax import data as data_lib
 from sparse_jax import stats
 from sparse_jax.runtime import checkpoint, hosts, memory, records, workdir
-from sparse_jax.train import initial, kernel_choice, memory_table, storage, stored
+from sparse_jax.train import exporting, initial, kernel_choice, memory_table, storage, stored
 from sparse_jax.train import programs as programs_lib
 from sparse_jax.train import state as state_lib
 from sparse_jax.train.evaluate import PARTS, evaluate_part
-from sparse_jax.train.exporting import network
 from sparse_jax.train.log import Log
 from sparse_jax.train.result import REPORT, finish
 from sparse_jax.train.run import Run, check_identity, prepare
@@ -71,12 +70,22 @@ def _network_of(run: Run, source: pathlib.Path) -> initial.Network:
             raise ValueError(
                 f'--init_from={source} is a folder without a checkpoint: give the workdir of a run, or an exported file.'
             )
-        params, masks, _ = network(stored.get_config(str(source)), source)
+        params, masks, _ = exporting.network(stored.get_config(str(source)), source)
         found = initial.of_trees(params, masks)
     else:
         found = initial.of_file(source)
     initial.check(found, run.config, run.experiment, run.devices.shapes)
     return found
+
+
+def _first_network(run: Run) -> initial.Network | None:
+    """The network whose masks a method chooses by the first batch, the same on all hosts; None where the first masks are drawn."""
+    if run.experiment.first_network is None:
+        return None
+    batch = data_lib.batches(run.data, batch_size=run.config.data.batch_size, seed=run.config.seed, num_batches=1)[0]
+    params, model_state, masks = run.experiment.first_network(jax.random.key(run.config.seed), batch)
+    _LOG.info('%s: the first masks are chosen by the weights and the first batch.', run.config.sparsity.method)
+    return initial.of_trees(*jax.device_get(exporting.with_state(params, masks, model_state)))
 
 
 def _has_result(config: config_lib.Config, folder: pathlib.Path) -> bool:
@@ -165,8 +174,8 @@ def _train(run: Run, is_held: Callable[[], bool]) -> dict[str, Any]:
         _LOG.info('sparse: %s; %s', names, stats.dense_leaves(storage.masks(devices.shapes)))
     with _ended(config, checkpoints):
         start, state, seconds = restored or (0, devices.first(experiment.init, jax.random.key(config.seed)), 0.0)
-        if restored is None and run.initial is not None:
-            state = initial.begin(run.initial, state, experiment, devices)
+        if restored is None and (network := run.initial or _first_network(run)) is not None:
+            state = initial.begin(network, state, experiment, devices)
         sums = state_lib.NonzeroSums(state_lib.sizes(experiment, state), start, checkpoints.totals(start) if restored else None)
         if start and hosts.is_host0():
             _LOG.info('resumed at step %d of %d.', start, experiment.total_steps)

@@ -35,6 +35,7 @@ class Experiment(NamedTuple):
 
     init: Callable[[jax.Array], TrainState]  # of a random key; in compact storage to be called on the host, elsewhere under jit
     begin: Callable[..., TrainState]  # (state, whole params, model_state, masks or None): a first state with these
+    first_network: Callable[..., tuple[Any, Any, Any]] | None  # (key, batch): params, model_state and masks; None: those of init
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]  # (state, batch, patterns=None, *, dense_gradients)
     evaluate: Callable[..., dict[str, jax.Array]]  # (state, batch, patterns=None): sums over the batch
     apply: Callable[..., Any]  # (params, model_state, inputs, patterns=None, train=False): logits

@@ -1,0 +1,87 @@
+"""Masks that are chosen at the start, by scores of the first weights: the methods snip, grasp and synflow of the launcher."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sparse_jax import models
+from sparse_jax.core import pruning, saliency
+from sparse_jax.core.rule import Rule
+from sparse_jax.train import step as step_lib
+
+
+class _Network(NamedTuple):
+    """A network before its first step, and what scores it."""
+
+    model: models.Model
+    model_state: Any
+    smoothing: float
+
+    def logits(self, params: Any, inputs: jax.Array, train: bool = True) -> jax.Array:
+        rng = jax.random.key(0) if train else None
+        return self.model.apply(params, self.model_state, inputs, train=train, rng=rng, patterns=None)[0]
+
+    def loss(self, params: Any, inputs: jax.Array, labels: jax.Array) -> jax.Array:
+        return step_lib.cross_entropy(self.logits(params, inputs), labels, self.smoothing).mean()
+
+
+def _snip(network: _Network, params: Any, batch: Any) -> Any:
+    return saliency.snip(network.loss, params, batch['input'], batch['label'])
+
+
+def _grasp(network: _Network, params: Any, batch: Any) -> Any:
+    return saliency.grasp(network.logits, params, batch['input'], batch['label'])
+
+
+def _synflow(network: _Network, params: Any, batch: Any) -> Any:
+    example = jax.ShapeDtypeStruct((1, *batch['input'].shape[1:]), batch['input'].dtype)
+    return saliency.synflow(functools.partial(network.logits, train=False), params, example)
+
+
+class _Start(NamedTuple):
+    score: Callable[[_Network, Any, Any], Any]  # of params and a batch
+    rounds: int  # of pruning, in each of which the scores are made anew
+
+
+STARTS = {'snip': _Start(_snip, 1), 'grasp': _Start(_grasp, 1), 'synflow': _Start(_synflow, 100)}
+
+
+def network(
+    method: str, model: models.Model, rule: Rule, smoothing: float, key: jax.Array, batch: dict[str, Any]
+) -> tuple[Any, Any, Any]:
+    """The weights that a run of this key starts with, and the masks of a method; on the host.
+
+    One threshold over all layers decides, as in each of the papers.
+
+    Args:
+      method: one of STARTS.
+      model: by the kernels of plain XLA, as scores differentiate twice.
+      rule: of the run: its density and units, and which leaves are sparse.
+      smoothing: of the labels, in the loss.
+      key: of the run.
+      batch: the run's first one.
+
+    Returns:
+      Params, zero off the masks, the model's state, and masks.
+    """
+    params_key, _ = jax.random.split(key)
+    params, model_state = jax.jit(model.init)(params_key)
+    start, scored = STARTS[method], _Network(model, model_state, smoothing)
+    batch = jax.tree.map(jnp.asarray, batch)
+    score = jax.jit(functools.partial(start.score, scored))
+    assert isinstance(rule.density, int | float)
+    params, masks = pruning.prune(
+        params,
+        rule.density,
+        scores=lambda params: score(params, batch),
+        rounds=start.rounds,
+        granularity=rule.granularity,
+        prune_scope='global',
+        sparsifiable=rule.sparsifiable,
+        dense=rule.dense,
+        stacked=rule.stacked,
+    )
+    return params, model_state, masks
