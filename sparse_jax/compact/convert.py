@@ -214,7 +214,7 @@ def init(
     They are bit for bit the dense form's start: ``jax.jit(make)()`` under the first masks of the rule.
 
     Args:
-      make: makes the dense params, without arguments. It is traced, and compiled once a leaf, the others left out.
+      make: makes the dense params, without arguments. It is traced, and compiled once a sparse leaf, the others left out.
       rule: a method's rule: see :func:`sparse_jax.methods.rule`.
       capacity_factor: as in :func:`compress`; None: 1.25 where the rule redistributes, else 1.
       implementation: as in :func:`compress`.
@@ -241,18 +241,18 @@ def init(
     counts = np.asarray(rule.initial_counts(layers), np.int32)
     keys = jax.random.split(rule.first_key(), max(layers[-1].stop, 1))
     by_leaf = {layer.leaf: layer for layer in layers}
-    values, layouts = [], []
-    for i in range(len(jax.tree.leaves(shapes))):
-        value = jax.jit(lambda i=i: jax.tree.leaves(make())[i])()
-        layout = None
-        if (layer := by_leaf.get(i)) is not None:
-            of_layer = slice(layer.start, layer.stop)
-            first = jax.jit(numerics.lenient(functools.partial(mask_update.first_mask, rule, layer)))
-            mask = first(jnp.asarray(counts[of_layer]), keys[of_layer])
-            capacity = _first_capacity(int(counts[of_layer].max()), layer.shape, rule.granularity, capacity_factor)
-            layout = _layout(mask, layer.shape, layer.depth is not None, rule.granularity, capacity, implementation, layer.name)
-            value = _gathered(value, layout)
-        values.append(value)
-        layouts.append(layout)
+    leaves_of = lambda chosen: jax.jit(lambda: [jax.tree.leaves(make())[i] for i in chosen])()
+    dense = [i for i in range(len(jax.tree.leaves(shapes))) if i not in by_leaf]
+    values: dict[int, Any] = dict(zip(dense, leaves_of(dense), strict=True))
+    layouts: dict[int, Layout | None] = dict.fromkeys(dense)
+    for i, layer in by_leaf.items():
+        of_layer = slice(layer.start, layer.stop)
+        first = jax.jit(numerics.lenient(functools.partial(mask_update.first_mask, rule, layer)))
+        mask = first(jnp.asarray(counts[of_layer]), keys[of_layer])
+        capacity = _first_capacity(int(counts[of_layer].max()), layer.shape, rule.granularity, capacity_factor)
+        layout = _layout(mask, layer.shape, layer.depth is not None, rule.granularity, capacity, implementation, layer.name)
+        [value] = leaves_of([i])
+        values[i], layouts[i] = _gathered(value, layout), layout
     treedef = jax.tree.structure(shapes)
-    return jax.tree.unflatten(treedef, values), jax.tree.unflatten(treedef, layouts)
+    in_order = lambda leaves: jax.tree.unflatten(treedef, [leaves[i] for i in sorted(leaves)])
+    return in_order(values), in_order(layouts)

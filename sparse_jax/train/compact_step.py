@@ -167,11 +167,13 @@ def after_step(spec: CompactSpec, step: int, state: TrainState) -> TrainState:
         return state
     average, averaged_state = (None, None) if state.average is None else state.average
     moved, layout = (state.params, own.inner_state, average), own.layout
+    memory.release()  # a plan makes large arrays, and its program is large
     plan = _planner(rule)(state.params, layout, own.scores, step)
     if not compact.fits(plan, layout):
         moved, layout = compact.reserve(moved, layout, plan)
         plan = _planner(rule)(moved[0], layout, own.scores, step)
     params, inner_state, average = _move(moved, plan)
+    memory.release()
     own = CompactState(plan.layout, inner_state, None, _stats(spec, own, plan.stats, step))
     return state._replace(params=params, opt_state=own, average=None if average is None else (average, averaged_state))
 
