@@ -122,6 +122,8 @@ class Train(_Section):
     # steps, or those that the run in the workdir began with.
     schedule_steps: int = 0
     init_from: str = ''  # Workdir, .npz or .safetensors file whose weights and masks the run starts with; empty: none.
+    # Step at which the network of train.init_from begins, as one does that was rewound: schedules and data go on from there.
+    start_step: int = 0
     eval_every: int = 0  # Steps between evaluations; 0: one epoch.
     label_smoothing: float = 0.0  # Fraction of the target that is spread evenly over all classes; 0: none.
     accumulate: int = (
@@ -258,6 +260,7 @@ _RANGES = {
     'train.epochs': _AT_LEAST_1,
     'train.steps': _AT_LEAST_0,
     'train.schedule_steps': _AT_LEAST_0,
+    'train.start_step': _AT_LEAST_0,
     'train.eval_every': _AT_LEAST_0,
     'train.label_smoothing': _BELOW_1,
     'train.accumulate': _AT_LEAST_1,

@@ -1,5 +1,6 @@
 """One-shot pruning: masks of exact budgets for weights that are there already, by a criterion or by scores of one's own."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -133,23 +134,40 @@ def _counts(rule: Rule, layers: list[Layer], density: Any) -> list[int]:
 def _pruned(rule: Rule, layers: list[Layer], params: Any, masks: Masks, scores: Scores, counts: list[int]) -> Masks:
     """Masks of so many units in each layer, within the present ones."""
     leaves = _leaf_scores(rule, layers, params, masks, scores)
-    present = jax.tree.leaves(masks)
-    active = [_units(rule, layer, granularity_lib.active, present[layer.leaf]) for layer in layers]
-    keys = [_signed_keys(score, where) for score, where in zip(leaves, active, strict=True)]
-    kept = jnp.asarray(counts, jnp.int32)
-    if rule.is_global:
+    present = [jax.tree.leaves(masks)[layer.leaf] for layer in layers]
+    chosen = _chosen(rule.granularity, rule.is_global, tuple(layers), leaves, present, jnp.asarray(counts, jnp.int32))
+    for layer, mask in zip(layers, chosen, strict=True):
+        masks = _with_leaf(masks, layer, mask)
+    return masks
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@numerics.lenient
+def _chosen(
+    granularity: Granularity,
+    is_global: bool,
+    layers: tuple[Layer, ...],
+    scores: list[jax.Array],
+    present: list[jax.Array],
+    kept: jax.Array,
+) -> list[jax.Array]:
+    """The masks of the units that stay: so many of each layer, or by one threshold as many as they are together."""
+    active = [_units(granularity, layer, granularity_lib.active, mask) for layer, mask in zip(layers, present, strict=True)]
+    keys = [_signed_keys(score, where) for score, where in zip(scores, active, strict=True)]
+    if is_global:
         goes = [jnp.where(where, ~key, jnp.uint32(0)) for key, where in zip(keys, active, strict=True)]
         nonzeros = jnp.concatenate([jnp.sum(x.reshape(len(x), -1), axis=1, dtype=jnp.int32) for x in active])
         amount = numerics.subtract(numerics.total(nonzeros), numerics.total(kept))
         kept = nonzeros - selection.joint_counts(goes, amount, jnp.maximum(nonzeros - 1, 0))
-    for layer, chosen in zip(layers, selection.select(keys, kept), strict=True):
-        mask = jax.vmap(lambda row, layer=layer: rule.granularity.expand(row, layer.shape))(chosen)
-        masks = _with_leaf(masks, layer, mask[0] if layer.depth is None else mask)
+    masks = []
+    for layer, rows in zip(layers, selection.select(keys, kept), strict=True):
+        mask = jax.vmap(lambda row, layer=layer: granularity.expand(row, layer.shape))(rows)
+        masks.append(mask[0] if layer.depth is None else mask)
     return masks
 
 
-def _units(rule: Rule, layer: Layer, function: Callable, leaf: jax.Array) -> jax.Array:
-    return jax.vmap(lambda row: function(rule.granularity, row))(grouping.as_rows(layer, leaf))
+def _units(granularity: Granularity, layer: Layer, function: Callable, leaf: jax.Array) -> jax.Array:
+    return jax.vmap(lambda row: function(granularity, row))(grouping.as_rows(layer, leaf))
 
 
 def _leaf_scores(rule: Rule, layers: list[Layer], params: Any, masks: Masks, scores: Scores) -> list[jax.Array]:
@@ -165,7 +183,7 @@ def _leaf_scores(rule: Rule, layers: list[Layer], params: Any, masks: Masks, sco
                 raise ValueError(
                     f'the scores of {layer.name} have shape {jnp.shape(leaves[layer.leaf])}, the weight {jnp.shape(weights[layer.leaf])}.'
                 )
-        return [_units(rule, layer, _unit_score, jnp.asarray(leaves[layer.leaf])) for layer in layers]
+        return [_units(rule.granularity, layer, _unit_score, jnp.asarray(leaves[layer.leaf])) for layer in layers]
     keys = jax.random.split(rule.first_key(), layers[-1].stop)
 
     def of_criterion(layer: Layer) -> jax.Array:

@@ -26,6 +26,10 @@ MODES = {
     'evaluate': _Mode('Evaluate the last checkpoint of a run; writes nothing.', ('config', 'workdir')),
     'export': _Mode('Write the network of the last checkpoint into --to=FILE.npz or .safetensors.', ('config', 'workdir', 'to')),
     'sweep': _Mode('Train all combinations of --sweep, then report on them.', ('config', 'workdir', 'sweep', 'jobs')),
+    'lottery': _Mode(
+        'Train the dense network, then --rounds of pruning, rewinding to --rewind_step and training.',
+        ('config', 'workdir', 'rounds', 'rewind_step'),
+    ),
     'report': _Mode('Summarize finished runs in tables, figures and a page.', ('workdir', 'runs')),
 }
 
@@ -61,6 +65,8 @@ RUNS = flags.DEFINE_multi_string(
 )
 TO = flags.DEFINE_string('to', None, 'File that --mode=export writes; its suffix is the format.')
 INIT_FROM = flags.DEFINE_string('init_from', None, 'Workdir or exported file whose weights and masks a new run starts with.')
+ROUNDS = flags.DEFINE_integer('rounds', None, 'Rounds of --mode=lottery (5), the last one at sparsity.density.', 1)
+REWIND_STEP = flags.DEFINE_integer('rewind_step', None, 'Step whose weights each round of --mode=lottery starts with (0).', 0)
 LOWER_ONLY = flags.DEFINE_string(
     'lower_only',
     None,
@@ -73,7 +79,7 @@ PROCESS = flags.DEFINE_integer('process_id', None, 'With --coordinator: number o
 INITIALIZATION = flags.DEFINE_integer('initialization_timeout', 120, 'Seconds to wait for all hosts to come (120).', 1)
 HEARTBEAT = flags.DEFINE_integer('heartbeat_timeout', 30, 'Seconds until a silent host counts as dead (30).', 1)
 DEBUG = flags.DEFINE_boolean('debug', False, 'Show the tracebacks and notes of libraries where a run fails.')
-_OF_MODES = (CONFIG, WORKDIR, SWEEP, JOBS, RUNS, TO, INIT_FROM)
+_OF_MODES = (CONFIG, WORKDIR, SWEEP, JOBS, RUNS, TO, INIT_FROM, ROUNDS, REWIND_STEP)
 _OF_HOSTS = (COORDINATOR, PROCESSES, PROCESS, INITIALIZATION, HEARTBEAT)
 FLAGS = (
     CONFIG,
@@ -85,6 +91,8 @@ FLAGS = (
     RUNS,
     TO,
     INIT_FROM,
+    ROUNDS,
+    REWIND_STEP,
     LOWER_ONLY,
     DEBUG,
     DISTRIBUTED,

@@ -56,6 +56,17 @@ def _train(folder: pathlib.Path) -> None:
     hosts.run_on_host0(run_report.show, folder)
 
 
+def _lottery(folder: pathlib.Path) -> None:
+    """Trains rounds of lottery tickets, and draws them."""
+    from sparse_jax.report import lottery as report
+    from sparse_jax.train import lottery
+
+    rewind_step = flag.REWIND_STEP.value or 0
+    rows = lottery.run(flag.CONFIG.value, folder, rounds=flag.ROUNDS.value or 5, rewind_step=rewind_step)
+    lottery.print_table(rows)
+    print(f'table:   {folder / lottery.TABLE}\npicture: {report.draw(folder)}')
+
+
 def _join_hosts() -> None:
     """Finds the other processes of a job of many hosts."""
     from sparse_jax.runtime import hosts
@@ -82,6 +93,8 @@ def _do(folder: pathlib.Path) -> None:
         write_report(folder, [pathlib.Path(path) for path in flag.RUNS.value])
     elif flag.MODE.value == 'sweep':
         _sweep(folder)
+    elif flag.MODE.value == 'lottery':
+        _lottery(folder)
     elif flag.MODE.value == 'evaluate':
         train.evaluate(flag.CONFIG.value, folder)
     elif flag.MODE.value == 'export':

@@ -49,6 +49,11 @@ def check_names(config: config_lib.Config) -> None:
             f"--init_from gives the masks, and sparsity.method={sparsity.method!r} would make others: take sparsity.method='static', or "
             'a method that moves them.'
         )
+    if config.train.start_step and (not config.train.init_from or sparsity.method not in ('static', 'dense') or sparsity.grow):
+        raise ValueError(
+            f'config.train.start_step={config.train.start_step} is for a network of --init_from under a fixed mask, as the steps of mask '
+            'updates count from 0: give --init_from and sparsity.method=static or dense, or leave it at 0.'
+        )
     if config.data.batch_size % config.train.accumulate:
         raise ValueError(f'config.train.accumulate={config.train.accumulate} must divide data.batch_size={config.data.batch_size}.')
     # the names of the method's parts; its steps wait for the length of an epoch
@@ -88,6 +93,10 @@ def build(config: config_lib.Config, *, num_examples: int, input_shape: tuple[in
     if steps_per_epoch == 0:
         raise ValueError(f'data.batch_size={config.data.batch_size} is more than the {num_examples} training examples.')
     total_steps = config.train.steps or config.train.epochs * steps_per_epoch
+    if config.train.start_step >= total_steps:
+        raise ValueError(
+            f'config.train.start_step={config.train.start_step} must be below the {total_steps} steps of the training.'
+        )
     schedule_steps = config.train.schedule_steps or total_steps
     update_every = config.sparsity.update_every or steps_per_epoch
     model = _model(config, input_shape, num_outputs)
@@ -102,7 +111,7 @@ def build(config: config_lib.Config, *, num_examples: int, input_shape: tuple[in
     rule = None if config.sparsity.method == 'dense' else _rule(config, model.stacked, update_every // groups, schedule_steps)
     spec = step_lib.StepSpec(
         model=model,
-        tx=optimizer_lib.create(config.optimizer, learning_rate),
+        tx=optimizer_lib.create(config.optimizer, optimizer_lib.shifted(learning_rate, config.train.start_step)),
         is_sparse=False,
         label_smoothing=config.train.label_smoothing,
         clip_norm=config.optimizer.clip_norm,
@@ -134,6 +143,7 @@ def build(config: config_lib.Config, *, num_examples: int, input_shape: tuple[in
         layer_codes=layers_lib.encode(len(jax.tree.leaves(params)), layers, granularity_lib.get(config.sparsity.granularity)),
         stacked=model.stacked,
         example=jax.ShapeDtypeStruct((1, *input_shape), jnp.int32 if len(input_shape) == 1 else jnp.float32),
+        start_step=config.train.start_step,
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         update_every=update_every,

@@ -82,4 +82,5 @@ def begin(
     )
     params, model_state = (pick(tree, network.values) for tree in (state.params, state.model_state))
     masks = pick(state.params, network.masks) if storage.has_masks(state) else None
-    return devices.first(experiment.begin, state, params, model_state, masks)
+    state = devices.first(experiment.begin, state, params, model_state, masks)
+    return state._replace(step=state.step + experiment.start_step)

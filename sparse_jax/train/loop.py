@@ -173,13 +173,14 @@ def _train(run: Run, is_held: Callable[[], bool]) -> dict[str, Any]:
         names = ', '.join(layer.name for layer in experiment.layers)
         _LOG.info('sparse: %s; %s', names, stats.dense_leaves(storage.masks(devices.shapes)))
     with _ended(config, checkpoints):
-        start, state, seconds = restored or (0, devices.first(experiment.init, jax.random.key(config.seed)), 0.0)
+        make = lambda: devices.first(experiment.init, jax.random.key(config.seed))
+        start, state, seconds = restored or (experiment.start_step, make(), 0.0)
         if restored is None and (network := run.initial or _first_network(run)) is not None:
             state = initial.begin(network, state, experiment, devices)
         sums = state_lib.NonzeroSums(state_lib.sizes(experiment, state), start, checkpoints.totals(start) if restored else None)
-        if start and hosts.is_host0():
+        if restored and start and hosts.is_host0():
             _LOG.info('resumed at step %d of %d.', start, experiment.total_steps)
-        kernels = kernel_choice.LayerKernels(config, experiment, folder, start, devices)
+        kernels = kernel_choice.LayerKernels(config, experiment, folder, start if restored else 0, devices)
         with hosts.Preemption() as preemption:
             state, seconds = _train_loop(run, checkpoints, kernels, state, start, seconds, sums, preemption, is_held)
             checkpoints.close()

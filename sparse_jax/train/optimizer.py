@@ -76,6 +76,15 @@ def held(rate: optax.Schedule, steps: int) -> optax.Schedule:
     return lambda step: rate(jnp.minimum(step, steps - 1))
 
 
+def shifted(rate: optax.Schedule, steps: int) -> optax.Schedule:
+    """A schedule for an optimizer that has counted so many steps fewer.
+
+    >>> float(shifted(lambda t: 10.0 - t, 3)(2))
+    5.0
+    """
+    return rate if steps == 0 else lambda count: rate(count + steps)
+
+
 def is_decayed(path: str, leaf: Any) -> bool:
     """Whether adamw's weight decay acts on a leaf: on matrices, not on normalisations and biases (stacked ones have two axes too).
 

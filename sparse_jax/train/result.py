@@ -70,6 +70,7 @@ def _result(run: Run, state: state_lib.TrainState, seconds: float, mean_density:
     }
     masks = None if config.sparsity.method == 'dense' else run.devices.host(storage.masks(state))
     result |= state_lib.operations(experiment, state, mean_density, masks)
+    result['operations_training'] *= (experiment.total_steps - experiment.start_step) * config.data.batch_size
     if masks is not None and (explored := storage.exploration_rate(state)) is not None:
         result['exploration_rate'] = explored
     return result | {'seconds': round(seconds, 3), 'steps_per_second': round(experiment.total_steps / max(seconds, 1e-9), 3)}

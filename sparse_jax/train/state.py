@@ -52,6 +52,7 @@ class Experiment(NamedTuple):
     layer_codes: np.ndarray  # the same as a sparse optimizer's state holds it, int32[leaves, 4]
     stacked: Callable[[str, Any], bool] | None  # which leaves hold a layer in each row
     example: jax.ShapeDtypeStruct  # one input
+    start_step: int  # steps that count as done where the training begins
     total_steps: int
     steps_per_epoch: int
     update_every: int
@@ -140,5 +141,6 @@ def operations(experiment: Experiment, state: TrainState, mean_density: dict[str
     return {
         'operations_inference': now.inference,
         'operations_inference_against_dense': now.inference / now.inference_dense,
+        'operations_training': average.training,
         'operations_training_against_dense': average.training / average.training_dense,
     }
