@@ -122,7 +122,7 @@ class Train(_Section):
     # steps, or those that the run in the workdir began with.
     schedule_steps: int = 0
     init_from: str = ''  # Workdir, .npz or .safetensors file whose weights and masks the run starts with; empty: none.
-    # Step at which the network of train.init_from begins, as one does that was rewound: schedules and data go on from there.
+    # Step at which the network of train.init_from begins, as one does that was rewound: schedules and data go on there; 0: the first.
     start_step: int = 0
     eval_every: int = 0  # Steps between evaluations; 0: one epoch.
     label_smoothing: float = 0.0  # Fraction of the target that is spread evenly over all classes; 0: none.

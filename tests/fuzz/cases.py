@@ -47,7 +47,7 @@ _WRONG = (None, True, 1, 0.5, '1', b'1', [], {}, (1,), [0.5])
 _KNOWN = {
     'model.name': models.names(), 'model.dtype': ('float32', 'bfloat16', 'float16', 'int32', 'float64'), 'model.layout': ('auto', 'channels', 'lanes'),
     'data.name': data.NAMES, 'optimizer.name': ('sgd', 'adamw', 'lion'), 'optimizer.schedule': ('step', 'cosine', 'constant'),
-    'sparsity.method': (*methods.NAMES, 'dense'), 'sparsity.prune': ('magnitude', 'signed_magnitude', 'taylor', 'none'),
+    'sparsity.method': (*methods.NAMES, 'snip', 'grasp', 'synflow', 'dense'), 'sparsity.storage': ('dense', 'compact'), 'sparsity.prune': ('magnitude', 'signed_magnitude', 'taylor', 'none'),
     'sparsity.grow': ('momentum', 'gradient', 'random', 'none'), 'sparsity.redistribute': ('mean_momentum', 'nonzeros', 'none'),
     'sparsity.distribution': ('uniform', 'erk', 'erdos_renyi'), 'sparsity.kernels': ('auto', 'dense', 'reference', 'cpu', 'gpu', 'tpu'),
     'sparsity.granularity': ('unstructured', 'block:4x4', 'block:0x4', 'block:4x', 'block:1x1:kernel', 'block:-1x2', 'block:999x999'),
