@@ -6,7 +6,6 @@ step is on the host, as room may run out: plan, fits, reserve, move.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -152,12 +151,12 @@ def evaluate(spec: CompactSpec, state: TrainState, batch: Any, patterns: Any = N
 
 
 @functools.cache
-def _planner(rule: Rule) -> Callable[..., compact.Plan]:
+def _planner(rule: Rule) -> Any:
     plan = lambda values, layout, scores, step: compact.plan(values, layout, scores, step, rule.first_key(), rule)
     return jax.jit(plan, compiler_options=memory.frugal_compiler_options())
 
 
-_move = jax.jit(compact.move, donate_argnums=0)
+_move: Any = jax.jit(compact.move, donate_argnums=0)
 
 
 def after_step(spec: CompactSpec, step: int, state: TrainState) -> TrainState:
@@ -171,6 +170,8 @@ def after_step(spec: CompactSpec, step: int, state: TrainState) -> TrainState:
     plan = _planner(rule)(state.params, layout, own.scores, step)
     if not compact.fits(plan, layout):
         moved, layout = compact.reserve(moved, layout, plan)
+        for program in (_planner(rule), _move):  # of shapes that will not come again
+            program.clear_cache()
         plan = _planner(rule)(moved[0], layout, own.scores, step)
     params, inner_state, average = _move(moved, plan)
     memory.release()

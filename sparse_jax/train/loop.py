@@ -226,12 +226,13 @@ def _train_loop(
     config, experiment, devices = run.config, run.experiment, run.devices
     last, on_accelerator = experiment.total_steps, jax.default_backend() != 'cpu'
     programs = programs_lib.Programs(devices, experiment)
-    evaluate, all_finite = devices.jit(experiment.evaluate), devices.jit(_all_finite)
+    evaluate: Any = devices.jit(experiment.evaluate)
+    all_finite = devices.jit(_all_finite)
     part = next(part for part in PARTS if len(getattr(run.data, part).labels))
     eval_every = config.train.eval_every or experiment.steps_per_epoch
     batches = _batches(run, start, on_accelerator)
     log, settling = Log(run, state, start), memory.Settling()
-    patterns = kernels.patterns(start, state)
+    patterns, shapes = kernels.patterns(start, state), jax.tree.map(np.shape, state.params)
     begin = time.perf_counter()
     log.begin()
     try:
@@ -247,6 +248,10 @@ def _train_loop(
             log.step(step, values)
             checkpoints.check()
             if experiment.is_mask_update(step):
+                if (now := jax.tree.map(np.shape, state.params)) != shapes:  # compact storage has made room
+                    shapes = now
+                    programs.forget()
+                    evaluate.clear_cache()
                 patterns = kernels.patterns(step, state)
                 sizes = state_lib.sizes(experiment, state)
                 sums.update(step, sizes)

@@ -6,7 +6,7 @@ On an accelerator a step takes milliseconds and compiling one a minute: all that
 import concurrent.futures
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -46,7 +46,7 @@ class Programs:
         out = devices.replicated if devices.mesh is None else (devices.step_shardings, devices.replicated)
         plain, moving = (functools.partial(experiment.train_step, mask_update=moves) for moves in (False, True))
         frugal = memory.frugal_compiler_options()
-        self._jitted: dict[bool, Callable] = {
+        self._jitted: dict[bool, Any] = {
             False: devices.jit(plain, out, **options),
             True: devices.jit(moving, out, **options, compiler_options=frugal),
         }
@@ -82,6 +82,11 @@ class Programs:
             except TypeError:  # of other patterns than it was compiled for: their lists have grown, or their kernels changed
                 del self._compiled[kind]
         return self._jitted[kind.mask_update](state, batch, patterns, dense_gradients=kind.dense_gradients)
+
+    def forget(self) -> None:
+        """Drops the programs of shapes that will not come again."""
+        for jitted in self._jitted.values():
+            jitted.clear_cache()
 
     def close(self) -> None:
         """Gives up what is not compiled yet."""
