@@ -4,10 +4,11 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from sparse_jax.compact import tree as tree_lib
 from sparse_jax.core import target
-from sparse_jax.kernels import lists
+from sparse_jax.kernels import backend, lists
 from sparse_jax.kernels.layout import Layout, is_layout
 
 
@@ -51,7 +52,8 @@ def prepare(layout: Any) -> Any:
 
 
 def _wants(layout: Layout) -> bool:
-    return (layout.implementation or target.platform()) == 'gpu' and layout.granularity.sides != (1, 1)
+    name = layout.implementation or target.platform()
+    return name == 'gpu' and not backend.unsupported(name, jnp.bfloat16, layout.granularity)
 
 
 @jax.jit

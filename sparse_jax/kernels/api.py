@@ -115,7 +115,8 @@ def _apply_frozen(x, weight: CompactWeight, geometry: Geometry, implementation: 
     if weight.ndim == 2 or (weight.shape[:2] == (1, 1) and geometry == Geometry()):  # one tap: a matrix product of all pixels
         x = x.reshape(math.prod(shape[:-1]), 1, 1, shape[-1])
     choice = backend.choose_compact(implementation, x.dtype, layout)
-    y: jax.Array = _frozen_product(x, weight, geometry, choice.implementation)  # pyright: ignore[reportAssignmentType]
+    is_empty = 0 in (x.size, layout.capacity, *geometry.output_shape(x.shape, layout.taps + layout.shape[-2:]))
+    y: jax.Array = _frozen_product(x, weight, geometry, 'reference' if is_empty else choice.implementation)  # pyright: ignore[reportAssignmentType]
     return y if x.shape == shape else y.reshape(*shape[:-1], weight.shape[-1])
 
 

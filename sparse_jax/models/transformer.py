@@ -120,15 +120,14 @@ def _unstack_backward(_, rows: list[jax.Array]) -> tuple[jax.Array]:
 _unstack.defvjp(lambda x: (_unstack(x), None), _unstack_backward)
 
 
-def _unstacked(tree: Any, depth: int, dtype: Any) -> list[Any]:
-    """Each layer's part of a tree of stacked arrays; weights of products are cast before, all layers' at once."""
+def _unstacked(params: Any, others: Any, depth: int, dtype: Any) -> list[Any]:
+    """Each layer's part of trees of stacked arrays; weights of products are cast before, all layers' at once."""
 
     def rows(x):
-        if not jnp.issubdtype(x.dtype, jnp.inexact):
-            return [x[i] for i in range(depth)]
-        return _unstack(x.astype(dtype) if x.ndim > 2 else x)
+        return _unstack(x) if jnp.issubdtype(x.dtype, jnp.inexact) else [x[i] for i in range(depth)]
 
-    leaves, structure = jax.tree.flatten(tree)
+    cast = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 2 and jnp.issubdtype(x.dtype, jnp.inexact) else x, params)
+    leaves, structure = jax.tree.flatten((cast, *others))
     return [structure.unflatten(row) for row in zip(*map(rows, leaves), strict=True)]
 
 
@@ -221,7 +220,7 @@ class Transformer(Network):
         on_gpu = target.platform() == 'gpu'
         if on_gpu and self.depth <= _UNROLLED[self.remat]:
             layer = _remat(layer, self.remat)
-            for row in _unstacked(rows, self.depth, dtype):
+            for row in _unstacked(rows[0], rows[1:], self.depth, dtype):
                 x, _ = layer(x, row)
         else:
             # A loop stacks whatever it keeps: on a GPU, where copies count, what lies between the products is computed again.

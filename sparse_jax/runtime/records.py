@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 CONFIG, DATA, KERNELS, MACHINE, RESULT, SWEEP = 'config.json', 'data.json', 'kernels.json', 'run.json', 'result.json', 'sweep.json'
+LOTTERY = 'lottery_settings.json'  # what the rounds of lottery tickets are made of
 SETTINGS = 'settings.json'  # all of them, as the run was started last; those of config.json stay
 METRICS = 'metrics.jsonl'
 _CHECKSUM = 'checksum'  # of a result, which nothing else would tell from one with another digit
@@ -247,5 +248,6 @@ _WRONG: dict[str, Callable[[dict[str, Any]], str]] = {
     ),
     RESULT: _result,
     SETTINGS: _config,
+    LOTTERY: _config,
     SWEEP: _fields({'runs': _is_texts}, {}),
 }

@@ -8,8 +8,9 @@ import optax
 
 from sparse_jax import compact
 from sparse_jax import config as config_lib
+from sparse_jax.compact import tree
 from sparse_jax.compact.plan import check_rule, reads_scores
-from sparse_jax.core import criteria
+from sparse_jax.core import criteria, references
 from sparse_jax.core.rule import Rule
 from sparse_jax.kernels import backend
 from sparse_jax.train import compact_step, starting_masks
@@ -25,6 +26,11 @@ def check(config: config_lib.Config, rule: Rule | None) -> None:
     sparsity = config.sparsity
     if rule is None:
         raise ValueError(f"{_STORAGE}: sparsity.method='dense' has no sparse layers: leave it at 'dense'.")
+    if references.is_reference(config.model.name):
+        raise ValueError(
+            f"{_STORAGE}: model.name={config.model.name!r} multiplies with whole weights: take sparsity.storage='dense', or sj.compact in a "
+            'loop of your own.'
+        )
     if sparsity.kernels not in ('auto', *backend.COMPACT):
         raise ValueError(
             f'config.sparsity.kernels={sparsity.kernels!r} has no products with compact storage: take {", ".join(("auto", *backend.COMPACT))}.'
@@ -116,6 +122,11 @@ def functions(config: config_lib.Config, step: step_lib.StepSpec, rule: Rule, ra
     )
     init = functools.partial(compact_step.init, spec)
     shapes = jax.eval_shape(init, jax.random.key(0))
+    leaves = len(tree.compact_leaves(shapes.opt_state.layout).paths)
+    if spec.groups > leaves:
+        raise ValueError(
+            f'config.sparsity.groups={spec.groups} is more than the {leaves} sparse layers, of which a group has one at least.'
+        )
     compact.check(step.tx, shapes.params, shapes.opt_state.layout)
     return {
         'init': init,

@@ -43,7 +43,8 @@ class CompactSpec(NamedTuple):
 
     def group(self, step: int) -> int:
         """Which group the next update moves, a step's own included."""
-        return (-(-step // self.rule.timing.update_every) - 1) % self.groups
+        update = self.rule.timing.next_update(step) or step
+        return (update // self.rule.timing.update_every - 1) % self.groups
 
     def scores(self, layout: Any, step: int) -> Any:
         """Zeros for the scores of the group whose turn it is: every so many-th sparse leaf."""

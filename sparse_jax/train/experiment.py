@@ -49,6 +49,11 @@ def check_names(config: config_lib.Config) -> None:
             f"--init_from gives the masks, and sparsity.method={sparsity.method!r} would make others: take sparsity.method='static', or "
             'a method that moves them.'
         )
+    if sparsity.method in starting_masks.STARTS and sparsity.distribution:
+        raise ValueError(
+            f'config.sparsity.distribution={sparsity.distribution!r} has no effect with sparsity.method={sparsity.method!r}, by which one '
+            'threshold over all layers decides: leave it empty.'
+        )
     if config.train.start_step and (not config.train.init_from or sparsity.method not in ('static', 'dense') or sparsity.grow):
         raise ValueError(
             f'config.train.start_step={config.train.start_step} is for a network of --init_from under a fixed mask, as the steps of mask '
@@ -103,6 +108,7 @@ def build(config: config_lib.Config, *, num_examples: int, input_shape: tuple[in
     learning_rate = optimizer_lib.schedule(config.optimizer, schedule_steps)
     if total_steps > schedule_steps:
         learning_rate = optimizer_lib.held(learning_rate, schedule_steps)
+    rate = optimizer_lib.shifted(learning_rate, config.train.start_step)  # an optimizer counts its own steps
     groups, is_compact = config.sparsity.groups, config.sparsity.storage == 'compact'
     if update_every % groups:
         raise ValueError(
@@ -111,7 +117,7 @@ def build(config: config_lib.Config, *, num_examples: int, input_shape: tuple[in
     rule = None if config.sparsity.method == 'dense' else _rule(config, model.stacked, update_every // groups, schedule_steps)
     spec = step_lib.StepSpec(
         model=model,
-        tx=optimizer_lib.create(config.optimizer, optimizer_lib.shifted(learning_rate, config.train.start_step)),
+        tx=optimizer_lib.create(config.optimizer, rate),
         is_sparse=False,
         label_smoothing=config.train.label_smoothing,
         clip_norm=config.optimizer.clip_norm,
@@ -120,7 +126,7 @@ def build(config: config_lib.Config, *, num_examples: int, input_shape: tuple[in
     )
     updates = _NO_UPDATES if rule is None else _mask_updates(config.sparsity, rule)
     if rule is not None and is_compact:
-        functions = compact_settings.functions(config, spec, rule, learning_rate)
+        functions = compact_settings.functions(config, spec, rule, rate)
     else:
         functions = _functions(spec if rule is None else spec._replace(tx=sparsify(spec.tx, rule=rule), is_sparse=True))
     jax.eval_shape(functions['init'], jax.random.key(0))  # budget and leaves are checked before any file is made
@@ -131,8 +137,8 @@ def build(config: config_lib.Config, *, num_examples: int, input_shape: tuple[in
     if rule is not None and config.sparsity.method in starting_masks.STARTS:
         plain = dataclasses.replace(config, model=dataclasses.replace(config.model, layout='channels'))
         scored = _model(plain, input_shape, num_outputs)
-        arguments = config.sparsity.method, scored, rule, config.train.label_smoothing
-        first_network = functools.partial(starting_masks.network, *arguments)
+        parts: dict[str, Any] = dict(smoothing=config.train.label_smoothing, parts=config.train.accumulate)
+        first_network = functools.partial(starting_masks.network, config.sparsity.method, scored, rule, **parts)
     return Experiment(
         first_network=first_network,
         apply=functools.partial(step_lib.apply, spec),

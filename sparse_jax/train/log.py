@@ -16,20 +16,20 @@ from sparse_jax.train.run import Run
 class Log:
     """Where a run's numbers go while it trains: metrics.jsonl and the progress shown on host 0, nowhere on the others."""
 
-    def __init__(self, run: Run, state: state_lib.TrainState, start: int):
+    def __init__(self, run: Run, state: state_lib.TrainState, start: int, *, is_new: bool):
         self._experiment = experiment = run.experiment
         sizes = state_lib.sizes(experiment, state)
         self._layers = sizes.layers
         self._writer = self._progress = metrics.Silent()
         if hosts.is_host0():
-            logged = start // run.config.log.every * run.config.log.every
-            self._writer = metrics.Writer(run.folder, run.config.log, step=start, logged=logged)
+            logged = 0 if is_new else start // run.config.log.every * run.config.log.every
+            self._writer = metrics.Writer(run.folder, run.config.log, step=0 if is_new else start, logged=logged)
             self._progress = metrics.Progress(experiment.total_steps, start)
         self._step_metrics = _StepMetrics()
         self._shown: dict[str, float] = {}
         self._last_step, self._last_time = start, 0.0
-        if start == 0 and run.config.sparsity.method != 'dense':
-            self._density(0, sizes, {})
+        if is_new and run.config.sparsity.method != 'dense':
+            self._density(start, sizes, {})
 
     def begin(self) -> None:
         """Starts the clock."""

@@ -182,9 +182,11 @@ def _train(run: Run, is_held: Callable[[], bool]) -> dict[str, Any]:
             _LOG.info('resumed at step %d of %d.', start, experiment.total_steps)
         kernels = kernel_choice.LayerKernels(config, experiment, folder, start if restored else 0, devices)
         with hosts.Preemption() as preemption:
-            state, seconds = _train_loop(run, checkpoints, kernels, state, start, seconds, sums, preemption, is_held)
+            state, seconds = _train_loop(
+                run, checkpoints, kernels, state, start, seconds, sums, preemption, is_held, is_new=not restored
+            )
             checkpoints.close()
-        return finish(run, state, seconds, sums.mean_density(), start)
+        return finish(run, state, seconds, sums.mean_density(), start if restored else 0)
 
 
 @contextlib.contextmanager
@@ -221,6 +223,8 @@ def _train_loop(
     sums: state_lib.NonzeroSums,
     preemption: hosts.Preemption,
     is_held: Callable[[], bool],
+    *,
+    is_new: bool,
 ) -> tuple[state_lib.TrainState, float]:
     """Trains from the step after `start` to the last one; returns the state and the seconds spent on it since step 0."""
     config, experiment, devices = run.config, run.experiment, run.devices
@@ -231,7 +235,7 @@ def _train_loop(
     part = next(part for part in PARTS if len(getattr(run.data, part).labels))
     eval_every = config.train.eval_every or experiment.steps_per_epoch
     batches = _batches(run, start, on_accelerator)
-    log, settling = Log(run, state, start), memory.Settling()
+    log, settling = Log(run, state, start, is_new=is_new), memory.Settling()
     patterns, shapes = kernels.patterns(start, state), jax.tree.map(np.shape, state.params)
     begin = time.perf_counter()
     log.begin()

@@ -5,7 +5,7 @@
     round_0/         the dense network, trained to its end
     round_1.npz      the weights of start.npz under the mask of the first pruning, and so on
     round_1/         that network, trained from that step to the end under its fixed mask
-    lottery.json     the table of all rounds
+    lottery.json     the table of all rounds; lottery_settings.json: what they are made of
 
 Every part is a function of what stands before it, and what is there is not made again: a run that was stopped or killed, within a round or
 between two, goes on by the same command and ends with the same bits.
@@ -66,16 +66,15 @@ def run(config: config_lib.Config, folder: pathlib.Path, *, rounds: int, rewind_
     Reference: Frankle et al., `Linear Mode Connectivity and the Lottery Ticket Hypothesis <https://arxiv.org/abs/1912.05671>`_, 2020.
     """
     _check(config, rounds)
+    run_lib.check_identity(_dense(config), folder / 'round_0')
     prepared = run_lib.prepare(_dense(config), folder / 'round_0')
     experiment, total = prepared.experiment, prepared.experiment.total_steps
     if not 0 <= rewind_step < total:
         raise ValueError(f'--rewind_step={rewind_step}: must be from 0 to {total - 1}, as a training has {total} steps.')
-    sizes = [int(np.prod(layer.shape)) * (layer.depth or 1) for layer in experiment.layers]
-    if round(config.sparsity.density * sum(sizes)) < sum(layer.depth or 1 for layer in experiment.layers):
-        raise ValueError(
-            f'config.sparsity.density={config.sparsity.density} after --rounds={rounds} leaves fewer weights than there are sparse layers: '
-            'give a larger one.'
-        )
+    last = _round(config, total, folder / 'ticket.npz', config.sparsity.density, rewind_step)
+    run_lib.check_settings(last)
+    run_lib.create_experiment(last, prepared.data)  # raises where its budget or its blocks do not fit
+    _keep_settings(folder, {'rounds': rounds, 'rewind_step': rewind_step, **_identity(last)})
     start, dense = _start(_dense(config, total), folder, prepared, rewind_step), folder / 'round_0'
     before, rows = (_dense(config, total), dense), [_row(0, 1.0, loop.train(_dense(config, total), dense), [])]
     for number in range(1, rounds + 1):
@@ -97,8 +96,36 @@ def _check(config: config_lib.Config, rounds: int) -> None:
             '--mode=lottery rewinds the weights of a dense network: leave train.average_decay at 0, train.init_from empty and '
             "sparsity.storage='dense'."
         )
+    if config.train.schedule_steps:
+        raise ValueError(
+            f'config.train.schedule_steps={config.train.schedule_steps}: all trainings of --mode=lottery have the same schedule, of their steps: '
+            'leave it at 0.'
+        )
+    for name in ('grow', 'prune', 'redistribute', 'distribution'):
+        if value := getattr(config.sparsity, name):
+            raise ValueError(
+                f'config.sparsity.{name}={value!r} has no effect with --mode=lottery, which prunes by magnitude: leave it empty.'
+            )
     if config.sparsity.method not in ('static', config_lib.Sparsity().method):
         raise ValueError(f"--mode=lottery moves no masks: leave out sparsity.method={config.sparsity.method!r}, or take 'static'.")
+
+
+def _identity(config: config_lib.Config) -> dict[str, Any]:
+    """The settings of the last round, wherever it lies."""
+    return {name: value for name, value in config_lib.identity(config).items() if name != 'train.init_from'}
+
+
+def _keep_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
+    """Writes what makes up the rounds, before their first file; ValueError where those that are there were made of other settings."""
+    path = folder / records.LOTTERY
+    if path.exists():
+        stored = records.read(path)
+        if different := [name for name in settings if stored.get(name) != settings[name]]:
+            listed = '; '.join(f'{name}: {stored.get(name)!r} there, {settings[name]!r} given' for name in different[:3])
+            raise ValueError(f'--workdir={folder} holds other lottery tickets ({listed}): give another --workdir.')
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    records.write(path, settings)
 
 
 def _dense(config: config_lib.Config, steps: int = 0) -> config_lib.Config:
@@ -113,7 +140,9 @@ def _dense(config: config_lib.Config, steps: int = 0) -> config_lib.Config:
 def _round(config: config_lib.Config, total: int, ticket: pathlib.Path, density: float, rewind_step: int) -> config_lib.Config:
     kept = {name: getattr(config.sparsity, name) for name in ('granularity', 'dense', 'kernels')}
     sparsity = dataclasses.replace(config_lib.Sparsity(), method='static', distribution='uniform', density=density, **kept)
-    train = dataclasses.replace(config.train, steps=total, schedule_steps=total, init_from=str(ticket), start_step=rewind_step)
+    train = dataclasses.replace(
+        config.train, steps=total, schedule_steps=total, init_from=str(ticket.absolute()), start_step=rewind_step
+    )
     return dataclasses.replace(config, sparsity=sparsity, train=train)
 
 
@@ -126,7 +155,6 @@ def _start(config: config_lib.Config, folder: pathlib.Path, prepared: run_lib.Ru
             loop.train(early, folder / 'start')
             tree, masks, _ = exporting.network(early, folder / 'start')
         else:
-            folder.mkdir(parents=True, exist_ok=True)
             state = prepared.devices.first(prepared.experiment.init, jax.random.key(config.seed))
             params, model_state = prepared.devices.host((state.params, state.model_state))
             tree, masks = exporting.with_state(params, jax.tree.map(lambda _: True, params), model_state)

@@ -42,7 +42,7 @@ def finish(run: Run, state: state_lib.TrainState, seconds: float, mean_density: 
       state: after its last step.
       seconds: that training took, over all restarts.
       mean_density: of each layer, on average over the steps.
-      start: the step at which this process began.
+      start: the step at which this process went on; 0 where it began anew.
 
     Returns:
       The content of ``result.json``, on all hosts.
@@ -73,7 +73,8 @@ def _result(run: Run, state: state_lib.TrainState, seconds: float, mean_density:
     result['operations_training'] *= (experiment.total_steps - experiment.start_step) * config.data.batch_size
     if masks is not None and (explored := storage.exploration_rate(state)) is not None:
         result['exploration_rate'] = explored
-    return result | {'seconds': round(seconds, 3), 'steps_per_second': round(experiment.total_steps / max(seconds, 1e-9), 3)}
+    steps = experiment.total_steps - experiment.start_step
+    return result | {'seconds': round(seconds, 3), 'steps_per_second': round(steps / max(seconds, 1e-9), 3)}
 
 
 def _write(run: Run, result: dict[str, Any], input_counts: np.ndarray | None, start: int) -> None:

@@ -197,6 +197,28 @@ def test_groups_take_turns():
     assert (whole, in_turn) == (2 * 266_200, 2 * 236_200)
 
 
+def test_groups_take_turns_after_a_late_start_too():
+    options = dict(sparsity__update_every=8, sparsity__groups=2, sparsity__start_step=5, sparsity__dense_gradient_window=20)
+    _, experiment = _create(**options)
+    scored = {step: experiment.before_step(step, experiment.init(jax.random.key(0))).opt_state.scores for step in (1, 8, 9)}
+    of = lambda step: sorted(layer for layer, leaf in scored[step].items() if leaf['kernel'] is not None)
+    assert (of(1), of(8), of(9)) == (['fc2'], ['fc2'], ['fc1', 'fc3'])  # the first update is step 8, the second group's turn
+
+
+def test_a_late_start_has_the_learning_rate_of_its_step(tmp_path):
+    rates = {}
+    for kind in storage.STORAGES:
+        options = dict(
+            sparsity__storage=kind, sparsity__method='static', train__steps=40, optimizer__momentum=0, optimizer__weight_decay=0
+        )
+        _, experiment = _create(**options, optimizer__schedule='cosine', train__init_from='other', train__start_step=20)
+        state = experiment.init(jax.random.key(0))
+        after, _ = jax.jit(experiment.train_step)(state, _batch(1))
+        whole = [storage.whole(x, x.params)['fc3']['kernel'] for x in (state, after)]
+        rates[kind] = np.asarray(whole[1] - whole[0])
+    np.testing.assert_allclose(rates['compact'], rates['dense'], rtol=1e-4, atol=1e-7)
+
+
 @needs_compiler
 def test_an_ordinary_step_makes_no_array_of_a_sparse_leafs_size():
     _, experiment = _create(sparsity__kernels='cpu', sparsity__method='rigl', sparsity__update_every=3, optimizer__name='adamw')
@@ -304,6 +326,8 @@ BAD = [
     (dict(sparsity__kernels='tpu'), "sparsity.kernels='tpu' has no products with compact storage"),
     (dict(mesh__layout='fsdp'), "mesh.layout='data'"),
     (dict(mesh__rules='fc1/kernel=none,model'), 'no mesh.rules'),
+    (dict(sparsity__groups=4), 'sparsity.groups=4 is more than the 3 sparse layers'),
+    (dict(model__name='tests.own_parts:Net'), 'multiplies with whole weights'),
     (dict(sparsity__groups=3), 'sparsity.groups=3 must divide the 20 steps'),
     (dict(sparsity__groups=2, sparsity__method='set'), 'sparsity.groups=2 has no effect: set scores no weights'),
     (dict(sparsity__groups=2, sparsity__storage='dense'), 'sparsity.groups=2 has no effect with sparsity.storage'),

@@ -114,6 +114,12 @@ def test_the_same_command_makes_nothing_anew_and_a_lost_round_comes_back_bit_for
         shutil.move(tmp_path / 'aside', folder)
 
 
+@pytest.mark.parametrize(('settings', 'rounds', 'rewind_step'), [({}, 3, 4), ({}, 2, 5), ({'sparsity__density': 0.05}, 2, 4)])
+def test_other_tickets_are_not_taken_for_these(settings, rounds, rewind_step, tickets):
+    with pytest.raises(ValueError, match='holds other lottery tickets'):
+        lottery.run(_config(**settings), tickets[0], rounds=rounds, rewind_step=rewind_step)
+
+
 @pytest.mark.slow
 def test_killed_within_and_between_rounds_it_ends_with_the_same_bits(tmp_path):
     flags = [f'--config.{name}={value}' for name, value in (FLAGS | {'train.steps': 600, 'checkpoint.every': 100}).items()]
@@ -147,7 +153,13 @@ def test_killed_within_and_between_rounds_it_ends_with_the_same_bits(tmp_path):
     [
         ({}, 0, 0, '--rounds=0'),
         ({}, 2, 30, '--rewind_step=30: must be from 0 to 29'),
-        ({'sparsity__density': 5e-6}, 2, 0, 'leaves fewer weights than there are sparse layers'),
+        ({'sparsity__density': 5e-6}, 2, 0, 'density'),
+        ({'sparsity__density': 1.5}, 2, 0, 'sparsity.density=1.5'),
+        ({'sparsity__granularity': 'block:999x999'}, 2, 0, 'larger than a leaf'),
+        ({'sparsity__granularity': 'blok:4x4'}, 2, 0, 'granularity'),
+        ({'sparsity__grow': 'gradient'}, 2, 0, 'sparsity.grow'),
+        ({'train__schedule_steps': 40}, 2, 0, 'train.schedule_steps'),
+        ({'optimizer__learning_rate': -1.0}, 2, 0, 'optimizer.learning_rate'),
         ({'train__average_decay': 0.9}, 2, 0, 'train.average_decay'),
         ({'sparsity__storage': 'compact'}, 2, 0, "sparsity.storage='dense'"),
         ({'sparsity__method': 'rigl'}, 2, 0, 'moves no masks'),
