@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.extend.core import jaxpr_as_fun
 
 from sparse_jax.compact import tree as tree_lib
 from sparse_jax.core import granularity as granularity_lib
@@ -234,14 +235,15 @@ def init(
     """
     capacity_factor = tree_lib.factor_for(rule) if capacity_factor is None else capacity_factor
     _check_capacity_factor(capacity_factor)
-    shapes = jax.eval_shape(make)
+    program, shapes = jax.make_jaxpr(make, return_shape=True)()  # traced once: networks take seconds
+    evaluate = jaxpr_as_fun(program)
     layers = rule.sparse_layers(shapes)
     for layer in layers:
         _check_axes('init', layer.name, layer.shape)
     counts = np.asarray(rule.initial_counts(layers), np.int32)
     keys = jax.random.split(rule.first_key(), max(layers[-1].stop, 1))
     by_leaf = {layer.leaf: layer for layer in layers}
-    leaves_of = lambda chosen: jax.jit(lambda: [jax.tree.leaves(make())[i] for i in chosen])()
+    leaves_of = lambda chosen: jax.jit(lambda: [evaluate()[i] for i in chosen])()
     dense = [i for i in range(len(jax.tree.leaves(shapes))) if i not in by_leaf]
     values: dict[int, Any] = dict(zip(dense, leaves_of(dense), strict=True))
     layouts: dict[int, Layout | None] = dict.fromkeys(dense)
