@@ -41,7 +41,9 @@ def test_no_spills_tensor_cores_and_bytes_as_modelled(case):
 
 
 @pytest.mark.parametrize(
-    'case', [case for case in CASES if case[0] != 'scores'], ids=lambda case: f'{case[0]} {case[1].name} {case[2][0]}x{case[2][1]}'
+    'case',
+    [case for case in CASES if case[0] != 'scores' and case[2] == (64, 64)],
+    ids=lambda case: f'{case[0]} {case[1].name} {case[2][0]}x{case[2][1]}',
 )
 def test_kernels_of_compact_values_compile_to_the_same_loop(case):
     code, dense = machine_code.compiled(*case, is_compact=True), machine_code.compiled(*case)
