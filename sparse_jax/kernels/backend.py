@@ -228,7 +228,7 @@ def choose_compact(implementation: str | None, dtype, layout: Layout) -> Choice:
       ValueError: if there is no implementation of that name.
     """
     named = implementation or layout.implementation
-    name = named or (target.platform() if target.platform() in COMPACT else 'reference')
+    name = named or (target.platform() if target.platform() in BACKENDS else 'reference')
     reason = unsupported(name, dtype, layout.granularity)
     if not reason and name not in COMPACT:
         reason = 'it has no kernel for compact weights'

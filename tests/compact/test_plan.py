@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import sparse_jax as sj
+from sparse_jax.compact.move import with_capacities
 from sparse_jax.core.granularity import Block, Unstructured
 from sparse_jax.kernels.layout import is_layout
 
@@ -251,3 +254,49 @@ def test_plan_tells_what_does_not_fit(given, message):
     with pytest.raises(ValueError) as error:
         sj.compact.plan(values, layout, arguments['scores'], 2, jax.random.key(0), arguments['rule'])
     assert message in str(error.value)
+
+
+_ROOMS = (24, 48)  # few, as each compiles a program
+_PLANNED = functools.partial(
+    sj.compact.plan,
+    rule=sj.methods.rule(
+        'sparse_momentum', density=0.5, update_every=2, total_steps=40, prune_rate=0.5, redistribute='mean_momentum'
+    ),
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(st.tuples(st.integers(1, 48), st.integers(0, 1), st.floats(0, 3)), min_size=2, max_size=2),
+    st.integers(0, 99),
+)
+def test_whatever_the_rooms_weights_are_counted_padded_with_zeros_and_never_lost(leaves, seed):
+    """A leaf may be full, or have more padding than weights; a plan that does not fit moves nothing, and fits once there is room."""
+    random = np.random.default_rng(seed)
+    masks, params, scores = {}, {}, {}
+    for name, (count, _, scale) in zip('ab', leaves, strict=True):
+        masks[name] = np.isin(np.arange(48), random.permutation(48)[:count]).reshape(6, 8)
+        params[name] = np.where(masks[name], random.standard_normal((6, 8)), 0).astype(np.float32)
+        scores[name] = jnp.asarray(10**scale * random.standard_normal((6, 8)), jnp.float32)
+    values, layout = sj.compact.compress(params, masks, capacity_factor=1)
+    rooms = {
+        name: min(room for room in _ROOMS[least:] if room >= count) for name, (count, least, _) in zip('ab', leaves, strict=True)
+    }
+    values, layout = with_capacities(values, layout, rooms)
+    plan = _PLANNED(values, layout, scores, 2, jax.random.key(1))
+    wanted = {name: int(plan.units[name]) for name in 'ab'}
+    assert sum(wanted.values()) == sum(count for count, _, _ in leaves)
+    fits = all(wanted[name] <= rooms[name] for name in 'ab')
+    assert sj.compact.fits(plan, layout) == fits
+    if not fits:
+        jax.tree.map(np.testing.assert_array_equal, sj.compact.expand(values, plan.layout), params)
+        values, layout = with_capacities(values, layout, dict.fromkeys('ab', 48))
+        plan = _PLANNED(values, layout, scores, 2, jax.random.key(1))
+        assert {name: int(plan.units[name]) for name in 'ab'} == wanted
+    moved = sj.compact.move(values, plan)
+    after, new_masks = sj.compact.expand(moved, plan.layout), sj.compact.masks(plan.layout)
+    for name in 'ab':
+        mask = np.asarray(new_masks[name])
+        assert mask.sum() == wanted[name] >= 1
+        assert not np.asarray(moved[name])[wanted[name] :].any()
+        np.testing.assert_array_equal(after[name], np.where(mask & masks[name], params[name], 0))

@@ -210,3 +210,13 @@ def test_a_probe_of_blocks_serves_one_product():
             in_specs=(P('data'), P(), P()),
             out_specs=P('data'),
         )(x, values, probe)
+
+
+def test_a_platform_without_kernels_for_compact_values_says_so_and_takes_the_reference():
+    w = jnp.eye(128)
+    values, layout = sj.compact.compress({'w': w}, {'w': jnp.ones((128, 128), bool)}, granularity='block:128x128')
+    x = jnp.ones((8, 128))
+    with sj.kernels.lowering_for('tpu'), pytest.raises(NotImplementedError, match='it has no kernel for compact weights'):
+        sj.kernels.sparse_dot(x, values['w'], layout['w'], implementation='tpu')
+    with sj.kernels.lowering_for('tpu'):
+        np.testing.assert_array_equal(sj.kernels.sparse_dot(x, values['w'], layout['w']), x)
