@@ -10,7 +10,7 @@ import pytest
 from benchmarks.gpu import machine_code, model, program, step
 from sparse_jax.aot import hlo, lowering
 from sparse_jax.kernels.gpu import config as config_lib
-from tests.aot.lowered import check_compiled, needs_compiler, steps
+from tests.aot.lowered import check_compiled, compact_steps, needs_compiler, steps
 
 pytestmark = needs_compiler('gpu')
 CASES = list(machine_code.cases())
@@ -83,9 +83,9 @@ def test_too_large_tiles_are_refused_by_the_compiler_as_by_the_rule():
         machine_code.compiled('forward', model.SHAPES[0], (128, 128), config)
 
 
-@pytest.mark.parametrize('name', steps)
+@pytest.mark.parametrize('name', (*steps, *compact_steps))
 def test_whole_training_steps_compile_and_their_collectives_are_counted(name):
-    check_compiled(steps[name]('cuda'))
+    check_compiled((steps | compact_steps)[name]('cuda'))
 
 
 @pytest.mark.parametrize('method', ('dense', 'sparse_momentum'))

@@ -9,7 +9,7 @@ from configs import mnist_lenet300
 from sparse_jax.aot import compile_only
 from sparse_jax.train import run as run_lib
 from tests import launcher
-from tests.aot.lowered import steps
+from tests.aot.lowered import compact_steps, steps
 
 _ROOT = pathlib.Path(__file__).parents[2]
 
@@ -28,6 +28,17 @@ def test_every_sparse_layer_of_the_step_is_on_the_platforms_kernels(name, platfo
     assert ('mosaic_gpu' if on_gpu else '@tpu_custom_call') in lowered.text
     assert lowered.memory is None and lowered.collectives is None and lowered.why_not_compiled == 'of the test'
     assert lowered.state_bytes > 10**6 and jax.default_backend() == 'cpu'
+
+
+@pytest.mark.parametrize(('platform', 'takes'), [('cuda', 'gpu'), ('tpu', 'reference')])
+@pytest.mark.slow
+def test_compact_storage_is_on_the_gpus_kernels_and_elsewhere_says_why_not(platform, takes, monkeypatch):
+    monkeypatch.setattr(compile_only, 'unavailable', lambda platform: 'of the test')
+    lowered = compact_steps['compact transformer on two devices'](platform)
+    [(implementation, reason)] = set(lowered.layers.values())
+    assert implementation == takes and (reason == '' or 'no kernel for compact weights' in reason)
+    counted = dict.fromkeys(('forward', 'input_gradient', 'weight_gradient'), 14) if platform == 'cuda' else {}
+    assert lowered.kernels == counted
 
 
 def _launch(*arguments):
