@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-import optax
 
 from sparse_jax import compact
 from sparse_jax import config as config_lib
@@ -14,7 +13,6 @@ from sparse_jax.core import criteria, references
 from sparse_jax.core.rule import Rule
 from sparse_jax.kernels import backend
 from sparse_jax.train import compact_step, starting_masks
-from sparse_jax.train import optimizer as optimizer_lib
 from sparse_jax.train import step as step_lib
 
 _STORAGE = "config.sparsity.storage='compact'"
@@ -99,19 +97,16 @@ def _kind(criterion: criteria.Criterion) -> str:
     return 'a momentum' if needs.momentum else ''
 
 
-def functions(config: config_lib.Config, step: step_lib.StepSpec, rule: Rule, rate: optax.Schedule) -> dict[str, Any]:
+def functions(config: config_lib.Config, step: step_lib.StepSpec, rule: Rule) -> dict[str, Any]:
     """The functions of an experiment with compact storage, by their names in :class:`sparse_jax.train.state.Experiment`.
 
     Args:
       config: the settings, which :func:`check` has passed.
-      step: of the same experiment with dense storage and its dense optimizer.
+      step: of the experiment; its optimizer trains values.
       rule: of the method; its updates move one group each.
-      rate: the learning rate by step.
     """
     window, decay = _score(config, rule)
     kernels = config.sparsity.kernels
-    whole = jax.eval_shape(step.model.init, jax.random.key(0))[0]
-    step = step._replace(tx=optimizer_lib.create(config.optimizer, rate, whole))
     spec = compact_step.CompactSpec(
         step=step,
         rule=rule,

@@ -115,9 +115,10 @@ def build(config: config_lib.Config, *, num_examples: int, input_shape: tuple[in
             f'config.sparsity.groups={groups} must divide the {update_every} steps of sparsity.update_every: a group is updated every so often.'
         )
     rule = None if config.sparsity.method == 'dense' else _rule(config, model.stacked, update_every // groups, schedule_steps)
+    params = jax.eval_shape(model.init, jax.random.key(0))[0]
     spec = step_lib.StepSpec(
         model=model,
-        tx=optimizer_lib.create(config.optimizer, rate),
+        tx=optimizer_lib.create(config.optimizer, rate, params if is_compact else None),
         is_sparse=False,
         label_smoothing=config.train.label_smoothing,
         clip_norm=config.optimizer.clip_norm,
@@ -126,11 +127,10 @@ def build(config: config_lib.Config, *, num_examples: int, input_shape: tuple[in
     )
     updates = _NO_UPDATES if rule is None else _mask_updates(config.sparsity, rule)
     if rule is not None and is_compact:
-        functions = compact_settings.functions(config, spec, rule, rate)
+        functions = compact_settings.functions(config, spec, rule)
     else:
         functions = _functions(spec if rule is None else spec._replace(tx=sparsify(spec.tx, rule=rule), is_sparse=True))
     jax.eval_shape(functions['init'], jax.random.key(0))  # budget and leaves are checked before any file is made
-    params = jax.eval_shape(model.init, jax.random.key(0))[0]
     is_sparse_leaf = layers_lib.sparse_leaves(params, None, _patterns(config.sparsity.dense))
     layers = layers_lib.layer_table(params, is_sparse_leaf, model.stacked)
     first_network = None
