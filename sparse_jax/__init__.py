@@ -13,7 +13,7 @@ from sparse_jax._version import __version__
 if TYPE_CHECKING:
     from sparse_jax import compact, export, kernels, nnx, stats
     from sparse_jax.core import allocation as redistribution
-    from sparse_jax.core import criteria, distributions, granularity, methods, momentum, saliency, schedules, selection
+    from sparse_jax.core import criteria, distributions, granularity, matrix_axes, methods, momentum, saliency, schedules, selection
     from sparse_jax.core.masks import SparsifyState, UpdateStats, apply_masks, check_sparse, get_masks, layer_names, set_masks
     from sparse_jax.core.methods import sparse_momentum
     from sparse_jax.core.pruning import prune
@@ -37,6 +37,7 @@ __all__ = [
     'granularity',
     'kernels',
     'layer_names',
+    'matrix_axes',
     'methods',
     'momentum',
     'needs_dense_gradient',
@@ -54,8 +55,8 @@ __all__ = [
 
 _PACKAGES = ('compact', 'export', 'kernels', 'nnx', 'stats')
 _OF_CORE = {  # modules of the core by their public names
-    'criteria': 'criteria', 'distributions': 'distributions', 'granularity': 'granularity', 'masks': 'masks', 'methods': 'methods',
-    'momentum': 'momentum', 'redistribution': 'allocation', 'saliency': 'saliency', 'schedules': 'schedules', 'selection': 'selection',
+    'criteria': 'criteria', 'distributions': 'distributions', 'granularity': 'granularity', 'masks': 'masks', 'matrix_axes': 'matrix_axes',
+    'methods': 'methods',    'momentum': 'momentum', 'redistribution': 'allocation', 'saliency': 'saliency', 'schedules': 'schedules', 'selection': 'selection',
 }  # fmt: skip
 _MODULE_OF = {
     'Rule': 'rule', 'SparsifyState': 'masks', 'Timing': 'schedules', 'UpdateStats': 'masks', 'apply_masks': 'masks', 'check_sparse': 'masks',

@@ -85,8 +85,14 @@ class Optimizer(_Section):
 @dataclasses.dataclass
 class Sparsity(_Section):
     method: str = 'sparse_momentum'  # Sparse training method; dense trains the dense twin, everything else equal.
-    density: float = 0.05  # Fraction of the sparse layers' weights that exist; with gmp and granet, at the end of their schedule.
+    density: float = 0.05  # Fraction of the sparse layers' weights that exist; where a method changes it, at the end.
     initial_density: float = 0.5  # GraNet: density at the start of its schedule.
+    backward_density: float = (
+        0.0  # Top-KAST: fraction of the weights that are trained, in the forward pass or not; 0: twice the density.
+    )
+    ablation: float = (
+        0.3  # SRigL: part of a layer's inputs that must be salient, or an output loses all of its own; 0: outputs stay.
+    )
     accumulate_steps: int = 1  # RigL: grow by the sum of the gradients of this many steps.
     prune: str = ''  # Criterion of pruning: which weights go first; empty: the method's.
     grow: str = ''  # Criterion of growth: which weights come first; empty: the method's; none: nothing is grown.
@@ -98,9 +104,12 @@ class Sparsity(_Section):
     start_step: int = 0  # Last step before mask updates begin; 0: they begin at once.
     stop_step: int = 0  # First step without mask updates; 0: the method's.
     distribution: str = ''  # Distribution of the first weights over the layers: uniform, erdos_renyi or erk; empty: the method's.
-    # Unit of pruning and growth: unstructured (single weights), block:RxC (R inputs by C outputs), or block:RxC:kernel (such blocks of
-    # whole convolution kernels).
+    # Unit of pruning and growth: unstructured (single weights), block:RxC (R inputs by C outputs), block:RxC:kernel (such blocks of
+    # whole convolution kernels), n_of_m:N:M (N of every M inputs), or fan_in (as many inputs for every output).
     granularity: str = 'unstructured'
+    # Which axes of a weight are inputs and outputs, for a model of one's own: flax (its attention kernels), torch ([outputs, inputs, taps...]);
+    # empty: the last two.
+    matrix_axes: str = ''
     dense: str = (
         ''  # Layers to keep dense: patterns of their paths, separated by commas, such as fc3/*; empty: no more than the model's.
     )
@@ -250,6 +259,8 @@ _RANGES = {
     'optimizer.decay_factor': _POSITIVE,
     'sparsity.density': _ABOVE_0,
     'sparsity.initial_density': _ABOVE_0,
+    'sparsity.backward_density': _FROM_0_TO_1,
+    'sparsity.ablation': _FROM_0_TO_1,
     'sparsity.accumulate_steps': _AT_LEAST_1,
     'sparsity.groups': _AT_LEAST_1,
     'sparsity.prune_rate': _FROM_0_TO_1,
@@ -285,6 +296,8 @@ _ONLY_FOR = (
     (('optimizer.final_factor',), 'optimizer.schedule', ('cosine',)),
     (('sparsity.initial_density',), 'sparsity.method', ('granet', 'dense')),
     (('sparsity.accumulate_steps',), 'sparsity.method', ('rigl', 'dense')),
+    (('sparsity.backward_density',), 'sparsity.method', ('top_kast', 'dense')),
+    (('sparsity.ablation',), 'sparsity.method', ('srigl', 'dense')),
     (('sparsity.groups',), 'sparsity.storage', ('compact',)),
 )
 

@@ -187,7 +187,7 @@ def _patterns(
     """Shapes of the patterns that the run begins with, and what multiplies each sparse leaf."""
     sparsity = config.sparsity
     masks = masks_lib.get_masks(devices.shapes.opt_state) if sparsity.method != 'dense' else {}
-    granularity = granularity_lib.get(sparsity.granularity)
+    granularity = granularity_lib.of_products(granularity_lib.get(sparsity.granularity))
     layers: dict[str, backend_lib.Choice] = {}
     patterns = []
     for path, mask in layers_lib.leaf_paths(masks):

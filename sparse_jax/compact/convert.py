@@ -238,6 +238,7 @@ def init(
     program, shapes = jax.make_jaxpr(make, return_shape=True)()  # traced once: networks take seconds
     evaluate = jaxpr_as_fun(program)
     layers = rule.sparse_layers(shapes)
+    tree_lib.check_masks_of(rule, 'init')
     for layer in layers:
         _check_axes('init', layer.name, layer.shape)
     counts = np.asarray(rule.initial_counts(layers), np.int32)

@@ -114,6 +114,7 @@ def reads_scores(rule: Rule) -> bool:
 
 
 def check_rule(rule: Rule) -> None:
+    tree_lib.check_masks_of(rule, 'plan')
     if rule.is_fixed:
         raise ValueError(
             'plan: this rule has grow=None and a constant density, so its masks never change: there is nothing to plan.'

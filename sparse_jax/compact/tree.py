@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_jax.core import layers as layers_lib
+from sparse_jax.core.granularity import FanIn, NOfM
 from sparse_jax.core.rule import Rule
 from sparse_jax.kernels.layout import Layout, is_layout
 
@@ -102,3 +103,19 @@ def owners(tree: Any, compact: Compact) -> list[int | None]:
             )
         found.append(number if number is not None and shape == compact.layouts[number].values_shape else None)
     return found
+
+
+def check_masks_of(rule: Rule, function: str) -> None:
+    """Refuses a rule whose masks or values compact storage does not keep."""
+    if isinstance(rule.granularity, NOfM | FanIn):
+        raise ValueError(
+            f'{function}: granularity: compact storage keeps single weights or blocks, not {rule.granularity}: train it by sj.sparsify.'
+        )
+    if rule.matrix_axes is not None:
+        raise ValueError(
+            f'{function}: matrix_axes: compact leaves are [taps..., inputs, outputs]: reshape the params, or train them by sj.sparsify.'
+        )
+    if rule.enters_with != 'zero':
+        raise ValueError(
+            f'{function}: enters_with={rule.enters_with!r} needs the values of missing weights: train it by sj.sparsify.'
+        )

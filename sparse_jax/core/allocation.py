@@ -55,13 +55,13 @@ def first_come(amount: Amount, most: jax.Array) -> jax.Array:
 
 
 def prune_counts(
-    rate: jax.Array, nonzeros: jax.Array, missing: jax.Array, prunable: jax.Array, shares: Weights | None
+    rate: jax.Array, nonzeros: jax.Array, missing: jax.Array, prunable: jax.Array, shares: Weights | None, *, keep_one: bool = True
 ) -> jax.Array:
     r"""How many weights each layer prunes: :math:`r_l = \min(\lceil p_l n_l \rceil, \text{prunable}_l, n_l - 1)`, at least 0.
 
     The rate :math:`p_l` is the schedule's, but a layer with sparsity under 0.2 and a share above average prunes at most the
     part that it is missing, so that a nearly dense layer is not emptied only to be refilled. All vectors are int32[layers];
-    ``shares=None``, where nothing is redistributed, holds no layer back.
+    ``shares=None``, where nothing is redistributed, holds no layer back. ``keep_one=False``: all :math:`n_l` may go, as many come back.
     """
     count = jnp.ceil(rate * nonzeros.astype(jnp.float32)).astype(jnp.int32)
     if shares is not None:
@@ -71,7 +71,7 @@ def prune_counts(
         sparsity = divide(missing.astype(jnp.float32), sizes.astype(jnp.float32))
         capped = jnp.ceil(jnp.minimum(rate, sparsity) * nonzeros.astype(jnp.float32)).astype(jnp.int32)
         count = jnp.where(nearly_dense & above_average, capped, count)
-    return jnp.maximum(jnp.minimum(count, jnp.minimum(prunable, nonzeros - 1)), 0)
+    return jnp.maximum(jnp.minimum(count, jnp.minimum(prunable, nonzeros - 1 if keep_one else nonzeros)), 0)
 
 
 def share_out(amount: Amount, shares: Weights, room: jax.Array) -> jax.Array:
@@ -102,6 +102,29 @@ def share_out(amount: Amount, shares: Weights, room: jax.Array) -> jax.Array:
     ahead = (order[None, :] > order[:, None]) | ((order[None, :] == order[:, None]) & earlier)
     last = (target < room) & (jnp.sum(ahead, axis=1, dtype=jnp.uint32) < left)
     return (target + last).astype(jnp.int32)
+
+
+def whole_units(amount: Amount, shares: Weights, room: jax.Array, weights_of_unit: jax.Array) -> jax.Array:
+    """As :func:`share_out`, an amount of weights, where a layer takes only whole units of so many weights each: int32[layers] units.
+
+    Each layer takes the whole units of what it would be given; what is left over goes one unit each to the layers with room, the largest
+    rest first, as far as it reaches. The sum is never above the amount.
+
+    >>> whole_units(total(jnp.array([10])), weights(jnp.array([1.0, 1.0])), jnp.array([9, 9]), jnp.array([4, 3])).tolist()
+    [1, 2]
+    """
+    given = share_out(amount, shares, room * weights_of_unit)
+    units, rest = given // weights_of_unit, given % weights_of_unit
+    order = jnp.argsort(-rest, stable=True)
+
+    def give(left, layer):
+        width = weights_of_unit[layer].astype(jnp.uint32)
+        takes = (units[layer] < room[layer]) & (width <= saturated(left))
+        spent = jnp.where(takes, width, 0)
+        return subtract(left, (spent >> 16, spent & 0xFFFF)), takes
+
+    _, takes = lax.scan(give, subtract(amount, total(units * weights_of_unit)), order)
+    return units + jnp.zeros_like(units).at[order].set(takes.astype(jnp.int32))
 
 
 def growth_targets(amount: Amount, regrown: jax.Array, shares: Weights | None, room: jax.Array) -> jax.Array:

@@ -14,6 +14,8 @@ import optax
 from sparse_jax.core import errors, schedules
 from sparse_jax.core import layers as layers_lib
 from sparse_jax.core.criteria import requirements, signed_magnitude
+from sparse_jax.core.distributions import uniform
+from sparse_jax.core.granularity import FanIn, NOfM
 
 _P = ParamSpec('_P')
 _R = TypeVar('_R')
@@ -130,6 +132,53 @@ def check_together(rule):
         raise ValueError("prune='signed_magnitude' ranks the weights of one layer: it does not go with prune_scope='global'.")
 
 
+def check_structure(rule) -> None:
+    """Checks that a rule can keep its masks' structure."""
+    units, density = rule.granularity, rule.density
+    if not isinstance(rule.ablation, numbers.Real) or isinstance(rule.ablation, bool) or not 0 <= float(rule.ablation) <= 1:
+        raise ValueError(f'ablation={rule.ablation!r}: must be a part of the inputs, in [0, 1]; 0: outputs stay.')
+    if rule.keep_outputs is not None and (
+        isinstance(rule.keep_outputs, str) or not all(isinstance(p, str) for p in rule.keep_outputs)
+    ):
+        raise ValueError(f"keep_outputs={rule.keep_outputs!r}: must be a sequence of path patterns, such as ('out/*',), or None.")
+    if rule.ablation and (not isinstance(units, FanIn) or rule.redistribute is not None):
+        raise ValueError(
+            f"ablation={rule.ablation!r} gives an output's weights to the others of its layer: it needs granularity='fan_in' and redistribute=None."
+        )
+    if isinstance(units, (NOfM, FanIn)) and callable(density):
+        raise ValueError(f'density: {units} go with a number, not with a schedule: take a method of constant density.')
+    if isinstance(units, FanIn) and rule.is_global:
+        raise ValueError(
+            "prune_scope='global' would prune other numbers in each layer than granularity='fan_in' can take: leave it 'layer'."
+        )
+    if isinstance(units, NOfM):
+        if abs(float(density) - units.n / units.m) > 1e-9:
+            raise ValueError(f'density={density!r}: with {units} it is {units.n / units.m:g}.')
+        if rule.redistribute is not None:
+            raise ValueError(f'redistribute: with {units} every layer keeps its density: leave it out, or None.')
+        if rule.distribution is not uniform:
+            raise ValueError(f'distribution: with {units} every layer has the density {units.n / units.m:g}: leave it out.')
+
+
+def check_values(rule) -> None:
+    """Checks what a rule says of the values that weights enter with."""
+    if rule.enters_with not in ('zero', 'value'):
+        raise errors.unknown('enters_with', rule.enters_with, ['zero', 'value'])
+    if rule.enters_with == 'value' and rule.redistribute is not None:
+        raise ValueError("enters_with='value' keeps the largest weights of each layer: it needs redistribute=None.")
+    wider = rule.backward_density
+    if wider is None:
+        return
+    if not isinstance(wider, numbers.Real) or isinstance(wider, bool) or callable(rule.density) or not rule.density <= wider <= 1:
+        raise ValueError(
+            f'backward_density={wider!r}: must be a number from density={rule.density!r}, which is constant, to 1, or None.'
+        )
+    if rule.enters_with != 'value':
+        raise ValueError("backward_density trains weights that are not in the forward pass: it needs enters_with='value'.")
+    if isinstance(rule.granularity, (NOfM, FanIn)):
+        raise ValueError(f'backward_density does not go with {rule.granularity}: take single weights or blocks.')
+
+
 def check_density_schedule(density: optax.Schedule, timing: schedules.Timing, *, can_grow: bool) -> None:
     """Checks a density schedule at step 0 and at every update."""
     steps = timing.steps()
@@ -189,7 +238,7 @@ def check_state(state: Any, params: Any, rule: Any, needed: Sequence[str]) -> No
     for what, names in (('lacks', set(needed) - present), ('has', present - set(needed))):
         if names:
             wrong.append(f'its method_state {what} {", ".join(sorted(names))}')
-    layers = layers_lib.layers_of_masks(params, state.masks, rule.stacked)
+    layers = layers_lib.layers_of_masks(params, state.masks, rule.stacked, rule.matrix_axes)
     if state.stats.share.shape != (layers[-1].stop,):
         wrong.append(f'its stats have the shape {state.stats.share.shape}, but there are {layers[-1].stop} layers (see stacked=)')
     if wrong:

@@ -116,7 +116,7 @@ def dense_gradient_steps(grow: Criterion | None) -> int | None:
 
 @needs(momentum=False)
 def magnitude(info: LeafInfo) -> jax.Array:
-    """Prune by |weight|.
+    """Prune by |weight|; grow by the |value| that a missing weight would have after this step.
 
     >>> magnitude(LeafInfo(jnp.array([1.0, -2.0]), None, None, None, None)).tolist()
     [1.0, 2.0]
@@ -133,6 +133,12 @@ def magnitude_times_momentum(info: LeafInfo) -> jax.Array:
 def taylor(info: LeafInfo) -> jax.Array:
     r"""Prune by \|weight gradient\|, the first-order change of the loss (Molchanov et al., https://arxiv.org/abs/1906.10771)."""
     return jnp.abs(info.weight) * jnp.abs(info.gradient)
+
+
+@needs(momentum=False)
+def magnitude_and_gradient(info: LeafInfo) -> jax.Array:
+    r"""Prune by \|weight\| + 0.5 \|gradient\| (MEST: Yuan et al., https://arxiv.org/abs/2110.14032)."""
+    return jnp.abs(info.weight) + 0.5 * jnp.abs(info.gradient)
 
 
 @needs(momentum=False)
@@ -291,8 +297,8 @@ def nonzeros(info: LeafInfo) -> jax.Array:
     return left.astype(jnp.float32)
 
 
-PRUNE = {f.__name__: f for f in (magnitude, magnitude_times_momentum, signed_magnitude, taylor, random)}
-GROW = {f.__name__: f for f in (momentum, momentum_by_neuron, gradient, random, random_never_active)}
+PRUNE = {f.__name__: f for f in (magnitude, magnitude_and_gradient, magnitude_times_momentum, signed_magnitude, taylor, random)}
+GROW = {f.__name__: f for f in (momentum, momentum_by_neuron, magnitude, gradient, random, random_never_active)}
 REDISTRIBUTE = {f.__name__: f for f in (mean_momentum, mean_magnitude, mean_gradient, nonzeros)}
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sparse_jax.core import criteria, grouping, numerics, selection
+from sparse_jax.core import choice, criteria, numerics, selection
 from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core import layers as layers_lib
 from sparse_jax.core.criteria import Criterion
@@ -57,6 +57,7 @@ class Part(NamedTuple):
     load: Load
     group: Group
     keys: jax.Array  # of the group's layers
+    may_ablate: jax.Array  # bool, of the group's layers: whether outputs may lose all of their inputs
 
 
 # --- what is read of the leaves
@@ -65,10 +66,7 @@ class Part(NamedTuple):
 def _leaves(part: Part, operands: Any, masks: list[jax.Array]) -> list[LeafOperands]:
     """What is read of the group's leaves, by bundle."""
     loaded = part.load(operands, masks, part.group.members)
-    rows = [
-        jax.tree.map(lambda x, layer=layer: grouping.as_rows(layer, x), leaf)
-        for layer, leaf in zip(part.group.leaves, loaded, strict=True)
-    ]
+    rows = [jax.tree.map(layer.rows, leaf) for layer, leaf in zip(part.group.leaves, loaded, strict=True)]
     return part.group.bundle(rows)
 
 
@@ -90,10 +88,10 @@ def measure(part: Part, operands: Any, masks: list[jax.Array]):
     columns = []
     for leaf, may_move in zip(leaves, _may_move(part, finite), strict=True):
         active = _units(part, granularity_lib.active, leaf.mask)
-        columns.append([jax.vmap(numerics.count)(x) for x in (active, active & may_move, may_move)])
-    nonzeros, prunable, movable = (part.group.join(column) for column in zip(*columns, strict=True))
+        columns.append(_budget_counts(rule, active, active & may_move, ~active & may_move))
+    nonzeros, prunable, growable = (part.group.join(column) for column in zip(*columns, strict=True))
     sizes = jnp.asarray(layers_lib.unit_counts(rule.granularity, part.group.leaves), jnp.int32)
-    counts = Counts(nonzeros=nonzeros, missing=sizes - nonzeros, prunable=prunable, growable=movable - prunable)
+    counts = Counts(nonzeros=nonzeros, missing=sizes - nonzeros, prunable=prunable, growable=growable)
     if rule.redistribute is None or rule.shares_after_pruning:
         shares = jnp.zeros(part.group.num_layers, jnp.float32)
     else:
@@ -101,9 +99,19 @@ def measure(part: Part, operands: Any, masks: list[jax.Array]):
     return part.group.unbundle(finite), counts, shares
 
 
+def _budget_counts(rule: Rule, active: jax.Array, prunable: jax.Array, growable: jax.Array) -> list[jax.Array]:
+    """Units of budget of each row, int32[rows]. An input for every output is there, or may move, where it is so of all outputs."""
+    if not isinstance(rule.granularity, granularity_lib.FanIn):
+        return [jax.vmap(numerics.count)(x) for x in (active, prunable, growable)]
+    if rule.ablation:  # outputs without inputs say nothing
+        of_layer = [jax.vmap(numerics.count)(x) // active.shape[-1] for x in (prunable, growable)]
+        return [choice.fan_in(active), *of_layer]
+    return [choice.fan_in(active), *(jnp.min(choice.by_output(x), axis=-1) for x in (prunable, growable))]
+
+
 def nothing_measured(part: Part, operands: Any, masks: list[jax.Array]):
     zeros = jnp.zeros(part.group.num_layers, jnp.int32)
-    finite = [grouping.as_rows(layer, mask) for layer, mask in zip(part.group.leaves, masks, strict=True)]
+    finite = [layer.rows(mask) for layer, mask in zip(part.group.leaves, masks, strict=True)]
     return finite, Counts(zeros, zeros, zeros, zeros), jnp.zeros(part.group.num_layers, jnp.float32)
 
 
@@ -146,10 +154,16 @@ def _shares(part: Part, leaves: list[LeafOperands], amounts: jax.Array) -> jax.A
     for layer, leaf, key, amount in zip(
         part.group.layers, leaves, part.group.split(part.keys), part.group.split(amounts), strict=True
     ):
-        value = _evaluate(part, 'redistribute', layer, leaf, key, amount)
+        value = _evaluate(part, 'redistribute', layer, leaf, key, _selected(part, layer, amount))
         _check_shape('redistribute', value, (len(leaf.mask),), layer)
         values.append(value.astype(jnp.float32))
     return part.group.join(values)
+
+
+def _selected(part: Part, layer: Layer, amounts: jax.Array) -> jax.Array:
+    """Units of selection in so many units of budget."""
+    number = part.rule.granularity.selected_per_unit(layer.shape)
+    return amounts if number == 1 else amounts * number
 
 
 def late_shares(part: Part, operands: Any, arguments: tuple[list[jax.Array], jax.Array]) -> jax.Array:
@@ -170,7 +184,7 @@ def _scores(part: Part, setting: str, leaves: list[LeafOperands], keys: jax.Arra
     """A score for each unit of each bundle, ``[rows, ...]``, by the criterion of a setting."""
     scores_of_bundles = []
     for layer, leaf, key, amount in zip(part.group.layers, leaves, part.group.split(keys), part.group.split(amounts), strict=True):
-        scores = _evaluate(part, setting, layer, leaf, key, amount)
+        scores = _evaluate(part, setting, layer, leaf, key, _selected(part, layer, amount))
         _check_shape(setting, scores, leaf.mask.shape, layer)
         scores = numerics.sharded_like(leaf.mask, scores)  # random ones come without
         scores_of_bundles.append(_units(part, unit_scores, scores))
@@ -179,7 +193,7 @@ def _scores(part: Part, setting: str, leaves: list[LeafOperands], keys: jax.Arra
 
 def unit_scores(granularity: Granularity, scores: jax.Array) -> jax.Array:
     """Each unit's score: the mean of its weights' scores, exact (scores that are not finite count as 0)."""
-    if isinstance(granularity, granularity_lib.Unstructured):
+    if granularity.of_single_weights:
         return scores
     return numerics.mean_magnitude(
         scores,
@@ -219,29 +233,69 @@ def select(part: Part, operands: Any, arguments: Selecting):
     leaves = _leaves(part, operands, arguments.masks)
     may_move = _may_move(part, part.group.bundle(arguments.finite))
     active = [_units(part, granularity_lib.active, leaf.mask) for leaf in leaves]
-    scores = _prune_scores(part, leaves, arguments.pruned)
-    keys = [selection.keys(s, a & m, smallest=True) for s, a, m in zip(scores, active, may_move, strict=True)]
-    after = [a & ~removed for a, removed in zip(active, selection.select(keys, arguments.pruned[part.group.order]), strict=True)]
+    stay = _prune_scores(part, leaves, arguments.pruned)
+    keys = [selection.keys(s, a & m, smallest=True) for s, a, m in zip(stay, active, may_move, strict=True)]
+    pruned = [_selected(part, *x) for x in zip(part.group.layers, part.group.split(arguments.pruned), strict=True)]
+    after = [a & ~removed for a, removed in zip(active, selection.select(keys, jnp.concatenate(pruned)), strict=True)]
     if part.rule.grow is not None:
         pruned_leaves = [
             leaf._replace(mask=_expand(part, layer, a)) for layer, leaf, a in zip(part.group.layers, leaves, after, strict=True)
         ]
-        scores = _scores(part, 'grow', pruned_leaves, part.keys, arguments.targets)
-        keys = [selection.keys(s, ~a & m) for s, a, m in zip(scores, after, may_move, strict=True)]
-        after = [a | chosen for a, chosen in zip(after, selection.select(keys, arguments.targets[part.group.order]), strict=True)]
+        grow = _scores(part, 'grow', pruned_leaves, part.keys, arguments.targets)
+        after = _regrown(part, [Between(*x) for x in zip(active, after, may_move, stay, grow, strict=True)], pruned, arguments)
     new = part.group.join([jax.vmap(numerics.count)(now & ~old) for now, old in zip(after, active, strict=True)])
     # n - pruned + targets = n - removed + new, so as many units as pruned - targets + new are now empty
     flipped = 2 * new + arguments.pruned - arguments.targets
     expanded = part.group.unbundle([_expand(part, layer, now) for layer, now in zip(part.group.layers, after, strict=True)])
     new_masks, grown, changed = [], [], []
     for layer, mask, now in zip(part.group.leaves, arguments.masks, expanded, strict=True):
-        now = now[0] if layer.depth is None else now
-        if not isinstance(part.rule.granularity, granularity_lib.Unstructured):  # weights, not units
-            changed.append(jax.vmap(numerics.count)(grouping.as_rows(layer, now ^ mask)))
+        now = layer.from_rows(now)
+        if not isinstance(part.rule.granularity, granularity_lib.Unstructured):  # weights, not units of budget
+            changed.append(jax.vmap(numerics.count)(layer.rows(now ^ mask)))
         # Written so that the old mask's buffer can become the new mask's: `grown` reads it first.
         grown.append(now & ~mask)
         new_masks.append((mask & now) | grown[-1])
     return new_masks, grown, jnp.concatenate(changed) if changed else flipped
+
+
+class Between(NamedTuple):
+    """A bundle between pruning and growth, ``[rows, ...]``."""
+
+    before: jax.Array  # bool, the active units before the pruning
+    after: jax.Array  # and after it
+    may_move: jax.Array
+    stay: jax.Array  # scores by which the smallest are pruned
+    grow: jax.Array  # scores by which the largest are grown
+
+
+def _regrown(part: Part, bundles: list[Between], pruned: list[jax.Array], arguments: Selecting) -> list[jax.Array]:
+    """The units after the growth; ``pruned`` counts units of selection."""
+    granularity, inputs = part.rule.granularity, []
+    grow = [selection.keys(x.grow, ~x.after & x.may_move) for x in bundles]
+    if not isinstance(granularity, granularity_lib.FanIn):
+        leaves = [choice.Pruned(x.before, x.after, x.may_move, key, key) for x, key in zip(bundles, grow, strict=True)]
+        return choice.regrown(granularity, leaves, arguments.targets[part.group.order], inputs)
+    split, leaves = part.group.split, []
+    rows = zip(bundles, grow, pruned, split(arguments.targets - arguments.pruned), split(part.may_ablate), strict=True)
+    for x, key, gone, change, may_ablate in rows:
+        leaves.append(choice.Pruned(x.before, x.after, x.may_move, selection.keys(x.stay, x.after & x.may_move), key))
+        of_output = jnp.broadcast_to((choice.fan_in(x.before) + change)[:, None], (len(key), key.shape[-1]))
+        inputs.append(_of_survivors(part.rule, x, gone, of_output, may_ablate) if part.rule.ablation else of_output)
+    return choice.regrown(granularity, leaves, arguments.targets, inputs)
+
+
+def _of_survivors(rule: Rule, bundle: Between, pruned: jax.Array, inputs: jax.Array, may_ablate: jax.Array) -> jax.Array:
+    """Inputs of each output, int32[rows, outputs], where those with too few salient weights lose all of theirs to the others.
+
+    Salient are the weights left after the pruning, and as many positions as were pruned, those with the largest growth scores of all.
+    """
+    outputs = inputs.shape[-1]
+    size = bundle.grow[0].size // outputs
+    grown = selection.select([selection.keys(bundle.grow, bundle.may_move)], pruned)[0]
+    nonzeros = jax.vmap(numerics.count)(bundle.before)
+    survives = choice.surviving(bundle.after | grown, max(1, int(rule.ablation * size)), nonzeros) | ~may_ablate[:, None]
+    number = jnp.sum(survives, axis=-1, dtype=jnp.int32)[:, None]
+    return jnp.where(survives, jnp.minimum(inputs * outputs // number, size), 0)
 
 
 def as_before(part: Part, operands: Any, arguments: Selecting):

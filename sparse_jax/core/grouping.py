@@ -93,11 +93,6 @@ class Group(NamedTuple):
         return lax.cond(t > 0, function, otherwise, operands, arguments)
 
 
-def as_rows(layer: Layer, x: jax.Array) -> jax.Array:
-    """A leaf's array as ``[rows, ...]``, a row for each of its layers."""
-    return x[None] if layer.depth is None else x
-
-
 def divide(layers: list[Layer], *, in_turn: bool) -> list[Group]:
     """The sparse leaves as groups to be worked through in turn, or as one group."""
     members = _members(layers) if in_turn else [list(range(len(layers)))]
@@ -138,4 +133,4 @@ def _bundles(leaves: list[Layer]) -> list[list[int]]:
 
 
 def _together(leaves: list[Layer]) -> Layer:
-    return leaves[0]._replace(depth=sum(leaf.depth or 1 for leaf in leaves))
+    return leaves[0]._replace(depth=sum(leaf.depth or 1 for leaf in leaves), axes=None)

@@ -11,10 +11,13 @@ import numpy as np
 
 from sparse_jax.core import distributions
 from sparse_jax.core import granularity as granularity_lib
+from sparse_jax.core import matrix_axes as matrix_axes_lib
 from sparse_jax.core.granularity import Granularity
+from sparse_jax.core.matrix_axes import Axes, MatrixAxes
 
 PathPredicate = Callable[[str, Any], bool]  # of a leaf's path, joined by /, and the leaf or its shape
 
+_KINDS = 16  # more than there are kinds of granularity
 _WORD = re.compile(r'[A-Z]+(?![a-z])|[A-Z]?[a-z]+')  # runs of letters, cut where their case changes
 
 
@@ -23,14 +26,25 @@ class Layer(NamedTuple):
 
     leaf: int  # index among the params' leaves
     name: str
-    shape: tuple[int, ...]  # of one layer
+    shape: tuple[int, ...]  # of one layer, [taps..., inputs, outputs]
     start: int  # index of its first layer
     depth: int | None  # number of stacked layers, None where the leaf is one layer
     dtype: Any  # of the leaf
+    axes: Axes | None = None  # how a layer lies in the leaf; None: as its shape says
 
     @property
     def stop(self) -> int:
         return self.start + (1 if self.depth is None else self.depth)
+
+    def rows(self, x: Any) -> Any:
+        """The leaf's array, or one like it, as [rows, taps..., inputs, outputs]: a row for each of its layers."""
+        x = x[None] if self.depth is None else x
+        return x if self.axes is None else self.axes.to_matrix(x)
+
+    def from_rows(self, rows: jax.Array) -> jax.Array:
+        """The inverse of :meth:`rows`."""
+        x = rows if self.axes is None else self.axes.from_matrix(rows)
+        return x[0] if self.depth is None else x
 
 
 def default_sparsifiable(path: str, leaf: Any) -> bool:
@@ -91,7 +105,9 @@ def names_of(layers: Sequence[Layer]) -> list[str]:
     return names
 
 
-def layer_table(tree: Any, is_sparse: PathPredicate, stacked: PathPredicate | None) -> list[Layer]:
+def layer_table(
+    tree: Any, is_sparse: PathPredicate, stacked: PathPredicate | None, matrix_axes: MatrixAxes | None = None
+) -> list[Layer]:
     """The sparse leaves of a tree (params, masks, or their shapes) in its order; ValueError for a leaf that cannot be sparse."""
     layers, start = [], 0
     for i, (path, leaf) in enumerate(leaf_paths(tree)):
@@ -112,31 +128,35 @@ def layer_table(tree: Any, is_sparse: PathPredicate, stacked: PathPredicate | No
             raise ValueError(
                 f'the leaf {path!r} has {math.prod(leaf.shape)} elements; a sparse leaf takes fewer than 2^31 = {2**31}.'
             )
-        layers.append(Layer(i, path, shape, start, leaf.shape[0] if is_stacked else None, leaf.dtype))
+        axes = matrix_axes_lib.axes_of(matrix_axes, path, jax.ShapeDtypeStruct(shape, leaf.dtype))
+        shape = shape if axes is None else axes.matrix_shape
+        layers.append(Layer(i, path, shape, start, leaf.shape[0] if is_stacked else None, leaf.dtype, axes))
         start = layers[-1].stop
     return layers
 
 
-def layers_of_masks(params: Any, masks: Any, stacked: PathPredicate | None) -> list[Layer]:
-    """The layers of params that have a mask; the predicate is asked about the params."""
+def layers_of_masks(params: Any, masks: Any, stacked: PathPredicate | None, matrix_axes: MatrixAxes | None = None) -> list[Layer]:
+    """The layers of params that have a mask; the functions are asked about the params."""
     sparse = {path for (path, _), mask in zip(leaf_paths(params), jax.tree.leaves(masks), strict=True) if mask.ndim}
-    return layer_table(params, lambda path, _: path in sparse, stacked)
+    return layer_table(params, lambda path, _: path in sparse, stacked, matrix_axes)
 
 
 def unit_counts(granularity: Granularity, layers: Sequence[Layer]) -> list[int]:
-    """Units of each layer."""
-    return [math.prod(granularity.unit_shape(layer.shape)) for layer in layers for _ in range(layer.depth or 1)]
+    """Units of budget of each layer."""
+    return [granularity.num_units(layer.shape) for layer in layers for _ in range(layer.depth or 1)]
 
 
 def encode(num_leaves: int, layers: Sequence[Layer], granularity: Granularity) -> np.ndarray:
     """What a state says of its leaves: int32[leaves, 4].
 
     The columns are the number of stacked layers (-1 where the leaf is dense, 0 where it is one layer), and the granularity's kind and
-    two numbers (see :func:`sparse_jax.granularity.encode`).
+    two numbers (see :func:`sparse_jax.granularity.encode`). To the kind is added, times 16, which axes are inputs and outputs
+    (:func:`sparse_jax.core.matrix_axes.encode`; 0: the last two).
     """
     codes = np.tile(np.array([-1, 0, 0, 0], np.int32), (num_leaves, 1))
     for layer in layers:
-        codes[layer.leaf] = layer.depth or 0, *granularity_lib.encode(granularity)
+        kind, *numbers = granularity_lib.encode(granularity)
+        codes[layer.leaf] = layer.depth or 0, kind + _KINDS * matrix_axes_lib.encode(layer.axes), *numbers
     return codes
 
 
@@ -145,6 +165,12 @@ def decode(masks: Any, codes: Any) -> list[tuple[Layer, Granularity]]:
     leaves, rows = leaf_paths(masks), np.asarray(codes)
     if rows.shape != (len(leaves), 4):
         raise ValueError(f'layers has the shape {rows.shape}, but the masks have {len(leaves)} leaves: it must be [leaves, 4].')
-    depth = dict(zip((path for path, _ in leaves), rows[:, 0].tolist(), strict=True))
-    layers = layer_table(masks, lambda path, _: depth[path] >= 0, lambda path, _: depth[path] > 0)
-    return [(layer, granularity_lib.decode(*rows[layer.leaf, 1:].tolist())) for layer in layers]
+    row_of = dict(zip((path for path, _ in leaves), rows.tolist(), strict=True))
+
+    def matrix_axes(path: str, layer: Any):
+        axes = matrix_axes_lib.decode(row_of[path][1] // _KINDS, layer.shape)
+        return None if axes is None else (axes.inputs, axes.outputs)
+
+    layers = layer_table(masks, lambda path, _: row_of[path][0] >= 0, lambda path, _: row_of[path][0] > 0, matrix_axes)
+    codes = [(kind % _KINDS, *numbers) for kind, *numbers in (row_of[layer.name][1:] for layer in layers)]
+    return [(layer, granularity_lib.decode(*code)) for layer, code in zip(layers, codes, strict=True)]

@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparse_jax.core import allocation, group_update, grouping, numerics, schedules, selection, target
+from sparse_jax.core import allocation, choice, group_update, grouping, numerics, schedules, selection, target
+from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core import layers as layers_lib
 from sparse_jax.core import momentum as momentum_lib
 from sparse_jax.core.allocation import Weights
+from sparse_jax.core.granularity import FanIn
 from sparse_jax.core.group_update import Counts, LeafOperands, Load, Part, Selecting
 from sparse_jax.core.layers import Layer
 from sparse_jax.core.masks import Masks, UpdateStats
@@ -37,6 +39,7 @@ class Operands(NamedTuple):
     masks: Masks
     grown: Masks
     ever_active: Any
+    backward: Masks | None  # which weights are trained; None: those of the masks
     stats: UpdateStats
     t: jax.Array  # the step, 1-based
     rng_key: jax.Array
@@ -48,29 +51,33 @@ class Moved(NamedTuple):
     masks: Masks
     grown: Masks
     ever_active: Any
+    backward: Masks | None
     stats: UpdateStats
 
     @staticmethod
     def unmoved(operands: Operands) -> 'Moved':
         """What it was before."""
-        return Moved(operands.masks, operands.grown, operands.ever_active, operands.stats)
+        return Moved(operands.masks, operands.grown, operands.ever_active, operands.backward, operands.stats)
 
 
 def first_masks(rule: Rule, layers: list[Layer], params: Any, key: jax.Array) -> Masks:
-    """Random masks of the rule's initial counts."""
+    """Masks of the rule's initial counts: random ones, or the largest weights where missing ones keep their values."""
     leaves, treedef = jax.tree.flatten(params)
     counts = jnp.asarray(rule.initial_counts(layers), jnp.int32)
     keys = jax.random.split(key, max(layers[-1].stop if layers else 0, 1))
-    scores = [_first_scores(rule, layer, keys[layer.start : layer.stop]) for layer in layers]
+    if rule.backward_density is None:
+        scores = [_first_scores(rule, layer, keys[layer.start : layer.stop]) for layer in layers]
+    else:
+        scores = [_weight_keys(rule, layer, leaves[layer.leaf]) for layer in layers]
     masks = [jnp.array(True) for _ in leaves]
-    for layer, chosen in zip(layers, selection.select(scores, counts) if layers else [], strict=True):
+    for layer, chosen in zip(layers, choice.choose(rule.granularity, scores, counts) if layers else [], strict=True):
         masks[layer.leaf] = numerics.placed_like(leaves[layer.leaf], _mask_of_units(rule, layer, chosen))
     return jax.tree.unflatten(treedef, masks)
 
 
 def first_mask(rule: Rule, layer: Layer, counts: jax.Array, keys: jax.Array) -> jax.Array:
     """That of one leaf: the one that :func:`first_masks` gives it, from its layers' counts and keys."""
-    return _mask_of_units(rule, layer, selection.select([_first_scores(rule, layer, keys)], counts)[0])
+    return _mask_of_units(rule, layer, choice.choose(rule.granularity, [_first_scores(rule, layer, keys)], counts)[0])
 
 
 def _first_scores(rule: Rule, layer: Layer, keys: jax.Array) -> jax.Array:
@@ -78,9 +85,15 @@ def _first_scores(rule: Rule, layer: Layer, keys: jax.Array) -> jax.Array:
     return jax.vmap(lambda key: jnp.maximum(jax.random.bits(key, shape), 1))(keys)
 
 
+def _weight_keys(rule: Rule, layer: Layer, weight: jax.Array) -> jax.Array:
+    """Keys of the units, the larger for the larger weights."""
+    scores = jax.vmap(lambda row: group_update.unit_scores(rule.granularity, jnp.abs(row)))(layer.rows(weight))
+    return selection.keys(scores, jnp.ones(scores.shape, bool))
+
+
 def _mask_of_units(rule: Rule, layer: Layer, units: jax.Array) -> jax.Array:
     mask = jax.vmap(lambda row: rule.granularity.expand(row, layer.shape))(units)
-    return mask[0] if layer.depth is None else mask
+    return layer.from_rows(mask)
 
 
 def move_weights(
@@ -98,7 +111,7 @@ def move_weights(
     """
     treedef, t = jax.tree.structure(operands.params), operands.t
     masks = treedef.flatten_up_to(operands.masks)
-    layers = layers_lib.layers_of_masks(operands.params, operands.masks, rule.stacked)
+    layers = layers_lib.layers_of_masks(operands.params, operands.masks, rule.stacked, rule.matrix_axes)
 
     def load(read: Read, masks: list[jax.Array], members: list[int]) -> list[LeafOperands]:
         updates, _, _, momenta = momentum_lib.advance(inner, rule.momentum, read, extra_args)
@@ -121,18 +134,25 @@ def move_weights(
     grown = treedef.flatten_up_to(operands.grown)
     keys = jax.random.split(jax.random.fold_in(operands.rng_key, t), layers[-1].stop)
     update = Update(rule, layers, load, t, keys, by_hand)
-    new_masks, new_grown, stats = move(
-        update, _read(rule, operands, by_hand), [masks[x.leaf] for x in layers], [grown[x.leaf] for x in layers]
-    )
+    read = _read(rule, operands, by_hand)
+    new_masks, new_grown, stats = move(update, read, [masks[x.leaf] for x in layers], [grown[x.leaf] for x in layers])
     ever_active = None if operands.ever_active is None else treedef.flatten_up_to(operands.ever_active)
     for layer, mask, new in zip(layers, new_masks, new_grown, strict=True):
         if ever_active is not None:
             ever_active[layer.leaf] = ever_active[layer.leaf] | mask
         masks[layer.leaf], grown[layer.leaf] = mask, new
+    backward = None
+    if operands.backward is not None:
+        weights = [leaf.weight for leaf in load(read, [masks[x.leaf] for x in layers], list(range(len(layers))))]
+        backward = treedef.flatten_up_to(operands.backward)
+        for layer, wider in zip(layers, backward_masks(rule, layers, weights, [masks[x.leaf] for x in layers]), strict=True):
+            backward[layer.leaf] = wider
+        backward = jax.tree.unflatten(treedef, backward)
     return Moved(
         masks=jax.tree.unflatten(treedef, masks),
         grown=jax.tree.unflatten(treedef, grown),
         ever_active=None if ever_active is None else jax.tree.unflatten(treedef, ever_active),
+        backward=backward,
         stats=stats._replace(share=stats.share.astype(operands.stats.share.dtype)),  # a state may have been cast
     )
 
@@ -153,7 +173,24 @@ def _read(rule: Rule, operands: Operands, by_hand: bool) -> Read:
         accumulated=accumulated,
         ever_active=operands.ever_active if rule.needs.ever_active else None,
         params=operands.params,
+        backward=operands.backward,
     )
+
+
+def backward_masks(rule: Rule, layers: list[Layer], weights: list[jax.Array], masks: list[jax.Array]) -> list[jax.Array]:
+    """The weights that are trained: those of the masks, and the largest others, as many as the wider density says."""
+    units = [
+        jax.vmap(lambda row: granularity_lib.active(rule.granularity, row))(x.rows(m)) for x, m in zip(layers, masks, strict=True)
+    ]
+    scores = [
+        jax.vmap(lambda row: group_update.unit_scores(rule.granularity, jnp.abs(row)))(x.rows(w))
+        for x, w in zip(layers, weights, strict=True)
+    ]
+    keys = [selection.keys(score, ~active) for score, active in zip(scores, units, strict=True)]
+    wider = jnp.asarray(rule.counts(layers, rule.backward_density), jnp.int32)  # pyright: ignore[reportArgumentType]
+    present = jnp.concatenate([jax.vmap(numerics.count)(active) for active in units])
+    chosen = selection.select(keys, wider - present)
+    return [_mask_of_units(rule, x, active | more) for x, active, more in zip(layers, units, chosen, strict=True)]
 
 
 class Amounts(NamedTuple):
@@ -194,7 +231,13 @@ def move(update: Update, operands: Any, masks: list[jax.Array], grown: list[jax.
 
     def divided(in_turn: bool) -> list[Part]:
         groups = grouping.divide(update.layers, in_turn=in_turn)
-        return [Part(update.rule, update.load, group, group.layers_of(update.keys)) for group in groups]
+        may_ablate = (
+            ~np.array(update.rule.kept_outputs(update.layers)) if update.rule.ablation else np.zeros(len(update.keys), bool)
+        )
+        return [
+            Part(update.rule, update.load, group, group.layers_of(update.keys), group.layers_of(jnp.asarray(may_ablate)))
+            for group in groups
+        ]
 
     def run(part: Part, function: Callable, otherwise: Callable, arguments: Any) -> Any:
         bind = lambda f: lambda operands, arguments: f(part, operands, arguments)
@@ -240,7 +283,8 @@ def _amounts(update: Update, counts: Counts, one_threshold: Callable, early_shar
     """How much each layer prunes and grows. The functions compute what is not always needed, from the leaves."""
     rule, nonzeros = update.rule, counts.nonzeros
     none = jnp.zeros_like(nonzeros)
-    most = jnp.maximum(jnp.minimum(counts.prunable, nonzeros - 1), 0)  # no layer loses its last unit
+    keep_one = rule.enters_with == 'zero'  # no layer loses its last unit; where all may come back the last may go with the others
+    most = jnp.maximum(jnp.minimum(counts.prunable, nonzeros - 1), 0)
     fall, rise = _density_change(update, nonzeros)
     given_up, moved, shares = none, none, None
     follows_schedule = callable(rule.density)
@@ -253,7 +297,8 @@ def _amounts(update: Update, counts: Counts, one_threshold: Callable, early_shar
         if rule.redistribute is not None and not rule.shares_after_pruning:
             shares = allocation.weights(early_shares())
         rate = jnp.clip(jnp.nan_to_num(jnp.asarray(rule.prune_rate_schedule(update.t), jnp.float32)), 0, 1)
-        moved = allocation.prune_counts(rate, nonzeros - given_up, counts.missing + given_up, most - given_up, shares)
+        movable = (most if keep_one else counts.prunable) - given_up
+        moved = allocation.prune_counts(rate, nonzeros - given_up, counts.missing + given_up, movable, shares, keep_one=keep_one)
         if rule.is_global and not follows_schedule:
             moved = one_threshold(numerics.total(moved), most)
     pruned = given_up + moved
@@ -265,8 +310,22 @@ def _amounts(update: Update, counts: Counts, one_threshold: Callable, early_shar
             free = counts.growable + given_up  # what is left of the room when each layer has regrown its own
             targets = moved + allocation.share_out(rise, allocation.weights(free.astype(jnp.float32)), free)
         amount = numerics.add(numerics.total(moved), rise)
-        targets = allocation.growth_targets(amount, targets, shares, counts.growable + pruned)
+        room = counts.growable + pruned
+        if shares is None or not isinstance(rule.granularity, FanIn):
+            targets = allocation.growth_targets(amount, targets, shares, room)
+        else:
+            targets = _grown_inputs(update, nonzeros - pruned, targets, shares, room)
     return Amounts(pruned, targets, shares)
+
+
+def _grown_inputs(update: Update, kept: jax.Array, regrown: jax.Array, shares: Weights, room: jax.Array) -> jax.Array:
+    """How many inputs for all outputs each layer grows, where the budget of weights is what the layers began with."""
+    rule = update.rule
+    outputs = [rule.granularity.selected_per_unit(layer.shape) for layer in update.layers for _ in range(layer.depth or 1)]
+    budget = sum(n * k for n, k in zip(rule.initial_counts(update.layers), outputs, strict=True))
+    outputs = jnp.asarray(outputs, jnp.int32)
+    amount = numerics.subtract((jnp.uint32(budget >> 16), jnp.uint32(budget & 0xFFFF)), numerics.total(kept * outputs))
+    return jnp.where(shares.total > 0, allocation.whole_units(amount, shares, room, outputs), regrown)
 
 
 def _share(amounts: Amounts) -> jax.Array:

@@ -1,7 +1,6 @@
 """The state of a sparse optimizer, and the masks in it: find, replace, apply and check them."""
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +10,10 @@ from jax.core import Tracer
 
 from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core import layers as layers_lib
+from sparse_jax.core import matrix_axes as matrix_axes_lib
 from sparse_jax.core.granularity import Granularity
 from sparse_jax.core.layers import Layer, PathPredicate, layer_table, leaf_paths, names_of
+from sparse_jax.core.matrix_axes import MatrixAxes
 
 Masks = Any  # a tree like the params: bool arrays of the leaf's shape where it is sparse, a scalar True where it is dense
 
@@ -136,13 +137,15 @@ def layer_names(opt_state: Any, stacked: PathPredicate | None = None) -> list[st
     return names_of(layers_of(opt_state, stacked))
 
 
-def layers_of(tree: Any, stacked: PathPredicate | None = None) -> list[Layer]:
-    """The layers of a state, or of masks, where ``stacked`` says which leaves hold several."""
+def layers_of(tree: Any, stacked: PathPredicate | None = None, matrix_axes: str | MatrixAxes | None = None) -> list[Layer]:
+    """The layers of a state, or of masks, where ``stacked`` says which leaves hold several, and ``matrix_axes`` how they lie."""
     masks = masks_in(tree)
     if masks is tree:
-        return layer_table(masks, lambda _, mask: mask.ndim > 0, stacked)
+        return layer_table(masks, lambda _, mask: mask.ndim > 0, stacked, matrix_axes_lib.get(matrix_axes))
     if stacked is not None:
         raise ValueError('stacked: the state knows which leaves are stacked; give it with masks only.')
+    if matrix_axes is not None:
+        raise ValueError('matrix_axes: the state knows which axes are inputs and outputs; give it with masks only.')
     return [layer for layer, _ in layers_in(tree)]
 
 
@@ -180,7 +183,7 @@ def set_masks(opt_state: Any, masks: Masks) -> Any:
       A new state. The params are not touched: follow with :func:`apply_masks`.
 
     Raises:
-      ValueError: if the tree, a shape or a dtype differs from the present masks'.
+      ValueError: if the tree, a shape or a dtype differs from the present masks', or the method chooses masks by values that it stores.
 
     Example:
       >>> import sparse_jax as sj
@@ -189,7 +192,13 @@ def set_masks(opt_state: Any, masks: Masks) -> Any:
       >>> get_masks(state)['w'].tolist()
       [[True, False], [False, True]]
     """
-    old = find_state(opt_state).masks
+    state = find_state(opt_state)
+    if 'stored' in state.method_state:
+        raise ValueError(
+            'set_masks: this method keeps the values of all weights and takes the largest as its masks (backward_density): give init the params '
+            'whose largest they should be.'
+        )
+    old = state.masks
     masks = like_params(masks, old)
     if jax.tree.structure(masks) != jax.tree.structure(old):
         raise ValueError(f"masks has the tree {jax.tree.structure(masks)}, but the state's masks have {jax.tree.structure(old)}.")
@@ -286,12 +295,13 @@ def check_sparse(params: Any, opt_state: Any, *, density: float | None = None) -
 
 
 def _check_density(opt_state: Any, density: float) -> None:
-    leaves, active, total = jax.tree.leaves(get_masks(opt_state)), 0, 0
+    leaves, active, total, slack = jax.tree.leaves(get_masks(opt_state)), 0, 0, 0
     for layer, granularity in layers_in(opt_state):
-        mask = leaves[layer.leaf][None] if layer.depth is None else leaves[layer.leaf]
-        active += int(jax.vmap(functools.partial(granularity_lib.active, granularity))(mask).sum())
-        total += math.prod(granularity.unit_shape(layer.shape)) * (layer.depth or 1)
-    if active != round(density * total):
+        units = jax.vmap(functools.partial(granularity_lib.active, granularity))(layer.rows(leaves[layer.leaf]))
+        active += int(units.sum())
+        total += units.size
+        slack += (granularity.selected_per_unit(layer.shape) - 1) * len(units)  # a layer has whole inputs for all outputs
+    if abs(active - round(density * total)) > slack:
         raise ValueError(
             f'density={density} keeps {round(density * total)} of {total} units, but the masks of this state have {active}: it comes '
             'from another density, and its masks decide.'

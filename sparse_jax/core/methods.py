@@ -8,172 +8,25 @@ An inner optimizer's momentum is not touched by any of them: a new weight starts
 it was missing, and moves with the next step. RigL's and SET's own programs start it without.
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
-from sparse_jax.core import arguments, criteria, distributions, errors, schedules
+from sparse_jax.core import criteria, distributions
 from sparse_jax.core import granularity as granularity_lib
+from sparse_jax.core import layers as layers_lib
 from sparse_jax.core import sparsify as sparsify_lib
 from sparse_jax.core.layers import PathPredicate
-from sparse_jax.core.rule import Rule
-from sparse_jax.core.schedules import Timing
-
-
-def _gradual(initial: float, density: float, update_every: int, total_steps: int, options: Mapping[str, Any]) -> optax.Schedule:
-    start, stop = options.get('start_step', 0), options.get('stop_step')
-    last = ((total_steps if stop is None else min(stop, total_steps)) - 1) // update_every * update_every
-    if last <= start:
-        raise ValueError(
-            f'update_every={update_every} leaves no mask update after start_step={start} and before '
-            f'{"total_steps" if stop is None else "stop_step"}={total_steps if stop is None else stop}, so the density would never '
-            'fall: update more often, or train longer.'
-        )
-    return schedules.cubic(initial, density, start, last)
-
-
-def _three_quarters(total_steps: int) -> int:
-    return max(1, round(0.75 * total_steps))
-
-
-# name -> the parts of sparsify that make the method, by (density, update_every, total_steps, the caller's own options)
-_ROWS: dict[str, Callable[[float, int, int, Mapping[str, Any]], dict[str, Any]]] = {
-    'sparse_momentum': lambda density, every, total, options: dict(
-        prune=criteria.magnitude, grow=criteria.momentum, redistribute=criteria.mean_momentum, prune_rate=0.5
-    ),
-    'set': lambda density, every, total, options: dict(
-        prune=criteria.signed_magnitude,
-        grow=criteria.random,
-        redistribute=None,
-        prune_rate=schedules.constant(0.3),
-        distribution='erdos_renyi',
-    ),
-    'rigl': lambda density, every, total, options: dict(
-        prune=criteria.magnitude,
-        grow=criteria.gradient,
-        redistribute=None,
-        prune_rate=schedules.cosine(0.3, options.get('stop_step') or _three_quarters(total), final=0.0),
-        stop_step=_three_quarters(total),
-        distribution='erk',
-    ),
-    'snfs': lambda density, every, total, options: dict(
-        prune=criteria.magnitude,
-        grow=criteria.momentum,
-        redistribute=None,
-        momentum='gradient_average',
-        prune_rate=0.5,
-        distribution='erk',
-    ),
-    'dsr': lambda density, every, total, options: dict(
-        prune=criteria.magnitude,
-        prune_scope='global',
-        grow=criteria.random,
-        redistribute=criteria.nonzeros,
-        prune_rate=schedules.constant(0.2),
-    ),
-    'static': lambda density, every, total, options: dict(grow=None, redistribute=None, distribution='erk'),
-    'gmp': lambda density, every, total, options: dict(
-        density=_gradual(1.0, density, every, total, options), prune=criteria.magnitude, grow=None, redistribute=None
-    ),
-    'granet': lambda density, every, total, options: dict(
-        density=_gradual(max(options.get('initial_density', 0.5), density), density, every, total, options),
-        prune=criteria.magnitude,
-        prune_scope='global',
-        grow=criteria.gradient,
-        redistribute=None,
-        prune_rate=0.5,
-        distribution='erk',
-    ),
-}
-
-NAMES = tuple(_ROWS)
-
-
-def parts(name: str, density: float, update_every: int, total_steps: int, **options: Any) -> dict[str, Any]:
-    """All arguments of ``sparsify`` that make a method, with those of one's own in their place.
-
-    Args:
-      name: ``sparse_momentum``, ``set``, ``rigl``, ``snfs``, ``dsr``, ``static``, ``gmp`` or ``granet``.
-      density: share of the weights that exist, in (0, 1]; where the density follows a schedule, at its end.
-      update_every: steps between mask updates.
-      total_steps: length of the training, in steps.
-      **options: arguments of :func:`sparse_jax.sparsify` that replace the method's; and granet's ``initial_density``.
-
-    Returns:
-      A dictionary: ``sparsify(inner, **parts(...))``.
-
-    Raises:
-      ValueError: for a name that does not exist, an argument out of range, or an ``initial_density`` below ``density``.
-
-    Example:
-      >>> chosen = parts('rigl', 0.1, update_every=100, total_steps=10_000, distribution='uniform')
-      >>> chosen['stop_step'], chosen['distribution']
-      (7500, 'uniform')
-    """
-    if name not in _ROWS:
-        raise errors.unknown('method', name, _ROWS)
-    if callable(density):
-        raise ValueError(f'density={density!r}: {name} takes a number in (0, 1]; sparsify(density=...) takes a schedule.')
-    arguments.check_numbers(density, 0.5, 0)
-    Timing(update_every, total_steps, options.get('start_step', 0), options.get('stop_step'))
-    begin = options.get('initial_density', 1)
-    if name == 'granet' and not (isinstance(begin, (int, float)) and density <= begin <= 1):
-        raise ValueError(f'initial_density={begin!r}: must be a number from density={density!r} to 1.')
-    row = dict(density=density, update_every=update_every, total_steps=total_steps)
-    given = {key: value for key, value in options.items() if key != 'initial_density' or name != 'granet'}
-    return {**row, **_ROWS[name](density, update_every, total_steps, options), **given}
-
-
-@arguments.stated_once(timing=('update_every', 'total_steps', 'start_step', 'stop_step'))
-def rule(
-    name: str,
-    density: float,
-    update_every: int | None = None,
-    total_steps: int | None = None,
-    *,
-    timing: Timing | None = None,
-    **options: Any,
-) -> Rule:
-    """The rule of a method, for ``sparsify(inner, rule=...)``.
-
-    Args:
-      name: as for :func:`parts`.
-      density: share of the weights that exist, in (0, 1]; where the density follows a schedule, at its end.
-      update_every: steps between mask updates.
-      total_steps: length of the training, in steps.
-      timing: a :class:`sparse_jax.Timing` in place of these two, and of ``start_step`` and ``stop_step``.
-      **options: as for :func:`parts`.
-
-    Returns:
-      A :class:`sparse_jax.Rule`.
-
-    Raises:
-      ValueError: as :func:`parts` and :func:`sparse_jax.sparsify`.
-
-    Example:
-      >>> rule('rigl', density=0.1, update_every=100, total_steps=10_000).timing.stop_step
-      7500
-    """
-    if timing is not None:
-        update_every, total_steps = timing.update_every, timing.total_steps
-        options |= {'start_step': timing.start_step} | ({} if timing.stop_step is None else {'stop_step': timing.stop_step})
-    every, total = arguments.required('update_every', update_every), arguments.required('total_steps', total_steps)
-    keywords = parts(name, density, every, total, **options)
-    steps = {field.name: keywords.pop(field.name) for field in dataclasses.fields(Timing) if field.name in keywords}
-    return Rule(timing=Timing(**steps), **keywords)
-
-
-def create(
-    name: str, inner: optax.GradientTransformation, density: float, update_every: int, total_steps: int, **options: Any
-) -> optax.GradientTransformationExtraArgs:
-    """The method of that name around any optimizer; arguments as for :func:`parts`.
-
-    >>> tx = create('set', optax.adam(1e-3), 0.1, update_every=100, total_steps=1000)
-    """
-    return sparsify_lib.sparsify(inner, **parts(name, density, update_every, total_steps, **options))
+from sparse_jax.core.matrix_axes import MatrixAxes
+from sparse_jax.core.method_table import NAMES as NAMES
+from sparse_jax.core.method_table import create as create
+from sparse_jax.core.method_table import parts as parts
+from sparse_jax.core.method_table import rule as rule
 
 
 def sparse_momentum(
@@ -193,6 +46,7 @@ def sparse_momentum(
     sparsifiable: PathPredicate | None = None,
     dense: Sequence[str] = (),
     stacked: PathPredicate | None = None,
+    matrix_axes: str | MatrixAxes | None = None,
     track_exploration: bool = False,
     seed: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -218,6 +72,7 @@ def sparse_momentum(
       sparsifiable: which leaves are sparse.
       dense: path patterns of leaves that stay dense.
       stacked: which leaves hold layers along their first axis.
+      matrix_axes: which axes of a leaf are inputs and outputs.
       track_exploration: whether to keep which weights have ever been active.
       seed: of the first masks: an integer, or a typed random key.
 
@@ -254,6 +109,7 @@ def sparse_momentum(
         sparsifiable=sparsifiable,
         dense=dense,
         stacked=stacked,
+        matrix_axes=matrix_axes,
         track_exploration=track_exploration,
         seed=seed,
     )
@@ -483,3 +339,190 @@ def granet(
     if initial_density is not None:
         options['initial_density'] = initial_density
     return create('granet', inner, density, update_every, total_steps, **options)
+
+
+def srigl(
+    inner: optax.GradientTransformation,
+    density: float,
+    update_every: int,
+    total_steps: int,
+    *,
+    ablation: float = 0.3,
+    keep_outputs: Sequence[str] | None = None,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    r"""SRigL: RigL with the same number of inputs for every output of a layer, where outputs that matter little lose all of theirs.
+
+    Salient are the weights that the pruning leaves, and as many positions as were pruned, those with the largest \|gradient\| of the whole
+    layer. An output with fewer salient ones than ``max(1, int(ablation * inputs))`` is ablated, as far as the layer's weights still fit into the
+    others, which share them equally. Outputs are judged anew at each update, so they can return.
+
+    Args:
+      inner: any optax transformation.
+      density: share of the sparse leaves' weights that exist, in (0, 1].
+      update_every: steps between mask updates; the paper's is 100.
+      total_steps: length of the training, in steps.
+      ablation: part of a layer's inputs that must be salient, in [0, 1]; 0: outputs stay.
+      keep_outputs: path patterns of leaves that lose no outputs; None: the last leaf. Name the output layer where it is another.
+      **options: arguments of :func:`sparse_jax.sparsify` that replace the method's: RigL's, and ``granularity='fan_in'``.
+
+    Returns:
+      An optax transformation whose state is a :class:`sparse_jax.SparsifyState`.
+
+    Raises:
+      ValueError: as :func:`sparse_jax.sparsify`.
+
+    Example:
+      >>> tx = srigl(optax.sgd(0.1, 0.9), 0.05, update_every=100, total_steps=1000, keep_outputs=('out/*',))
+
+    Reference:
+      Lasby et al., `Dynamic Sparse Training with Structured Sparsity <https://arxiv.org/abs/2305.02299>`_, 2024.
+    """
+    return create('srigl', inner, density, update_every, total_steps, ablation=ablation, keep_outputs=keep_outputs, **options)
+
+
+def top_kast(
+    inner: optax.GradientTransformation,
+    density: float,
+    update_every: int,
+    total_steps: int,
+    *,
+    backward_density: float | None = None,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Top-KAST: the largest weights of each layer are used, and a wider set of the largest is trained.
+
+    Params hold the weights of the forward pass, zero elsewhere. The values of all others are in ``method_state['stored']``, and which weights
+    are trained in ``method_state['backward']``: gradients, which must be dense at every step, are masked by it, and so are the inner
+    optimizer's updates. Both sets are chosen anew by \|weight\| every ``update_every`` steps. ``init`` takes dense params; the paper's penalty
+    on weights outside of the forward pass is not in it, weight decay of the inner optimizer acts on all that are trained.
+
+    Args:
+      inner: any optax transformation.
+      density: share of the sparse leaves' weights that the forward pass uses, in (0, 1].
+      update_every: steps between choices; the paper's are from 1 to 100.
+      total_steps: length of the training, in steps.
+      backward_density: share of the weights that are trained, from ``density`` to 1; None: twice the density.
+      **options: arguments of :func:`sparse_jax.sparsify` that replace the method's.
+
+    Returns:
+      An optax transformation whose state is a :class:`sparse_jax.SparsifyState`.
+
+    Raises:
+      ValueError: as :func:`sparse_jax.sparsify`.
+
+    Example:
+      >>> tx = top_kast(optax.sgd(0.1, 0.9), 0.1, update_every=10, total_steps=1000, backward_density=0.3)
+
+    Reference:
+      Jayakumar et al., `Top-KAST: Top-K Always Sparse Training <https://arxiv.org/abs/2106.03517>`_, 2020.
+    """
+    if backward_density is not None:
+        options['backward_density'] = backward_density
+    return create('top_kast', inner, density, update_every, total_steps, **options)
+
+
+def mest(
+    inner: optax.GradientTransformation, density: float, update_every: int, total_steps: int, *, extra: float = 0.3, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    r"""MEST: weights grow at random first and are pruned at the next update, by \|weight\| + 0.5 \|gradient\|, new ones among the rest.
+
+    Between updates there are :math:`(1 + e) d` of the weights, the paper's soft memory bound; e falls from ``extra`` by a cosine to 0 at the
+    last update, after which the density is d.
+
+    Args:
+      inner: any optax transformation.
+      density: share of the sparse leaves' weights that exist in the end, d in (0, 1].
+      update_every: steps between mask updates.
+      total_steps: length of the training, in steps.
+      extra: e at the start, above 0.
+      **options: arguments of :func:`sparse_jax.sparsify` that replace the method's: among them an ERK distribution.
+
+    Returns:
+      An optax transformation whose state is a :class:`sparse_jax.SparsifyState`.
+
+    Raises:
+      ValueError: as :func:`sparse_jax.sparsify`.
+
+    Example:
+      >>> tx = mest(optax.sgd(0.1, 0.9), 0.05, update_every=100, total_steps=1000)
+
+    Reference:
+      Yuan et al., `MEST: Accurate and Fast Memory-Economic Sparse Training Framework on the Edge <https://arxiv.org/abs/2110.14032>`_, 2021.
+    """
+    return create('mest', inner, density, update_every, total_steps, extra=extra, **options)
+
+
+def ac_dc(
+    inner: optax.GradientTransformation, density: float, update_every: int, total_steps: int, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """AC/DC: dense at first, then sparse and dense phases by turns, the last one sparse; a sparse phase keeps the largest weights.
+
+    Args:
+      inner: any optax transformation.
+      density: share of the sparse leaves' weights that exist in the sparse phases, in (0, 1].
+      update_every: length of a phase in steps; the paper's is 5 epochs. The last sparse phase takes what is left.
+      total_steps: length of the training, in steps.
+      **options: arguments of :func:`sparse_jax.sparsify` that replace the method's.
+
+    Returns:
+      An optax transformation whose state is a :class:`sparse_jax.SparsifyState`.
+
+    Raises:
+      ValueError: as :func:`sparse_jax.sparsify`, and where the training has no second phase.
+
+    Example:
+      >>> tx = ac_dc(optax.sgd(0.1, 0.9), 0.05, update_every=100, total_steps=1000)
+
+    Reference:
+      Peste et al., `AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural Networks <https://arxiv.org/abs/2106.12379>`_, 2021.
+    """
+    return create('ac_dc', inner, density, update_every, total_steps, **options)
+
+
+def truncation(
+    inner: optax.GradientTransformation,
+    density: float,
+    total_steps: int,
+    *,
+    anneal: float = 0.5,
+    biases: bool = False,
+    embeddings: bool = False,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Truncation: after each step every matrix keeps its largest weights, and the density falls evenly from 1.
+
+    A missing weight comes back with the value that the optimizer's step gives it, where that is among the largest of its leaf.
+
+    Args:
+      inner: any optax transformation; the paper's is AdamW.
+      density: share of the sparse leaves' weights that exist in the end, in (0, 1]; the paper's are about 0.001.
+      total_steps: length of the training, in steps.
+      anneal: part of the training over which the density falls, in (0, 1].
+      biases: whether biases and scales, leaves of one axis, are truncated too.
+      embeddings: whether embeddings are, and whatever else of two or more axes is dense by its name.
+      **options: arguments of :func:`sparse_jax.sparsify` that replace the method's, such as ``update_every``, which is 1.
+
+    Returns:
+      An optax transformation whose state is a :class:`sparse_jax.SparsifyState`.
+
+    Raises:
+      ValueError: as :func:`sparse_jax.sparsify`.
+
+    Example:
+      >>> tx = truncation(optax.adamw(1e-3), 0.01, total_steps=1000, embeddings=True)
+
+    Reference:
+      Gao et al., `Weight-sparse transformers have interpretable circuits <https://arxiv.org/abs/2511.13653>`_, 2025.
+    """
+    if biases or embeddings:
+        if 'sparsifiable' in options:
+            raise ValueError('sparsifiable= says which leaves are truncated: leave out biases= and embeddings=.')
+        options['sparsifiable'] = functools.partial(_truncated, biases, embeddings)
+    return create('truncation', inner, density, options.pop('update_every', 1), total_steps, anneal=anneal, **options)
+
+
+def _truncated(biases: bool, embeddings: bool, path: str, leaf: Any) -> bool:
+    if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating) or not np.ndim(leaf):
+        return False
+    return biases if np.ndim(leaf) == 1 else embeddings or layers_lib.default_sparsifiable(path, leaf)

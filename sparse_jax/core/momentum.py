@@ -121,6 +121,7 @@ class Read(NamedTuple):
     accumulated: Any  # gradients, summed
     ever_active: Any
     params: Any
+    backward: Any = None  # masks of the weights that are trained, where these are not all
 
 
 class Advanced(NamedTuple):
@@ -136,7 +137,9 @@ def advance(
     inner: optax.GradientTransformationExtraArgs, option: MomentumOption, read: Read, extra_args: dict[str, Any]
 ) -> Advanced:
     """Takes a step of the inner optimizer, and says what its momentum is."""
-    updates, inner_state = inner.update(read.grads, read.inner_state, read.params, **extra_args)
+    within = lambda tree: tree if read.backward is None else jax.tree.map(_masked, read.backward, tree)
+    updates, inner_state = inner.update(within(read.grads), read.inner_state, read.params, **extra_args)
+    updates = within(updates)
     momentum = find(inner_state, jax.tree.structure(read.params), option)
     if momentum is not None or read.average is None:
         return Advanced(updates, inner_state, None, momentum)
@@ -146,6 +149,10 @@ def advance(
         read.grads,
     )
     return Advanced(updates, inner_state, average, average)
+
+
+def _masked(mask: jax.Array, x: Any) -> Any:
+    return x if mask.ndim == 0 else jnp.where(mask, x, jnp.zeros((), jnp.result_type(x)))
 
 
 def accumulate(accumulated: Any, grads: Any, t: jax.Array, *, steps: int, update_every: int) -> Any:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sparse_jax.core import arguments, criteria, distributions, group_update, grouping, numerics, selection
+from sparse_jax.core import arguments, choice, criteria, distributions, group_update, numerics, selection
 from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core import layers as layers_lib
 from sparse_jax.core import masks as masks_lib
@@ -16,6 +16,7 @@ from sparse_jax.core.criteria import Criterion
 from sparse_jax.core.granularity import Granularity, Unstructured
 from sparse_jax.core.layers import Layer, PathPredicate
 from sparse_jax.core.masks import Masks
+from sparse_jax.core.matrix_axes import MatrixAxes
 from sparse_jax.core.rule import Rule
 from sparse_jax.core.schedules import Timing
 
@@ -36,6 +37,7 @@ def prune(
     sparsifiable: PathPredicate | None = None,
     dense: Sequence[str] = (),
     stacked: PathPredicate | None = None,
+    matrix_axes: str | MatrixAxes | None = None,
     seed: int | jax.Array = 0,
 ) -> tuple[Any, Masks]:
     r"""Prunes weights now: those with the smallest scores go, and exactly as many stay as the density says.
@@ -58,6 +60,7 @@ def prune(
       sparsifiable: which leaves are pruned; None: the default choice of ``sj.sparsify``.
       dense: path patterns of leaves that stay dense.
       stacked: which leaves hold a layer in each row; None: none.
+      matrix_axes: which axes of a leaf are inputs and outputs, as in ``sj.sparsify``; None: the last two.
       seed: of a random criterion: an integer, or a typed random key.
 
     Returns:
@@ -78,7 +81,7 @@ def prune(
     total = _check(density, scores, criterion, rounds, prune_scope, distribution)
     parts: dict[str, Any] = dict(
         prune=criterion, distribution=distribution, granularity=granularity, prune_scope=prune_scope,
-        sparsifiable=sparsifiable, dense=dense, stacked=stacked, seed=seed,
+        sparsifiable=sparsifiable, dense=dense, stacked=stacked, matrix_axes=matrix_axes, seed=seed,
     )  # fmt: skip
     rule = Rule(density=total, timing=Timing(1, 1), grow=None, redistribute=None, **parts)
     layers = rule.sparse_layers(params)
@@ -160,14 +163,14 @@ def _chosen(
         amount = numerics.subtract(numerics.total(nonzeros), numerics.total(kept))
         kept = nonzeros - selection.joint_counts(goes, amount, jnp.maximum(nonzeros - 1, 0))
     masks = []
-    for layer, rows in zip(layers, selection.select(keys, kept), strict=True):
+    for layer, rows in zip(layers, choice.choose(granularity, keys, kept), strict=True):
         mask = jax.vmap(lambda row, layer=layer: granularity.expand(row, layer.shape))(rows)
-        masks.append(mask[0] if layer.depth is None else mask)
+        masks.append(layer.from_rows(mask))
     return masks
 
 
 def _units(granularity: Granularity, layer: Layer, function: Callable, leaf: jax.Array) -> jax.Array:
-    return jax.vmap(lambda row: function(granularity, row))(grouping.as_rows(layer, leaf))
+    return jax.vmap(lambda row: function(granularity, row))(layer.rows(leaf))
 
 
 def _leaf_scores(rule: Rule, layers: list[Layer], params: Any, masks: Masks, scores: Scores) -> list[jax.Array]:
@@ -191,7 +194,7 @@ def _leaf_scores(rule: Rule, layers: list[Layer], params: Any, masks: Masks, sco
             info = criteria.LeafInfo(weight, mask, None, None, key, granularity=rule.granularity)  # pyright: ignore[reportArgumentType]
             return jnp.abs(group_update.unit_scores(rule.granularity, jnp.asarray(rule.prune(info))).astype(jnp.float32))
 
-        weight, mask = (grouping.as_rows(layer, x[layer.leaf]) for x in (weights, present))
+        weight, mask = (layer.rows(x[layer.leaf]) for x in (weights, present))
         return jax.vmap(row)(weight, mask, keys[layer.start : layer.stop])
 
     return [of_criterion(layer) for layer in layers]
@@ -200,7 +203,7 @@ def _leaf_scores(rule: Rule, layers: list[Layer], params: Any, masks: Masks, sco
 def _unit_score(granularity: Granularity, scores: jax.Array) -> jax.Array:
     """The mean of a unit's scores, with their signs."""
     scores = scores.astype(jnp.float32)
-    if isinstance(granularity, Unstructured):
+    if granularity.of_single_weights:
         return scores
     positive, negative = (group_update.unit_scores(granularity, jnp.where(keep, scores, 0)) for keep in (scores > 0, scores < 0))
     return positive - negative

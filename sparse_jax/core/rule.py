@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparse_jax.core import allocation, arguments, criteria, distributions, schedules
+from sparse_jax.core import allocation, arguments, criteria, distributions, errors, matrix_axes, schedules
 from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core import layers as layers_lib
 from sparse_jax.core.criteria import Criterion
 from sparse_jax.core.granularity import Granularity
 from sparse_jax.core.layers import Layer, PathPredicate
+from sparse_jax.core.matrix_axes import MatrixAxes
 from sparse_jax.core.momentum import MomentumOption
 from sparse_jax.core.schedules import Timing
 
@@ -34,7 +35,8 @@ class Rule:
       timing: when masks are updated.
       prune: scores of the active weights, of which the smallest are pruned.
       grow: scores of the missing weights, of which the largest are grown; None: nothing is grown.
-      redistribute: a layer's share of the growth; None: each layer regrows what it pruned.
+      redistribute: a layer's share of the growth; None: each layer regrows what it pruned; ``'default'``: by mean momentum, and None where the
+        granularity fixes how many weights each layer has.
       prune_rate: part of a layer's weights that an update prunes: the start of a cosine that ends at 0.005, or a schedule of the step.
       prune_scope: ``'layer'`` or ``'global'``.
       distribution: nonzeros of each layer at first.
@@ -42,6 +44,12 @@ class Rule:
       sparsifiable: which leaves are sparse; None: the default choice.
       dense: path patterns of leaves that stay dense.
       stacked: which leaves hold layers along their first axis; None: none.
+      matrix_axes: which axes of a leaf are inputs and outputs; None: the last two.
+      ablation: with ``'fan_in'``: the part of a layer's inputs that must be salient, or an output loses all of its own; 0: outputs stay.
+      keep_outputs: path patterns of leaves whose outputs stay in any case; None: the last leaf.
+      enters_with: what a grown weight starts at: ``'zero'``, or ``'value'``: what the optimizer's step makes of it.
+      backward_density: share of the weights that are trained, in the forward pass or not; those that are not keep their values beside the
+        params. None: only those of the forward pass.
       momentum: where the optimizer's state keeps its momentum; None: it is found.
       track_exploration: whether to keep which weights have ever been active.
       seed: of the first masks and of random criteria: an integer, or a typed random key.
@@ -59,7 +67,7 @@ class Rule:
     timing: Timing
     prune: Criterion = criteria.magnitude
     grow: Criterion | None = criteria.momentum
-    redistribute: Criterion | None = criteria.mean_momentum
+    redistribute: Criterion | None = 'default'  # pyright: ignore[reportAssignmentType]  # names become what they name
     prune_rate: optax.ScalarOrSchedule = 0.5
     prune_scope: str = 'layer'
     distribution: distributions.Distribution = distributions.uniform
@@ -67,6 +75,11 @@ class Rule:
     sparsifiable: PathPredicate | None = None
     dense: Sequence[str] = ()
     stacked: PathPredicate | None = None
+    matrix_axes: MatrixAxes | None = None
+    ablation: float = 0.0
+    keep_outputs: Sequence[str] | None = None
+    enters_with: str = 'zero'
+    backward_density: float | None = None
     momentum: MomentumOption = None
     track_exploration: bool = False
     seed: int | jax.Array = 0
@@ -74,17 +87,23 @@ class Rule:
     def __post_init__(self):
         arguments.check_type('timing', self.timing, Timing)
         arguments.check_numbers(self.density, self.prune_rate, self.seed)
+        units = granularity_lib.get(self.granularity)
+        if isinstance(self.redistribute, str) and self.redistribute == 'default':
+            fixed = isinstance(units, granularity_lib.NOfM) or self.ablation
+            object.__setattr__(self, 'redistribute', None if fixed else criteria.mean_momentum)
         named: dict[str, Any] = {name: criteria.get(name, getattr(self, name)) for name in ('prune', 'grow', 'redistribute')}
         if named['grow'] is None:  # nothing is grown: nothing is shared out
             named['redistribute'] = None
         named['distribution'] = distributions.get(self.distribution)
-        named['granularity'] = granularity_lib.get(self.granularity)
+        named['granularity'], named['matrix_axes'] = units, matrix_axes.get(self.matrix_axes)
         for name, value in named.items():
             object.__setattr__(self, name, value)
         arguments.check_functions(sparsifiable=self.sparsifiable, stacked=self.stacked)
         arguments.check_momentum(self.momentum)
         arguments.check_criteria(prune=self.prune, grow=self.grow, redistribute=self.redistribute)
         arguments.check_together(self)
+        arguments.check_structure(self)
+        arguments.check_values(self)
         if callable(self.prune_rate):
             schedules.check_rate(self.prune_rate, self.timing)
         if callable(self.density):
@@ -119,6 +138,13 @@ class Rule:
         """Whether shares depend on how many units each layer prunes."""
         return criteria.requirements(self.redistribute).amount
 
+    def kept_outputs(self, layers: Sequence[Layer]) -> list[bool]:
+        """Of each layer whether its outputs stay whatever is salient."""
+        names = layers_lib.names_of(layers)
+        if self.keep_outputs is None:
+            return [i == len(names) - 1 for i in range(len(names))]
+        return [i is not None for i in distributions.matching(self.keep_outputs, names, 'keep_outputs')]
+
     @property
     def is_global(self) -> bool:
         """Whether one threshold over all layers decides what is pruned."""
@@ -140,8 +166,22 @@ class Rule:
         if density == 1:  # whatever the distribution
             return sizes
         shapes = [layer.shape for layer in layers for _ in range(layer.depth or 1)]
-        rows = zip(layers_lib.names_of(layers), shapes, sizes, strict=True)
-        return distributions.counts(self.distribution, [distributions.Layer(*row) for row in rows], density)
+        if isinstance(self.granularity, granularity_lib.NOfM):
+            return [size // self.granularity.m * self.granularity.n for size in sizes]
+        width = [self.granularity.selected_per_unit(shape) for shape in shapes]
+        weights = [n * k for n, k in zip(sizes, width, strict=True)]
+        rows = zip(layers_lib.names_of(layers), shapes, weights, strict=True)
+        counts = distributions.counts(self.distribution, [distributions.Layer(*row) for row in rows], density)
+        if not isinstance(self.granularity, granularity_lib.FanIn):
+            return counts
+        units = [max(1, (2 * n + k) // (2 * k)) for n, k in zip(counts, width, strict=True)]
+        total = sum(n * k for n, k in zip(units, width, strict=True))
+        if layers and total != sum(counts):
+            errors.say_once(
+                f"granularity='fan_in': density={density:g} asks for {sum(counts):,} of {sum(weights):,} weights; with the same number of inputs "
+                f'for every output of a layer it is {total:,} ({total / sum(weights):.5g}).'
+            )
+        return units
 
     def initial_counts(self, layers: Sequence[Layer]) -> list[int]:
         """Units that each layer starts with; ValueError where a density of the schedule leaves a layer without one."""
@@ -164,7 +204,9 @@ class Rule:
     def sparse_layers(self, params) -> list[Layer]:
         """The layers of params that are trained sparse; ValueError where there are none, or too many."""
         arguments.check_leaves(params)
-        layers = layers_lib.layer_table(params, layers_lib.sparse_leaves(params, self.sparsifiable, self.dense), self.stacked)
+        layers = layers_lib.layer_table(
+            params, layers_lib.sparse_leaves(params, self.sparsifiable, self.dense), self.stacked, self.matrix_axes
+        )
         if jax.tree.leaves(params) and not layers:
             if self.dense and layers_lib.layer_table(params, layers_lib.sparse_leaves(params, self.sparsifiable, ()), self.stacked):
                 raise ValueError(

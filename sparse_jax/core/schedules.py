@@ -96,6 +96,20 @@ def cubic(initial: float, final: float, start_step: int, end_step: int) -> optax
     return schedule
 
 
+def linear_density(initial: float, final: float, steps: int) -> optax.Schedule:
+    r"""Density that changes evenly: :math:`d(t) = d_i + (d_f - d_i) t / T`, and :math:`d_f` from step T on, in float64.
+
+    >>> float(linear_density(1.0, 0.5, steps=100)(50))
+    0.75
+    """
+
+    def schedule(count):
+        xp = jnp if isinstance(count, jax.Array) else np
+        return initial + (final - initial) * xp.clip(count / max(steps, 1), 0, 1)
+
+    return schedule
+
+
 _MOST_UPDATES = 2**22
 
 

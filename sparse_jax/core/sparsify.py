@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from sparse_jax.core import arguments, criteria, distributions, initial, mask_update, numerics
+from sparse_jax.core import arguments, criteria, distributions, initial, mask_update, numerics, values
 from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core import inner as inner_lib
 from sparse_jax.core import momentum as momentum_lib
 from sparse_jax.core.criteria import Criterion
 from sparse_jax.core.layers import PathPredicate
 from sparse_jax.core.masks import SparsifyState
+from sparse_jax.core.matrix_axes import MatrixAxes
 from sparse_jax.core.rule import Rule
 from sparse_jax.core.schedules import Timing
 
@@ -29,7 +30,7 @@ def sparsify(
     total_steps: int | None = None,
     prune: str | Criterion = criteria.magnitude,
     grow: str | Criterion | None = criteria.momentum,
-    redistribute: str | Criterion | None = criteria.mean_momentum,
+    redistribute: str | Criterion | None = 'default',
     prune_rate: optax.ScalarOrSchedule = 0.5,
     prune_scope: str = 'layer',
     start_step: int = 0,
@@ -39,6 +40,11 @@ def sparsify(
     sparsifiable: PathPredicate | None = None,
     dense: Sequence[str] = (),
     stacked: PathPredicate | None = None,
+    matrix_axes: str | MatrixAxes | None = None,
+    ablation: float = 0.0,
+    keep_outputs: Sequence[str] | None = None,
+    enters_with: str = 'zero',
+    backward_density: float | None = None,
     momentum: momentum_lib.MomentumOption = None,
     track_exploration: bool = False,
     seed: int | jax.Array = 0,
@@ -78,7 +84,8 @@ def sparsify(
       total_steps: length of the training, in steps; the prune rate is annealed over it.
       prune: scores of the active weights, the smallest are pruned; a name or function of :mod:`sparse_jax.criteria`, or your own.
       grow: scores of the missing weights, the largest are grown; likewise. None: nothing is grown.
-      redistribute: a layer's share of the growth; likewise. None: each layer regrows what it pruned.
+      redistribute: a layer's share of the growth; likewise. None: each layer regrows what it pruned. ``'default'``: ``'mean_momentum'``, and
+        None where the granularity fixes how many weights each layer has.
       prune_rate: part of a layer's weights that an update prunes: the start of a cosine that ends at 0.005, or a schedule of t.
       prune_scope: ``'layer'``, or ``'global'``: one threshold over all layers decides which weights go, as many as by layer. Under a
         density schedule it decides what the fall takes, and what the prune rate takes stays by layer. No layer loses its last unit.
@@ -86,12 +93,22 @@ def sparsify(
       stop_step: no update from this step on; None: ``total_steps``.
       distribution: initial nonzeros of each layer: ``'uniform'``, ``'erdos_renyi'``, ``'erk'``; a mapping of path patterns to
         densities; or a function, see :mod:`sparse_jax.distributions`.
-      granularity: what one unit of selection is: ``'unstructured'``, ``'block:16x16'``, or see :mod:`sparse_jax.granularity`.
+      granularity: what one unit of selection is: ``'unstructured'``; ``'block:16x16'``; ``'n_of_m:2:4'``, 2 of every 4 inputs, at the density 0.5;
+        ``'fan_in'``, the same number of inputs for every output; or see :mod:`sparse_jax.granularity`.
       sparsifiable: which leaves are sparse, by (path joined by ``/``, leaf); None: floating-point leaves with two or more axes, unless
         a word of their path begins with ``embed``, ends in ``norm``, or is ``bias`` or ``scale``; or their own name has the word
         ``pos``, ``position`` or ``posemb``, or ends in ``token``.
       dense: path patterns (``*`` matches anything) of leaves that stay dense and count in no budget, such as a first or last layer.
       stacked: which leaves hold layers along their first axis, by (path, leaf); each slice is a layer of its own. None: none.
+      matrix_axes: which axes of a leaf are inputs and which outputs, where they are not the last two: ``'flax'`` (its attention kernels),
+        ``'torch'`` (PyTorch's and Equinox's layouts), or a function of (path, leaf of one layer), see :mod:`sparse_jax.matrix_axes`.
+      ablation: with ``'fan_in'``, at an update: an output with fewer salient weights than this part of the layer's inputs (at least 1) loses
+        all of its inputs to the others; see :func:`sparse_jax.methods.srigl`. 0: outputs stay.
+      keep_outputs: path patterns of leaves that lose no outputs, such as the output layer; None: the last leaf.
+      enters_with: what a grown weight starts at: ``'zero'``, or ``'value'``: what the optimizer's step makes of it, so that with
+        ``prune_rate=sj.schedules.constant(1.0)`` and ``'magnitude'`` for both criteria the largest weights of each layer stay.
+      backward_density: with ``'value'``: share of the weights that are trained, whether they are in the forward pass or not. The values of
+        those that are not are kept in ``method_state['stored']``; see :func:`sparse_jax.methods.top_kast`. None: those of the forward pass.
       momentum: where the inner state keeps its momentum: a NamedTuple field's name, or a function of the inner state. None: it is
         found (``trace``; Adam's ``mu / (sqrt(nu) + 1e-8)``; ``mu``), and where there is none, or several, or one that is scaled layer by
         layer, an average of the gradients with decay 0.9 is kept beside it, as with ``'gradient_average'`` in any case.
@@ -131,6 +148,8 @@ def sparsify(
         parts: dict[str, Any] = dict(
             prune=prune, grow=grow, redistribute=redistribute, prune_rate=prune_rate, prune_scope=prune_scope,
             distribution=distribution, granularity=granularity, sparsifiable=sparsifiable, dense=dense, stacked=stacked,
+            matrix_axes=matrix_axes, ablation=ablation, keep_outputs=keep_outputs,
+            enters_with=enters_with, backward_density=backward_density,
             momentum=momentum, track_exploration=track_exploration, seed=seed,
         )  # fmt: skip
         if timing is None:
@@ -178,10 +197,11 @@ def _update(
         inner_state=state.inner_state,
         average=state.method_state.get('gradient_average'),
         accumulated=accumulated,
-        params=params,
+        params=values.whole(params, state),
         masks=state.masks,
         grown=state.grown,
         ever_active=state.method_state.get('ever_active'),
+        backward=state.method_state.get('backward'),
         stats=state.stats,
         t=t,
         rng_key=rule.key_of(state.rng_key),
@@ -189,14 +209,18 @@ def _update(
     moved = mask_update.Moved.unmoved(operands)
     if not rule.is_fixed and update_masks is not False:
         moved, grads = _moved(inner, rule, operands, is_update, extra_args)
-    read = momentum_lib.Read(grads, state.inner_state, operands.average, accumulated, operands.ever_active, params)
+    read = momentum_lib.Read(
+        grads, state.inner_state, operands.average, accumulated, operands.ever_active, operands.params, operands.backward
+    )
     updates, inner_state, average, _ = momentum_lib.advance(inner, rule.momentum, read, extra_args)
-
-    def finish(mask, new, u, p):  # a weight that is new in this update starts at 0, a regrown one keeps its value
-        return u if mask.ndim == 0 else jnp.where(mask & ~(new & is_update), u, -p)
-
-    updates = jax.tree.map(finish, moved.masks, moved.grown, updates, params)
-    kept = {'gradient_average': average, 'ever_active': moved.ever_active, 'accumulated_gradient': accumulated}
+    kept = {
+        'gradient_average': average,
+        'ever_active': moved.ever_active,
+        'accumulated_gradient': accumulated,
+        'backward': moved.backward,
+        'stored': values.stored(moved.masks, updates, operands.params) if 'stored' in state.method_state else None,
+    }
+    updates = values.updates(rule, state, moved, is_update, updates, params)
     return updates, state._replace(
         count=t,
         masks=moved.masks,

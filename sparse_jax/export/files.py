@@ -20,7 +20,7 @@ import numpy as np
 from sparse_jax.core import errors
 from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core import layers as layers_lib
-from sparse_jax.core.granularity import Granularity, Unstructured
+from sparse_jax.core.granularity import Block, Granularity
 from sparse_jax.export import leaves
 
 FORMAT = 1
@@ -62,7 +62,7 @@ def save(
       ([[0.0, 2.0], [3.0, 0.0]], 2, {'accuracy': 0.93})
       >>> folder.cleanup()
     """
-    path, units = check_path(path), granularity_lib.get(granularity)
+    path, units = check_path(path), granularity_lib.of_products(granularity_lib.get(granularity))
     arrays: dict[str, np.ndarray] = {}
     described: dict[str, Any] = {}
     for name, value, mask in leaves.pairs(params, masks):
@@ -143,7 +143,7 @@ def _as(array: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def _text(units: Granularity) -> str:
-    if isinstance(units, Unstructured):
+    if not isinstance(units, Block):
         return 'unstructured'
     return f'block:{units.rows}x{units.columns}' + (':kernel' if units.whole_kernel else '')
 

@@ -170,7 +170,7 @@ def unsupported(implementation: str, dtype, granularity: str | Granularity) -> s
     """
     if implementation not in BACKENDS:
         raise errors.unknown('implementation', implementation, IMPLEMENTATIONS)
-    return BACKENDS[implementation].unsupported(dtype, granularity_lib.get(granularity))
+    return BACKENDS[implementation].unsupported(dtype, granularity_lib.of_products(granularity_lib.get(granularity)))
 
 
 class Choice(NamedTuple):

@@ -18,6 +18,7 @@ from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core import layers as layers_lib
 from sparse_jax.core import masks as masks_lib
 from sparse_jax.core.granularity import Block, Granularity, Unstructured
+from sparse_jax.core.layers import Layer
 from sparse_jax.kernels import backend, sharded
 from sparse_jax.kernels.pattern import Pattern, capacity
 
@@ -76,7 +77,7 @@ def make_pattern(
       >>> pattern.pointers, pattern.indices[:3]
       (array([0, 2, 3], dtype=int32), array([0, 1, 1], dtype=int32))
     """
-    granularity = as_granularity('make_pattern', granularity, block)
+    granularity = granularity_lib.of_products(as_granularity('make_pattern', granularity, block))
     return _build(mask, granularity, implementation, name, at_least=at_least)
 
 
@@ -161,6 +162,7 @@ def make_patterns(
     granularity: str | Granularity = NOT_GIVEN,
     block: tuple[int, int] | None = None,
     stacked: Callable[[str, Any], bool] | None = None,
+    matrix_axes: Any = None,
     implementations: Mapping[str, str] | None = None,
     previous: Any = None,
     shardings: Any = None,
@@ -173,6 +175,8 @@ def make_patterns(
       block: likewise.
       stacked: likewise: which leaves hold a layer in each row, as in ``sj.sparsify``; their patterns have a first axis, for
         ``lax.scan``.
+      matrix_axes: likewise: which axes are inputs and outputs. The pattern is of the leaf as [taps..., inputs, outputs], and so must be the
+        weight that it multiplies with: :func:`sparse_jax.matrix_axes.as_matrix`.
       implementations: backends by the leaf's path, such as ``{'conv1/kernel': 'cpu'}``; ``'dense'`` makes a leaf's pattern None.
       previous: the patterns before, whose capacities are kept where they suffice, so that nothing is compiled anew.
       shardings: where the weights lie on a mesh with the axes 'data' and 'model': a tree of NamedSharding like the masks. Each device
@@ -191,7 +195,8 @@ def make_patterns(
       >>> patterns['fc']['bias'], patterns['fc']['kernel'].shape
       (None, (4, 4))
     """
-    masks, layers = layers_of('make_patterns', masks, granularity, block, stacked)
+    masks, found = _layers_of('make_patterns', masks, granularity, block, stacked, matrix_axes)
+    layers = {layer.name: (layer, unit) for layer, unit in found}
     is_leaf = lambda x: x is None or isinstance(x, Pattern)
     before = {p.name: p for p in jax.tree.leaves(previous, is_leaf=is_leaf) if p is not None}
     named, leaves = implementations or {}, layers_lib.leaf_paths(masks)
@@ -201,9 +206,15 @@ def make_patterns(
             raise errors.unknown('make_patterns: the leaf of implementations', path, dict(leaves))
 
     def make(path, mask):
-        rows, unit = layers.get(path, (False, None))
-        if unit is None or named.get(path) == 'dense':
+        if path not in layers or named.get(path) == 'dense':
             return None
+        layer, unit = layers[path]
+        rows = layer.depth is not None
+        if layer.axes is not None:
+            if path in placed:
+                errors.say_once(f'make_patterns: {path} is divided over a mesh and has matrix_axes: it stays dense (pattern None).')
+                return None
+            mask = layer.rows(np.asarray(mask)) if rows else layer.rows(np.asarray(mask))[0]
         if np.ndim(mask) - rows not in (2, 4):
             axes = f'{np.ndim(mask)} axes' + (', one of them of layers' if rows else '')
             errors.say_once(
@@ -225,17 +236,35 @@ def make_patterns(
 
 
 def layers_of(
-    function: str, masks: Any, granularity: Any, block: Any, stacked: Any
+    function: str, masks: Any, granularity: Any, block: Any, stacked: Any, matrix_axes: Any = None
 ) -> tuple[Any, dict[str, tuple[bool, Granularity]]]:
-    """Masks that a function was given as such or as a state, and of each sparse leaf by its path whether it holds a layer in each row, and its granularity."""
+    """Masks that a function was given as such or as a state, and of each sparse leaf by its path whether it holds a layer in each row, and the
+    units of its products. ValueError where a leaf's inputs and outputs are not its last two axes."""
+    tree, layers = _layers_of(function, masks, granularity, block, stacked, matrix_axes)
+    if other := [layer.name for layer, _ in layers if layer.axes is not None]:
+        raise ValueError(
+            f'{function}: inputs and outputs of {other[0]} are not its last two axes (matrix_axes): reshape the params and masks before, or '
+            'give masks and keep that leaf dense, with a scalar True.'
+        )
+    return tree, {layer.name: (layer.depth is not None, unit) for layer, unit in layers}
+
+
+def units_of(function: str, masks: Any, granularity: Any, stacked: Any, matrix_axes: Any) -> set[Granularity]:
+    """The units of the products of masks, or of a state."""
+    return {unit for _, unit in _layers_of(function, masks, granularity, None, stacked, matrix_axes)[1]}
+
+
+def _layers_of(
+    function: str, masks: Any, granularity: Any, block: Any, stacked: Any, matrix_axes: Any
+) -> tuple[Any, list[tuple[Layer, Granularity]]]:
+    """The masks, and their layers with the units of their products."""
     tree = masks_lib.masks_in(masks)
     if tree is masks:
-        unit = as_granularity(function, granularity, block)
-        sparse = [(path, mask) for path, mask in layers_lib.leaf_paths(tree) if np.ndim(mask)]
-        return tree, {path: (stacked is not None and bool(stacked(path, mask)), unit) for path, mask in sparse}
-    if granularity is not NOT_GIVEN or block is not None or stacked is not None:
-        raise ValueError(f'{function}: the state knows granularity, block and stacked; give them with masks only.')
-    return tree, {layer.name: (layer.depth is not None, unit) for layer, unit in masks_lib.layers_in(masks)}
+        unit = granularity_lib.of_products(as_granularity(function, granularity, block))
+        return tree, [(layer, unit) for layer in masks_lib.layers_of(tree, stacked, matrix_axes)]
+    if granularity is not NOT_GIVEN or block is not None or stacked is not None or matrix_axes is not None:
+        raise ValueError(f'{function}: the state knows granularity, block, stacked and matrix_axes; give them with masks only.')
+    return tree, [(layer, granularity_lib.of_products(unit)) for layer, unit in masks_lib.layers_in(masks)]
 
 
 def _stack(masks: Any, build: Callable[..., Pattern], kept: dict[str, Any]) -> Pattern:

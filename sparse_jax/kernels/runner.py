@@ -99,6 +99,7 @@ class Runner:
         window: int | None = 22,
         granularity: str | Granularity = builder.NOT_GIVEN,
         stacked: Callable[[str, Any], bool] | None = None,
+        matrix_axes: Any = None,
         implementations: str | Mapping[str, str] = 'auto',
     ):
         """Chooses and makes the first patterns.
@@ -111,6 +112,7 @@ class Runner:
           window: steps of dense gradients up to each mask update; 0: none; None: all steps (see :func:`needs_dense_gradient`).
           granularity: with masks only: as in :func:`make_patterns`.
           stacked: likewise.
+          matrix_axes: likewise.
           implementations: ``'auto'``: each layer takes what is measured to be fastest at its shape, batch and density, ``'dense'``
             among them; one of them for all layers; or one for each path.
 
@@ -125,7 +127,7 @@ class Runner:
             raise ValueError('Runner: example must be what apply takes before the patterns: (params, batch).')
         self._timing, self._window = timing, window
         timing.needs_dense_gradient(0, window)
-        self._options: dict[str, Any] = dict(granularity=granularity, stacked=stacked)
+        self._options: dict[str, Any] = dict(granularity=granularity, stacked=stacked, matrix_axes=matrix_axes)
         self._apply, self._example = apply, tuple(jax.eval_shape(lambda *x: x, *example))
         self._named = implementations
         self._check(implementations, masks)
@@ -187,8 +189,7 @@ class Runner:
                     )
 
     def _units(self, masks: Any) -> set[Granularity]:
-        _, layers = builder.layers_of('Runner', masks, self._options['granularity'], None, self._options['stacked'])
-        return {unit for _, unit in layers.values()}
+        return builder.units_of('Runner', masks, **self._options)
 
     def _dtype(self) -> Any:
         batch = [leaf.dtype for leaf in jax.tree.leaves(self._example[1:]) if jnp.issubdtype(leaf.dtype, jnp.floating)]

@@ -11,6 +11,7 @@ from sparse_jax.core import layers as layers_lib
 from sparse_jax.core import masks as masks_lib
 from sparse_jax.core.layers import Layer, PathPredicate
 from sparse_jax.core.masks import Masks
+from sparse_jax.core.matrix_axes import MatrixAxes
 
 _SHOWN = 12  # names of dense leaves
 
@@ -111,12 +112,15 @@ def flip_rate(opt_state: Any) -> float:
     return int(jax.device_get(state.stats.flipped).sum(dtype=np.int64)) / max(size, 1)
 
 
-def dead_neurons(opt_state: Any, stacked: PathPredicate | None = None) -> dict[str, tuple[int, int]]:
+def dead_neurons(
+    opt_state: Any, stacked: PathPredicate | None = None, matrix_axes: str | MatrixAxes | None = None
+) -> dict[str, tuple[int, int]]:
     """Outputs of each layer without an active weight into them, and inputs without one out of them.
 
     Args:
-      opt_state: as for :func:`nonzeros`. The last axis of a leaf is its outputs, the one before its inputs.
+      opt_state: as for :func:`nonzeros`. The last axis of a leaf is its outputs, the one before its inputs, unless ``matrix_axes`` says otherwise.
       stacked: with masks only: as given to ``sparsify``. A state knows it.
+      matrix_axes: likewise.
 
     Returns:
       (dead outputs, dead inputs) by layer. A layer of one axis has no inputs: 0.
@@ -125,11 +129,11 @@ def dead_neurons(opt_state: Any, stacked: PathPredicate | None = None) -> dict[s
       >>> dead_neurons({'w': jnp.array([[True, False, False], [True, False, True]])})
       {'w': (1, 0)}
     """
-    layers = masks_lib.layers_of(opt_state, stacked)
+    layers = masks_lib.layers_of(opt_state, stacked, matrix_axes)
     leaves = jax.tree.leaves(masks_lib.masks_in(opt_state))
     dead = []
     for layer in layers:
-        mask = leaves[layer.leaf] if layer.depth is not None else leaves[layer.leaf][None]
+        mask = layer.rows(leaves[layer.leaf])
         axes = tuple(range(1, mask.ndim))
         outputs = jnp.sum(~mask.any(axis=axes[:-1]), axis=1)
         inputs = jnp.sum(~mask.any(axis=(*axes[:-2], axes[-1])), axis=1) if len(axes) > 1 else jnp.zeros(len(mask), int)
@@ -146,7 +150,7 @@ def summary(opt_state: Any) -> dict[str, float]:
     Returns:
       ``density``, ``nonzeros``, ``flip_rate``, ``exploration_rate`` where it is tracked, and by layer ``density/...``, ``share/...``,
       ``pruned/...``, ``grown/...``, ``dead_outputs/...``, ``dead_inputs/...``. In blocks
-      ``pruned`` and ``grown`` count blocks, all else weights.
+      ``pruned`` and ``grown`` count blocks, with equal inputs for every output they count inputs, all else weights.
 
     Example:
       >>> import sparse_jax as sj
@@ -219,6 +223,8 @@ def table(opt_state: Any) -> str:
     for layer, units in masks_lib.layers_in(opt_state):
         size = int(np.prod(layer.shape))
         blocks = ''
+        if not isinstance(units, granularity_lib.Unstructured | granularity_lib.Block):
+            blocks = f' {units}'
         if isinstance(units, granularity_lib.Block):
             kernel = ' of the whole kernel' if units.whole_kernel and len(layer.shape) > 2 else ''
             blocks = f' {units.rows}x{units.columns}{kernel}' + (', edge blocks' if units.edges(layer.shape) else '')

@@ -11,9 +11,9 @@ import optax
 
 from sparse_jax import config as config_lib
 from sparse_jax import kernels, models
-from sparse_jax.core import criteria, errors, methods, references
-from sparse_jax.core import granularity as granularity_lib
+from sparse_jax.core import criteria, errors, matrix_axes, methods, references
 from sparse_jax.core import layers as layers_lib
+from sparse_jax.core.granularity import Unstructured
 from sparse_jax.core.rule import Rule
 from sparse_jax.core.sparsify import sparsify
 from sparse_jax.train import compact_settings, starting_masks, storage
@@ -67,6 +67,10 @@ def check_names(config: config_lib.Config) -> None:
     steps = config.train.schedule_steps or config.train.steps
     every = sparsity.update_every or steps or 10**8
     rule = _rule(dataclasses.replace(config, sparsity=parts), None, every, steps or min(10 * every, 2**31 - 1))
+    if rule.backward_density is not None and config.train.init_from:
+        raise ValueError(
+            f'--init_from gives masks, and sparsity.method={sparsity.method!r} takes the largest of weights that it stores: take another method.'
+        )
     if sparsity.storage == 'compact':
         compact_settings.check(config, None if sparsity.method == 'dense' else rule)
 
@@ -103,7 +107,7 @@ def build(config: config_lib.Config, *, num_examples: int, input_shape: tuple[in
             f'config.train.start_step={config.train.start_step} must be below the {total_steps} steps of the training.'
         )
     schedule_steps = config.train.schedule_steps or total_steps
-    update_every = config.sparsity.update_every or steps_per_epoch
+    update_every = config.sparsity.update_every or (1 if config.sparsity.method == 'truncation' else steps_per_epoch)
     model = _model(config, input_shape, num_outputs)
     learning_rate = optimizer_lib.schedule(config.optimizer, schedule_steps)
     if total_steps > schedule_steps:
@@ -132,7 +136,7 @@ def build(config: config_lib.Config, *, num_examples: int, input_shape: tuple[in
         functions = _functions(spec if rule is None else spec._replace(tx=sparsify(spec.tx, rule=rule), is_sparse=True))
     jax.eval_shape(functions['init'], jax.random.key(0))  # budget and leaves are checked before any file is made
     is_sparse_leaf = layers_lib.sparse_leaves(params, None, _patterns(config.sparsity.dense))
-    layers = layers_lib.layer_table(params, is_sparse_leaf, model.stacked)
+    layers = layers_lib.layer_table(params, is_sparse_leaf, model.stacked, matrix_axes.get(config.sparsity.matrix_axes or None))
     first_network = None
     if rule is not None and config.sparsity.method in starting_masks.STARTS:
         plain = dataclasses.replace(config, model=dataclasses.replace(config.model, layout='channels'))
@@ -146,7 +150,7 @@ def build(config: config_lib.Config, *, num_examples: int, input_shape: tuple[in
         learning_rate=learning_rate,
         **(updates._asdict() | functions),
         layers=layers,
-        layer_codes=layers_lib.encode(len(jax.tree.leaves(params)), layers, granularity_lib.get(config.sparsity.granularity)),
+        layer_codes=layers_lib.encode(len(jax.tree.leaves(params)), layers, Unstructured() if rule is None else rule.granularity),
         stacked=model.stacked,
         example=jax.ShapeDtypeStruct((1, *input_shape), jnp.int32 if len(input_shape) == 1 else jnp.float32),
         start_step=config.train.start_step,
@@ -199,6 +203,9 @@ def _model(config: config_lib.Config, input_shape: tuple[int, ...], num_outputs:
     return model
 
 
+_OWN_SETTINGS = (('srigl', 'ablation'), ('top_kast', 'backward_density'))
+
+
 def _patterns(text: str) -> tuple[str, ...]:
     return tuple(pattern for pattern in text.split(',') if pattern)
 
@@ -206,13 +213,17 @@ def _patterns(text: str) -> tuple[str, ...]:
 def _rule(config: config_lib.Config, stacked, update_every: int, total_steps: int) -> Rule:
     """What the sparse optimizer does."""
     s = config.sparsity
-    options: dict[str, Any] = dict(start_step=s.start_step, granularity=s.granularity, stacked=stacked)
-    options['dense'] = _patterns(s.dense)
-    for name in ('prune_rate', 'stop_step', 'distribution', 'prune', 'grow', 'redistribute'):
+    options: dict[str, Any] = dict(start_step=s.start_step, stacked=stacked, dense=_patterns(s.dense))
+    if s.granularity != 'unstructured':  # srigl has units of its own
+        options['granularity'] = s.granularity
+    for name in ('prune_rate', 'stop_step', 'distribution', 'prune', 'grow', 'redistribute', 'matrix_axes'):
         if value := getattr(s, name):
             options[name] = None if value == 'none' else value
     if s.method == 'rigl' and s.accumulate_steps > 1:
         options['grow'] = criteria.accumulated_gradient(s.accumulate_steps)
+    for method, name in _OWN_SETTINGS:
+        if s.method == method and (value := getattr(s, name)):
+            options[name] = value
     if s.method == 'granet':
         options['initial_density'] = s.initial_density
     options |= dict(track_exploration=s.storage == 'dense', seed=jax.random.key(config.seed))
@@ -239,7 +250,7 @@ _NO_UPDATES = _MaskUpdates(
 
 def _mask_updates(sparsity: config_lib.Sparsity, rule: Rule) -> _MaskUpdates:
     """When masks move."""
-    dense_steps = _dense_gradient_steps(sparsity, rule.grow)
+    dense_steps = None if rule.backward_density is not None else _dense_gradient_steps(sparsity, rule.grow)
     updates = _NO_UPDATES._replace(dense_gradient_steps=dense_steps, needs_dense_gradient=lambda step: dense_steps is None)
     if not rule.is_fixed:
         updates = updates._replace(

@@ -52,7 +52,9 @@ def check(network: Network, config: config_lib.Config, experiment: state_lib.Exp
     errors.check_names(what, {path: value.shape for path, value in network.values.items()}, wanted)
     if config.sparsity.method == 'dense':
         return
-    granularity, nonzeros = granularity_lib.get(config.sparsity.granularity), 0
+    layers = layers_lib.decode(storage.masks(shapes), experiment.layer_codes)
+    of_leaf = {layer.name: (layer, granularity) for layer, granularity in layers}
+    nonzeros = slack = 0
     for path, mask in layers_lib.leaf_paths(storage.masks(shapes)):
         found = network.masks[path]
         if bool(mask.ndim) != bool(found.ndim):
@@ -63,10 +65,17 @@ def check(network: Network, config: config_lib.Config, experiment: state_lib.Exp
             )
         if found.ndim:
             nonzeros += int(np.count_nonzero(found))
-            leaves.compress(found, found, granularity, path)
+            layer, granularity = of_leaf[path]
+            leaves.compress(found, found, granularity_lib.of_products(granularity), path)
+            for row in layer.rows(found):
+                if wrong := granularity_lib.departure(granularity, np.asarray(row)):
+                    raise ValueError(
+                        f'{what}: {path} does not have {granularity}: {wrong}. Give another network, or sparsity.granularity.'
+                    )
+                slack += granularity.selected_per_unit(layer.shape) - 1
     size = sum(int(np.prod(layer.shape)) * (layer.depth or 1) for layer in experiment.layers)
     budget = round(config.sparsity.density * size)
-    if nonzeros != budget:
+    if abs(nonzeros - budget) > slack:
         raise ValueError(
             f'{what} has {nonzeros:,} weights in its sparse layers, and config.sparsity.density={config.sparsity.density} makes '
             f'{budget:,}: give config.sparsity.density={nonzeros / size!r}, or another network.'

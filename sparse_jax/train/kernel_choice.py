@@ -26,6 +26,7 @@ from sparse_jax.train import state as state_lib
 from sparse_jax.train.console import named_table
 
 _LOG = logging.getLogger('sparse_jax')
+_FEWEST_STEPS = 10  # between mask updates: where there are fewer, lists made anew cost more than sparse products save
 
 
 def check(config: config_lib.Config) -> None:
@@ -44,7 +45,7 @@ def cut_by_mesh(config: config_lib.Config, experiment: state_lib.Experiment, dev
     """Sparse layers that the mesh divides so that no kernel takes them, as where it cuts blocks; ValueError where kernels are named."""
     if devices.mesh is None or config.sparsity.method == 'dense' or config.sparsity.storage == 'compact':
         return []
-    granularity, cut = granularity_lib.get(config.sparsity.granularity), []
+    granularity, cut = granularity_lib.of_products(granularity_lib.get(config.sparsity.granularity)), []
     for path, mask in layers_lib.leaf_paths(masks_lib.get_masks(devices.shapes.opt_state)):
         axes = mask.ndim - (experiment.stacked is not None and mask.ndim > 0 and experiment.stacked(path, mask))
         if axes in (2, 4) and sharded.split_of(mask.sharding, mask.shape, granularity) is None:
@@ -87,8 +88,19 @@ class LayerKernels:
         self._mesh = self._shardings = None
         if devices is not None and devices.mesh is not None:
             self._mesh, self._shardings = devices.mesh, devices.state_shardings.params
-        self._granularity = granularity_lib.get(config.sparsity.granularity)
+        self._granularity = granularity_lib.of_products(granularity_lib.get(config.sparsity.granularity))
         self._platform = backend.Choice('dense', '')
+        if (
+            self._mode == 'auto'
+            and 0 < experiment.update_every < _FEWEST_STEPS
+            and experiment.is_mask_update(experiment.total_steps // 2)
+        ):
+            self._mode = 'dense'
+            if hosts.is_host0():
+                _LOG.info(
+                    'kernels: masks move every %d steps, too often for lists of units: all products are dense.',
+                    experiment.update_every,
+                )
         if self._mode == 'auto':
             self._platform = backend.of_platform(config.model.dtype, self._granularity)
             if hosts.is_host0():

@@ -22,8 +22,8 @@ import numpy as np
 from rich.console import Console
 
 from sparse_jax import config as config_lib
+from sparse_jax.core import granularity, pruning
 from sparse_jax.core import layers as layers_lib
-from sparse_jax.core import pruning
 from sparse_jax.export import files
 from sparse_jax.runtime import records
 from sparse_jax.train import exporting, loop
@@ -100,6 +100,10 @@ def _check(config: config_lib.Config, rounds: int) -> None:
         raise ValueError(
             f'config.train.schedule_steps={config.train.schedule_steps}: all trainings of --mode=lottery have the same schedule, of their steps: '
             'leave it at 0.'
+        )
+    if not isinstance(granularity.get(config.sparsity.granularity), granularity.Unstructured | granularity.Block):
+        raise ValueError(
+            f'config.sparsity.granularity={config.sparsity.granularity!r}: one threshold over all layers prunes single weights or blocks: take these.'
         )
     for name in ('grow', 'prune', 'redistribute', 'distribution'):
         if value := getattr(config.sparsity, name):
@@ -183,15 +187,15 @@ def _ticket(
 ) -> tuple[pathlib.Path, float]:
     """The file of a round's first network, and its density: rewound weights under a mask of the largest of the round before."""
     path = folder / f'round_{number}.npz'
-    granularity = config.sparsity.granularity
+    units = config.sparsity.granularity
     if not path.exists():
         tree, _, _ = exporting.network(*before)
         patterns = [pattern for pattern in config.sparsity.dense.split(',') if pattern]
-        options: dict[str, Any] = dict(prune_scope='global', granularity=granularity, dense=patterns, stacked=experiment.stacked)
+        options: dict[str, Any] = dict(prune_scope='global', granularity=units, dense=patterns, stacked=experiment.stacked)
         _, masks = jax.device_get(pruning.prune(tree, density, **options))
         values, _, _ = files.load(start)
         rewound = jax.tree.map(lambda value, mask: np.where(mask, value, np.zeros((), value.dtype)), values, masks)
-        _save(path, rewound, masks, granularity, {'round': number, 'density': density})
+        _save(path, rewound, masks, units, {'round': number, 'density': density})
     _, masks, _ = files.load(path)
     counts = [(int(mask.sum()), mask.size) for _, mask in layers_lib.leaf_paths(masks) if np.ndim(mask)]
     return path, sum(count for count, _ in counts) / sum(size for _, size in counts)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from sparse_jax import models
 from sparse_jax.core import pruning, saliency, target
+from sparse_jax.core.granularity import Block, Unstructured
 from sparse_jax.core.rule import Rule
 from sparse_jax.train import step as step_lib
 
@@ -75,7 +76,7 @@ def network(
 ) -> tuple[Any, Any, Any]:
     """The weights that a run of this key starts with, and the masks of a method; on the host.
 
-    One threshold over all layers decides, as in each of the papers.
+    One threshold over all layers decides, as in each of the papers; where units fix how many weights each layer has, they do.
 
     Args:
       method: one of STARTS.
@@ -107,9 +108,11 @@ def network(
         scores=lambda params: score(params, batch),
         rounds=start.rounds,
         granularity=rule.granularity,
-        prune_scope='global',
+        prune_scope='global' if isinstance(rule.granularity, Unstructured | Block) else 'layer',
+        distribution=rule.distribution,
         sparsifiable=rule.sparsifiable,
         dense=rule.dense,
         stacked=rule.stacked,
+        matrix_axes=rule.matrix_axes,
     )
     return params, model_state, masks
