@@ -217,6 +217,8 @@ class Rule:
                 "more axes, and no word in its path that begins with 'embed', ends in 'norm', or is 'bias' or 'scale'; "
                 'sparsifiable=lambda path, leaf: ... chooses others.'
             )
+        if self.ablation:
+            self.kept_outputs(layers)
         if layers and layers[-1].stop > allocation.MAX_LAYERS:
             raise ValueError(f'params has {layers[-1].stop} sparse layers; at most {allocation.MAX_LAYERS} are supported.')
         return layers
