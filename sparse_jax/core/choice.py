@@ -4,6 +4,7 @@ Keys are those of :mod:`sparse_jax.core.selection`: unsigned integers ``[rows, t
 the lowest index, and key 0 is never chosen. As there, nothing but elementwise operations, comparisons and counts of integers is used.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -37,6 +38,10 @@ def choose(granularity: Granularity, keys: Sequence[jax.Array], counts: jax.Arra
 
 def in_groups(keys: jax.Array, k: jax.Array, m: int) -> jax.Array:
     """The k largest keys of each group of m inputs; k is one number, or one a group [rows, taps..., inputs / m, outputs]."""
+    return selection.once(functools.partial(_in_groups, m), lambda keys, k: keys < keys, keys, k)
+
+
+def _in_groups(m: int, keys: jax.Array, k: jax.Array) -> jax.Array:
     groups = keys.reshape(*keys.shape[:-2], keys.shape[-2] // m, m, keys.shape[-1])
     place = lax.broadcasted_iota(jnp.int32, groups.shape, groups.ndim - 2)
     ahead = jnp.zeros(groups.shape, jnp.int32)
@@ -59,7 +64,8 @@ def in_outputs(keys: jax.Array, k: jax.Array) -> jax.Array:
         merged = columns.reshape(-1, *columns.shape[2:])
         chosen = selection.select([merged], k.reshape(-1))[0].reshape(columns.shape)
     else:  # rows and outputs are not merged: it would gather what is sharded over outputs
-        chosen = jax.vmap(lambda column, number: selection.select([column], number)[0])(columns, k)
+        by_row = jax.vmap(lambda column, number: selection.select([column], number)[0])
+        chosen = selection.once(by_row, lambda columns, k: columns < columns, columns, k)
     return jnp.moveaxis(chosen, 1, -1)
 
 

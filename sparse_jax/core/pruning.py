@@ -217,4 +217,4 @@ def _signed_keys(scores: jax.Array, where: jax.Array) -> jax.Array:
     bits = lax.bitcast_convert_type(jnp.where(jnp.isfinite(scores), scores, 0) + 0.0, jnp.uint32)
     top = jnp.uint32(1 << 31)
     keys = jnp.where(bits & top, ~bits, bits | top)
-    return lax.optimization_barrier(jnp.where(where, keys, jnp.uint32(0)))
+    return jnp.where(where, keys, jnp.uint32(0))

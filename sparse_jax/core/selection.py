@@ -10,7 +10,8 @@ selected. All leaves that are given together share one loop, and so one reductio
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,7 @@ def keys(scores: jax.Array, where: jax.Array, *, smallest: bool = False) -> jax.
     top = 2 ** (bits.dtype.itemsize * 8 - 1)
     bits = bits if bits.dtype.itemsize >= 4 else bits.astype(jnp.uint32)
     key = bits.dtype.type(top) - bits if smallest else bits + bits.dtype.type(1)
-    # The barrier keeps XLA from computing a score twice, once for the threshold and once to compare with it: the two might be
-    # rounded differently (contraction to fused multiply-adds), and the count would no longer be exact.
-    return lax.optimization_barrier(jnp.where(where, key, bits.dtype.type(0)))
+    return jnp.where(where, key, bits.dtype.type(0))
 
 
 def _flat_index(shape: tuple[int, ...]) -> jax.Array:
@@ -157,8 +156,25 @@ def select(leaves: Sequence[jax.Array], k: jax.Array) -> list[jax.Array]:
         if leaf.size >= 2**31:
             raise ValueError(f'keys has {leaf.size} entries; counts are int32, so a selection takes fewer than 2^31 = {2**31}.')
     dtype = jnp.result_type(*leaves)
-    leaves = [leaf.astype(dtype) for leaf in leaves]
-    k = jnp.maximum(k, 0)
+    return once(_select, _nothing, [leaf.astype(dtype) for leaf in leaves], jnp.maximum(k, 0))
+
+
+def once(function: Callable, nothing: Callable, keys: Any, k: jax.Array) -> Any:
+    """``function(keys, k)`` where something is to be selected, of keys that are computed once.
+
+    XLA fuses what keys are computed of into each of their uses, a barrier or not, and rounds it differently here and there (it contracts to
+    fused multiply-adds): the key at the threshold would then miss it, and the count would no longer be exact. What the branch of a condition
+    is given is in memory.
+    """
+    return lax.cond(jnp.any(k > 0), function, nothing, keys, k)
+
+
+def _nothing(leaves: list[jax.Array], k: jax.Array) -> list[jax.Array]:
+    return [leaf < leaf for leaf in leaves]
+
+
+def _select(leaves: list[jax.Array], k: jax.Array) -> list[jax.Array]:
+    dtype = leaves[0].dtype
     rows = _arrange(leaves)
 
     def count_where(predicate, *per_layer):

@@ -43,20 +43,25 @@ def _steps(granularity, method):
     if granularity != 'n_of_m:2:4' and method == 'rigl':
         options['distribution'] = 'erk'
     make = lambda **more: sj.methods.create(method, optax.sgd(0.1, 0.9), GRANULARITIES[granularity], 2, 9, **options, **more)
-    usual, other = make(), make(matrix_axes=_axes)
-    return (usual, jax.jit(usual.update)), (other, jax.jit(other.update))
+    return tuple((jax.jit(tx.init), jax.jit(tx.update)) for tx in (make(), make(matrix_axes=_axes)))
 
 
-@pytest.mark.parametrize('method', ['sparse_momentum', 'rigl'])
-@pytest.mark.parametrize('granularity', GRANULARITIES)
+def _cases():
+    """Quick are single weights with ERK, and blocks."""
+    quick = ('unstructured', 'rigl'), ('block:4x3', 'sparse_momentum')
+    pairs = [(granularity, method) for granularity in GRANULARITIES for method in ('sparse_momentum', 'rigl')]
+    return [pytest.param(*pair, marks=() if pair in quick else pytest.mark.slow) for pair in pairs]
+
+
+@pytest.mark.parametrize(('granularity', 'method'), _cases())
 @given(seed=st.integers(0, 2**32 - 1), ties=st.booleans())
 @settings(max_examples=3, deadline=None)
 def test_the_same_maps_have_the_same_masks_in_any_layout(granularity, method, seed, ties):
-    (usual, step), (other, other_step) = _steps(granularity, method)
+    (init, step), (other_init, other_step) = _steps(granularity, method)
     rng = np.random.default_rng(seed)
     draw = lambda: {name: rng.normal(size=shape).astype(np.float32) for name, shape in USUAL.items()}
     params = draw()
-    state, other_state = usual.init(params), other.init(_other(params))
+    state, other_state = init(params), other_init(_other(params))
     params = sj.apply_masks(params, sj.get_masks(state))
     others = sj.apply_masks(_other(params), sj.get_masks(other_state))
     for _ in range(4):
@@ -92,13 +97,15 @@ def test_stacked_leaves_are_asked_about_one_layer():
     assert sj.layer_names(state) == ['w[0]', 'w[1]', 'w[2]']
 
 
-def test_one_shot_pruning_and_its_blocks():
+@pytest.mark.parametrize(
+    'granularity', [g if g == 'block:4x2:kernel' else pytest.param(g, marks=pytest.mark.slow) for g in GRANULARITIES]
+)
+def test_one_shot_pruning(granularity):
     rng = np.random.default_rng(1)
     params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in USUAL.items()}
-    for granularity, density in GRANULARITIES.items():
-        _, expected = sj.prune(params, density, granularity=granularity)
-        _, masks = sj.prune(_other(params), density, granularity=granularity, matrix_axes=_axes)
-        jax.tree.map(np.testing.assert_array_equal, _other(expected), masks)
+    _, expected = sj.prune(params, GRANULARITIES[granularity], granularity=granularity)
+    _, masks = sj.prune(_other(params), GRANULARITIES[granularity], granularity=granularity, matrix_axes=_axes)
+    jax.tree.map(np.testing.assert_array_equal, _other(expected), masks)
 
 
 def test_attention_of_flax_has_equal_densities_and_blocks():

@@ -34,7 +34,7 @@ def assert_equal(one, other):
 
 @pytest.mark.parametrize('name', sj.methods.NAMES)
 def test_a_rule_says_what_the_keywords_say(name):
-    inner, options = optax.sgd(0.1, 0.9), dict(granularity='block:2x2', seed=3)
+    inner, options = optax.sgd(0.1, 0.9), dict(granularity='fan_in' if name == 'srigl' else 'block:2x2', seed=3)
     by_keywords = sj.methods.create(name, inner, 0.4, **LENGTHS, **options)
     by_rule = sj.sparsify(inner, rule=sj.methods.rule(name, 0.4, timing=sj.Timing(**LENGTHS), **options))
     assert program(by_keywords) == program(by_rule)
