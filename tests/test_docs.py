@@ -27,6 +27,7 @@ DOCS = (
     'docs/optimizers.md',
     'docs/own_networks.md',
     'docs/memory.md',
+    'docs/structures.md',
 )
 TEXT = '\n'.join((ROOT / name).read_text() for name in DOCS)
 
@@ -67,7 +68,21 @@ def test_the_code_on_memory_runs():
     assert names['values']['w'].shape == (round(0.05 * 512 * 512),) and names['y'].shape == (8, 512)
 
 
-@pytest.mark.parametrize('code', _blocks('python', TEXT.replace(OWN, '').replace(MEMORY, '')))
+STRUCTURES = (ROOT / 'docs/structures.md').read_text()
+
+
+def test_the_code_on_structures_runs(capsys):
+    names: dict = {'__name__': 'docs'}
+    for code in _blocks('python', STRUCTURES):
+        exec(compile(code, 'docs', 'exec'), names)
+    assert "{'conv': 2304, 'fc': 2560}" in capsys.readouterr().out
+    assert {int(n) for n in names['masks']['fc'].reshape(128, 4, 10).sum(1).ravel()} == {1}
+    layout = {'qkv': {'kernel': jax.numpy.ones((8, 2, 4))}, 'out': jax.numpy.ones((4, 4))}
+    for name in ('of_flax', 'of_torch', 'of_mine'):
+        assert sj.stats.density(names[name].init(layout)) == pytest.approx(0.1, abs=0.02)
+
+
+@pytest.mark.parametrize('code', _blocks('python', TEXT.replace(OWN, '').replace(MEMORY, '').replace(STRUCTURES, '')))
 def test_code_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {'__name__': 'docs'}

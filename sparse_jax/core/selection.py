@@ -9,6 +9,7 @@ Keys: unsigned integers, one array ``[depth, ...]`` a leaf, each of its ``depth`
 selected. All leaves that are given together share one loop, and so one reduction a round.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -49,6 +50,7 @@ class _Rows:
 
     def __init__(self, leaves: Sequence[jax.Array]):
         self.parts = list(leaves)
+        self.layer_size = max(math.prod(leaf.shape[1:]) for leaf in leaves)
         self._ends = [sum(len(leaf) for leaf in leaves[: i + 1]) for i in range(len(leaves))]
 
     def split(self, per_layer: jax.Array) -> list[jax.Array]:
@@ -78,6 +80,7 @@ class _Chunks:
 
     def __init__(self, leaves: Sequence[jax.Array]):
         self._shapes = [leaf.shape for leaf in leaves]
+        self.layer_size = max(math.prod(shape[1:]) for shape in self._shapes)
         self._chunks = [-(-math.prod(shape[1:]) // numerics.GROUP**2) for shape in self._shapes]  # of each layer of a leaf
         self.parts = [jnp.concatenate([self._cut(leaf, chunks) for leaf, chunks in zip(leaves, self._chunks, strict=True)])]
         lengths = [chunks for shape, chunks in zip(self._shapes, self._chunks, strict=True) for _ in range(shape[0])]
@@ -156,7 +159,9 @@ def select(leaves: Sequence[jax.Array], k: jax.Array) -> list[jax.Array]:
         if leaf.size >= 2**31:
             raise ValueError(f'keys has {leaf.size} entries; counts are int32, so a selection takes fewer than 2^31 = {2**31}.')
     dtype = jnp.result_type(*leaves)
-    return once(_select, _nothing, [leaf.astype(dtype) for leaf in leaves], jnp.maximum(k, 0))
+    rows = _arrange([leaf.astype(dtype) for leaf in leaves])
+    nothing = lambda parts, k: [part < part for part in parts]
+    return rows.join(once(functools.partial(_select, rows), nothing, rows.parts, jnp.maximum(k, 0)))
 
 
 def once(function: Callable, nothing: Callable, keys: Any, k: jax.Array) -> Any:
@@ -169,17 +174,12 @@ def once(function: Callable, nothing: Callable, keys: Any, k: jax.Array) -> Any:
     return lax.cond(jnp.any(k > 0), function, nothing, keys, k)
 
 
-def _nothing(leaves: list[jax.Array], k: jax.Array) -> list[jax.Array]:
-    return [leaf < leaf for leaf in leaves]
-
-
-def _select(leaves: list[jax.Array], k: jax.Array) -> list[jax.Array]:
-    dtype = leaves[0].dtype
-    rows = _arrange(leaves)
+def _select(rows: '_Rows | _Chunks', parts: list[jax.Array], k: jax.Array) -> list[jax.Array]:
+    """:func:`select` of leaves that are arranged, by parts in memory."""
+    dtype = parts[0].dtype
 
     def count_where(predicate, *per_layer):
-        parts = zip(rows.parts, *map(rows.split, per_layer), strict=True)
-        return rows.count([predicate(*part) for part in parts])
+        return rows.count([predicate(*part) for part in zip(parts, *map(rows.split, per_layer), strict=True)])
 
     def enough(candidate):
         counted = count_where(lambda key, t: key >= t, candidate)
@@ -190,7 +190,7 @@ def _select(leaves: list[jax.Array], k: jax.Array) -> list[jax.Array]:
 
     # Where the count is k to the weight, all ties are selected and no search is needed. Else it is for the last tie selected: the
     # largest bound with fewer than the needed ties below it.
-    layer_size = max(math.prod(leaf.shape[1:]) for leaf in leaves)
+    layer_size = rows.layer_size
     num_index_bits = jnp.where(jnp.all(number == k), 0, max(1, (layer_size - 1).bit_length()))
     needed = lax.cond(
         num_index_bits > 0,
@@ -199,18 +199,17 @@ def _select(leaves: list[jax.Array], k: jax.Array) -> list[jax.Array]:
     )
 
     def too_few(bound):
-        parts = zip(rows.parts, rows.split(threshold), rows.index(), rows.split(bound), strict=True)
-        below = rows.count([(key == t) & (index < b) for key, t, index, b in parts])
+        ties = zip(parts, rows.split(threshold), rows.index(), rows.split(bound), strict=True)
+        below = rows.count([(key == t) & (index < b) for key, t, index, b in ties])
         return below < needed, below
 
     bound, _ = _search(num_index_bits, jnp.dtype(jnp.int32), k.shape, too_few)
     last = jnp.where(num_index_bits == 0, layer_size, jnp.where(needed > 0, bound, -1))
     last = jnp.where(k > 0, last, -1)
-    chosen = [
+    return [
         (key > 0) & ((key > t) | ((key == t) & (index <= b)))
-        for key, t, index, b in zip(rows.parts, rows.split(threshold), rows.index(), rows.split(last), strict=True)
+        for key, t, index, b in zip(parts, rows.split(threshold), rows.index(), rows.split(last), strict=True)
     ]
-    return rows.join(chosen)
 
 
 def joint_counts(leaves: Sequence[jax.Array], amount: tuple[jax.Array, jax.Array], most: jax.Array) -> jax.Array:
@@ -224,10 +223,18 @@ def joint_counts(leaves: Sequence[jax.Array], amount: tuple[jax.Array, jax.Array
     Returns:
       int32[layers]; ties at the threshold are counted in the lowest layers first.
     """
-    rows, dtype = _arrange(leaves), leaves[0].dtype
+    rows = _arrange(leaves)
+    counts = functools.partial(_joint_counts, rows, amount)
+    return once(counts, lambda parts, most: jnp.zeros_like(most), rows.parts, most)
+
+
+def _joint_counts(
+    rows: '_Rows | _Chunks', amount: tuple[jax.Array, jax.Array], parts: list[jax.Array], most: jax.Array
+) -> jax.Array:
+    dtype = parts[0].dtype
 
     def counted(t):  # with the bound inside, the sum still falls as t rises
-        return jnp.minimum(rows.count([(key >= t) & (key > 0) for key in rows.parts]), most)
+        return jnp.minimum(rows.count([(key >= t) & (key > 0) for key in parts]), most)
 
     def enough(candidate):
         return numerics.at_most(amount, numerics.total(counted(candidate))), jnp.int32(0)

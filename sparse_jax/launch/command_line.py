@@ -65,7 +65,9 @@ RUNS = flags.DEFINE_multi_string(
 )
 TO = flags.DEFINE_string('to', None, 'File that --mode=export writes; its suffix is the format.')
 INIT_FROM = flags.DEFINE_string('init_from', None, 'Workdir or exported file whose weights and masks a new run starts with.')
-ROUNDS = flags.DEFINE_integer('rounds', None, 'Rounds of --mode=lottery (5), the last one at sparsity.density.', 1)
+ROUNDS = flags.DEFINE_string(
+    'rounds', None, 'Rounds of --mode=lottery (5), the last at sparsity.density; or the density of each, as 0.5,0.2,0.05.'
+)
 REWIND_STEP = flags.DEFINE_integer('rewind_step', None, 'Step whose weights each round of --mode=lottery starts with (0).', 0)
 LOWER_ONLY = flags.DEFINE_string(
     'lower_only',

@@ -62,7 +62,7 @@ def _lottery(folder: pathlib.Path) -> None:
     from sparse_jax.train import lottery
 
     rewind_step = flag.REWIND_STEP.value or 0
-    rows = lottery.run(flag.CONFIG.value, folder, rounds=flag.ROUNDS.value or 5, rewind_step=rewind_step)
+    rows = lottery.run(flag.CONFIG.value, folder, rounds=lottery.parse_rounds(flag.ROUNDS.value or '5'), rewind_step=rewind_step)
     lottery.print_table(rows)
     print(f'table:   {folder / lottery.TABLE}\npicture: {report.draw(folder)}')
 

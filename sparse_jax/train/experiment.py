@@ -250,7 +250,7 @@ _NO_UPDATES = _MaskUpdates(
 
 def _mask_updates(sparsity: config_lib.Sparsity, rule: Rule) -> _MaskUpdates:
     """When masks move."""
-    dense_steps = None if rule.backward_density is not None else _dense_gradient_steps(sparsity, rule.grow)
+    dense_steps = None if rule.enters_with == 'value' else _dense_gradient_steps(sparsity, rule.grow)
     updates = _NO_UPDATES._replace(dense_gradient_steps=dense_steps, needs_dense_gradient=lambda step: dense_steps is None)
     if not rule.is_fixed:
         updates = updates._replace(

@@ -48,13 +48,30 @@ class Round(NamedTuple):
     seconds: float  # of training
 
 
-def run(config: config_lib.Config, folder: pathlib.Path, *, rounds: int, rewind_step: int) -> list[Round]:
+def parse_rounds(text: str) -> int | list[float]:
+    """A number of rounds, or the density of each, from the command line's text; ValueError for anything else.
+
+    >>> parse_rounds('5'), parse_rounds('0.5,0.2')
+    (5, [0.5, 0.2])
+    """
+    try:
+        if ',' not in text and '.' not in text:
+            return int(text)
+        return [float(part) for part in text.split(',')]
+    except ValueError:
+        raise ValueError(
+            f'--rounds={text}: must be a number of rounds, or densities separated by commas, such as 0.5,0.2,0.05.'
+        ) from None
+
+
+def run(config: config_lib.Config, folder: pathlib.Path, *, rounds: int | list[float], rewind_step: int) -> list[Round]:
     """Trains the dense network and all rounds.
 
     Args:
       config: the settings; ``sparsity.density`` is that of the last round, and no mask moves.
       folder: the workdir; made if need be.
-      rounds: of pruning; each keeps the same part of the weights that are left, by one threshold over all layers.
+      rounds: number of prunings, of which each keeps the same part of the weights that are left; or the density after each. One threshold
+        over all layers decides.
       rewind_step: of the dense training, whose weights each round starts with; 0: the first ones.
 
     Returns:
@@ -65,7 +82,8 @@ def run(config: config_lib.Config, folder: pathlib.Path, *, rounds: int, rewind_
 
     Reference: Frankle et al., `Linear Mode Connectivity and the Lottery Ticket Hypothesis <https://arxiv.org/abs/1912.05671>`_, 2020.
     """
-    _check(config, rounds)
+    densities = _densities(config, rounds)
+    _check(config)
     run_lib.check_identity(_dense(config), folder / 'round_0')
     prepared = run_lib.prepare(_dense(config), folder / 'round_0')
     experiment, total = prepared.experiment, prepared.experiment.total_steps
@@ -77,8 +95,7 @@ def run(config: config_lib.Config, folder: pathlib.Path, *, rounds: int, rewind_
     _keep_settings(folder, {'rounds': rounds, 'rewind_step': rewind_step, **_identity(last)})
     start, dense = _start(_dense(config, total), folder, prepared, rewind_step), folder / 'round_0'
     before, rows = (_dense(config, total), dense), [_row(0, 1.0, loop.train(_dense(config, total), dense), [])]
-    for number in range(1, rounds + 1):
-        density = config.sparsity.density ** (number / rounds)
+    for number, density in enumerate(densities, 1):
         ticket, actual = _ticket(config, folder, number, density, before, start, experiment)
         settings = _round(config, total, ticket, actual, rewind_step)
         result = loop.train(settings, folder / f'round_{number}')
@@ -88,9 +105,22 @@ def run(config: config_lib.Config, folder: pathlib.Path, *, rounds: int, rewind_
     return rows
 
 
-def _check(config: config_lib.Config, rounds: int) -> None:
-    if rounds < 1:
-        raise ValueError(f'--rounds={rounds}: must be at least 1.')
+def _densities(config: config_lib.Config, rounds: int | list[float]) -> list[float]:
+    """The density after each round."""
+    last = config.sparsity.density
+    if isinstance(rounds, int):
+        if rounds < 1:
+            raise ValueError(f'--rounds={rounds}: must be at least 1.')
+        return [last ** (number / rounds) for number in range(1, rounds + 1)]
+    given = ','.join(map(str, rounds))
+    if not all(0 < after < before for before, after in zip([1.0, *rounds], rounds, strict=False)):
+        raise ValueError(f'--rounds={given}: densities must fall, from below 1 to above 0.')
+    if rounds[-1] != last:
+        raise ValueError(f'--rounds={given} ends at another density than sparsity.density={last}: give the same.')
+    return rounds
+
+
+def _check(config: config_lib.Config) -> None:
     if config.train.average_decay or config.train.init_from or config.sparsity.storage != 'dense':
         raise ValueError(
             '--mode=lottery rewinds the weights of a dense network: leave train.average_decay at 0, train.init_from empty and '

@@ -144,7 +144,9 @@ def test_kernels_multiply_by_the_pattern_of_the_matrix():
     value, gradient = jax.value_and_grad(through)(w)
     plain = lambda w: jnp.sum(jnp.sin(jnp.einsum('bi,ihd->bhd', x, w)))
     np.testing.assert_allclose(value, plain(w), rtol=1e-5)
-    np.testing.assert_allclose(gradient, jnp.where(sj.get_masks(state)['query']['kernel'], jax.grad(plain)(w), 0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        gradient, jnp.where(sj.get_masks(state)['query']['kernel'], jax.grad(plain)(w), 0), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_operations_follow_the_layout():

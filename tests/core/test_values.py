@@ -121,7 +121,7 @@ def test_ac_dc_is_dense_before_its_last_sparse_phase():
         counts = [sum(int(new.masks[name].sum()) for name in SPARSE) for *_, new in rows]
         expected = [120 if phases[min(t // 3, len(phases) - 1)] == 'D' else 24 for t in range(1, total + 1)]
         assert counts == expected, total
-        for t, grads, before, state, after, new in rows:
+        for t, grads, before, _, _, new in rows:
             for name in SPARSE if t % 3 == 0 and counts[t - 1] == 24 and counts[t - 2] == 120 else ():
                 q = before[name] - np.float32(0.1) * grads[name]
                 np.testing.assert_array_equal(new.masks[name], _largest(q, int(new.masks[name].sum())))
@@ -140,7 +140,7 @@ def test_mest_prunes_at_the_next_update_what_it_has_grown():
     last = 28
     part = lambda t: extra * (1 + np.cos(np.pi * min(t / last, 1))) / 2 if t < last else 0.0
     counts = lambda masks: {name: int(np.asarray(masks[name]).sum()) for name in SPARSE}
-    for t, grads, before, state, after, new in _run(tx, params, total, rng):
+    for t, grads, before, state, _, new in _run(tx, params, total, rng):
         assert sum(counts(new.masks).values()) == round(0.25 * (1 + part(t - t % every)) * 120)
         if t % every:
             continue

@@ -152,6 +152,8 @@ def test_killed_within_and_between_rounds_it_ends_with_the_same_bits(tmp_path):
     ('settings', 'rounds', 'rewind_step', 'told'),
     [
         ({}, 0, 0, '--rounds=0'),
+        ({}, [0.5, 0.6, 0.1], 0, 'densities must fall'),
+        ({}, [0.5, 0.2], 0, 'ends at another density'),
         ({}, 2, 30, '--rewind_step=30: must be from 0 to 29'),
         ({'sparsity__density': 5e-6}, 2, 0, 'density'),
         ({'sparsity__density': 1.5}, 2, 0, 'sparsity.density=1.5'),

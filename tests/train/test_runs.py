@@ -220,10 +220,33 @@ def test_the_dense_twin_shares_everything_but_the_masks(tmp_path):
 @pytest.mark.parametrize('method', sj.methods.NAMES)
 def test_every_method_is_made_from_a_config(method):
     experiment = train.create(_config(sparsity__method=method), num_examples=4000, input_shape=(28, 28, 1), num_outputs=10)
-    stop = {'rigl': 3000, 'static': 0}.get(method, 4000)
-    assert [t for t in range(1, 4001) if experiment.is_mask_update(t)] == list(range(40, stop, 40))
-    never, once = ('set', 'dsr', 'static', 'gmp'), ('rigl', 'granet')
-    assert experiment.dense_gradient_steps == (0 if method in never else 1 if method in once else 22)
+    stop, every = {'rigl': 3000, 'srigl': 3000, 'static': 0}.get(method, 4000), 1 if method == 'truncation' else 40
+    assert [t for t in range(1, 4001) if experiment.is_mask_update(t)] == list(range(every, stop, every))
+    steps = dict.fromkeys(('set', 'dsr', 'static', 'gmp', 'mest', 'ac_dc'), 0) | dict.fromkeys(('rigl', 'granet', 'srigl'), 1)
+    assert experiment.dense_gradient_steps == (steps | dict.fromkeys(('top_kast', 'truncation'))).get(method, 22)
+
+
+@pytest.mark.parametrize(
+    ('method', 'nonzeros', 'updates', 'settings'),
+    [
+        ('srigl', 13_280, [4], {'sparsity__ablation': 0.1, 'sparsity__distribution': 'uniform'}),
+        ('top_kast', 13_310, [4, 8], {'sparsity__backward_density': 0.2}),
+        ('truncation', 13_310, list(range(1, 12)), {'sparsity__update_every': 0}),
+        ('ac_dc', 13_310, [4, 8], {}),
+        ('mest', 13_310, [4, 8], {}),
+        ('sparse_momentum', 133_100, [4, 8], {'sparsity__granularity': 'n_of_m:2:4', 'sparsity__density': 0.5, 'data__batch_size': 10}),
+        ('rigl', 13_250, [4, 8], {'sparsity__granularity': 'fan_in', 'sparsity__distribution': 'uniform', 'sparsity__stop_step': 12}),
+        ('snip', 13_250, [], {'sparsity__granularity': 'fan_in'}),
+    ],
+)  # fmt: skip
+@pytest.mark.slow
+def test_structures_and_their_methods_train_from_the_launcher(method, nonzeros, updates, settings, tmp_path):
+    config = _config(train__steps=12, sparsity__method=method, **{'sparsity__update_every': 4, 'data__batch_size': 20} | settings)
+    result = train.train(config, tmp_path / 'run')
+    # SRigL's outputs that stay share the others' weights, in whole numbers
+    assert result['nonzeros'] == nonzeros if method != 'srigl' else 0 <= nonzeros - result['nonzeros'] < 400
+    assert [row['step'] for row in metrics.read(tmp_path / 'run') if 'flips' in row] == updates
+    assert train.train(config, tmp_path / 'run') == result, 'a finished run prints its result'
 
 
 @pytest.mark.parametrize('method', ['rigl', 'granet', 'static'])
