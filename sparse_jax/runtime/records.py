@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 CONFIG, DATA, KERNELS, MACHINE, RESULT, SWEEP = 'config.json', 'data.json', 'kernels.json', 'run.json', 'result.json', 'sweep.json'
+TICKETS = 'lottery.json'  # the table of all rounds of lottery tickets
 LOTTERY = 'lottery_settings.json'  # what the rounds of lottery tickets are made of
 SETTINGS = 'settings.json'  # all of them, as the run was started last; those of config.json stay
 METRICS = 'metrics.jsonl'
@@ -250,4 +251,5 @@ _WRONG: dict[str, Callable[[dict[str, Any]], str]] = {
     SETTINGS: _config,
     LOTTERY: _config,
     SWEEP: _fields({'runs': _is_texts}, {}),
+    TICKETS: _fields({'rounds': lambda rows: isinstance(rows, list)}, {}),
 }

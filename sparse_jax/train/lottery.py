@@ -32,7 +32,7 @@ from sparse_jax.train import state as state_lib
 from sparse_jax.train.console import named_table
 from sparse_jax.train.result import headline
 
-TABLE = 'lottery.json'
+TABLE = records.TICKETS
 _LOG = logging.getLogger('sparse_jax')
 
 
@@ -92,7 +92,8 @@ def run(config: config_lib.Config, folder: pathlib.Path, *, rounds: int | list[f
     last = _round(config, total, folder / 'ticket.npz', config.sparsity.density, rewind_step)
     run_lib.check_settings(last)
     run_lib.create_experiment(last, prepared.data)  # raises where its budget or its blocks do not fit
-    _keep_settings(folder, {'rounds': rounds, 'rewind_step': rewind_step, **_identity(last)})
+    named = rounds if isinstance(rounds, int) else ','.join(map(str, rounds))
+    _keep_settings(folder, {'rounds': named, 'rewind_step': rewind_step, **_identity(last)})
     start, dense = _start(_dense(config, total), folder, prepared, rewind_step), folder / 'round_0'
     before, rows = (_dense(config, total), dense), [_row(0, 1.0, loop.train(_dense(config, total), dense), [])]
     for number, density in enumerate(densities, 1):

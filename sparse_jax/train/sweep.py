@@ -230,13 +230,16 @@ def _check(folder: pathlib.Path, runs: Mapping[pathlib.Path, tuple[Any, config_l
         run_lib.create_experiment(config, data[source])
 
 
-def run_all(tasks: Mapping[pathlib.Path, Sequence[str]], jobs: int, logs: pathlib.Path) -> dict[str, Any]:
+def run_all(
+    tasks: Mapping[pathlib.Path, Sequence[str]], jobs: int, logs: pathlib.Path, result: str = records.RESULT
+) -> dict[str, Any]:
     """Runs what has no result yet, a few at a time, and shows what is left and how long it will take.
 
     Args:
       tasks: workdir to arguments of Python.
       jobs: at a time; with several each has a CPU core of its own.
       logs: folder for what the runs print.
+      result: file of a workdir that says that it is done.
 
     Returns:
       ``done`` and ``skipped``, numbers of runs, ``failed``, a message for each that did, and ``would_fail_again``, whether a restart
@@ -245,7 +248,7 @@ def run_all(tasks: Mapping[pathlib.Path, Sequence[str]], jobs: int, logs: pathli
     Raises:
       Preempted: at SIGTERM or Ctrl-C, which are passed on to the runs as SIGTERM, after they have ended.
     """
-    left = [path for path in tasks if not records.is_whole(path / records.RESULT)]
+    left = [path for path in tasks if not records.is_whole(path / result)]
     logs.mkdir(parents=True, exist_ok=True)
     failed, futures, processes = [], [], _Processes(jobs)
 
@@ -263,12 +266,13 @@ def run_all(tasks: Mapping[pathlib.Path, Sequence[str]], jobs: int, logs: pathli
                     continue
                 path, error = future.result()
                 failed += [error] if error else []
-                show(error or f'{path.name}: {headline(records.read(path / records.RESULT))}')
+                said = headline(records.read(path / result)) if result == records.RESULT else 'done'
+                show(error or f'{path.name}: {said}')
         except BaseException:
             stop(processes.kill)
             raise
     if preemption.reached(0):
-        done = sum(records.is_whole(path / records.RESULT) for path in tasks)
+        done = sum(records.is_whole(path / result) for path in tasks)
         raise hosts.Preempted(
             f'stopped by {preemption.signal}: {done} of {len(tasks)} runs are done, and what was running has saved where it was: the same '
             'command goes on from there.'

@@ -232,10 +232,7 @@ def test_every_method_is_made_from_a_config(method):
         ('srigl', 13_280, [4, 8], {'sparsity__ablation': 0.1, 'sparsity__distribution': 'uniform'}),
         ('top_kast', 13_310, [4, 8], {'sparsity__backward_density': 0.2}),
         ('truncation', 13_310, list(range(1, 12)), {'sparsity__update_every': 0}),
-        ('ac_dc', 13_310, [4, 8], {}),
-        ('mest', 13_310, [4, 8], {}),
         ('sparse_momentum', 133_100, [4, 8], {'sparsity__granularity': 'n_of_m:2:4', 'sparsity__density': 0.5, 'data__batch_size': 10}),
-        ('rigl', 13_250, [4, 8], {'sparsity__granularity': 'fan_in', 'sparsity__distribution': 'uniform', 'sparsity__stop_step': 12}),
         ('snip', 13_220, [], {'sparsity__granularity': 'fan_in'}),
     ],
 )  # fmt: skip
