@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparse_jax.core import criteria
 from sparse_jax.core import layers as layers_lib
 from sparse_jax.core.granularity import FanIn, NOfM
 from sparse_jax.core.rule import Rule
@@ -114,6 +115,10 @@ def check_masks_of(rule: Rule, function: str) -> None:
     if rule.matrix_axes is not None:
         raise ValueError(
             f'{function}: matrix_axes: compact leaves are [taps..., inputs, outputs]: reshape the params, or train them by sj.sparsify.'
+        )
+    if rule.grow is criteria.magnitude:
+        raise ValueError(
+            f"{function}: grow='magnitude' reads the values of missing weights, which compact storage has not: train it by sj.sparsify."
         )
     if rule.enters_with != 'zero':
         raise ValueError(

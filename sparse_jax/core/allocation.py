@@ -107,24 +107,30 @@ def share_out(amount: Amount, shares: Weights, room: jax.Array) -> jax.Array:
 def whole_units(amount: Amount, shares: Weights, room: jax.Array, weights_of_unit: jax.Array) -> jax.Array:
     """As :func:`share_out`, an amount of weights, where a layer takes only whole units of so many weights each: int32[layers] units.
 
-    Each layer takes the whole units of what it would be given; what is left over goes one unit each to the layers with room, the largest
-    rest first, as far as it reaches. The sum is never above the amount.
+    Each layer takes the whole units of what it would be given. Of what is left over one unit each goes to the layers with room, the largest
+    rest first, and then as many as fit to the layers with room, the widest units first. The sum is never above the amount, and what is
+    missing is less than a unit of any layer with room.
 
     >>> whole_units(total(jnp.array([10])), weights(jnp.array([1.0, 1.0])), jnp.array([9, 9]), jnp.array([4, 3])).tolist()
     [1, 2]
     """
     given = share_out(amount, shares, room * weights_of_unit)
     units, rest = given // weights_of_unit, given % weights_of_unit
-    order = jnp.argsort(-rest, stable=True)
+    left = subtract(amount, total(units * weights_of_unit))
 
-    def give(left, layer):
-        width = weights_of_unit[layer].astype(jnp.uint32)
-        takes = (units[layer] < room[layer]) & (width <= saturated(left))
-        spent = jnp.where(takes, width, 0)
-        return subtract(left, (spent >> 16, spent & 0xFFFF)), takes
+    def give(most: int, order: jax.Array, left: Amount, units: jax.Array):
+        def to_layer(left, layer):
+            width = weights_of_unit[layer].astype(jnp.uint32)
+            fits = (saturated(left) // width).astype(jnp.int32)
+            takes = jnp.minimum(jnp.minimum(fits, most), room[layer] - units[layer])
+            spent = takes.astype(jnp.uint32) * width
+            return subtract(left, (spent >> 16, spent & 0xFFFF)), takes
 
-    _, takes = lax.scan(give, subtract(amount, total(units * weights_of_unit)), order)
-    return units + jnp.zeros_like(units).at[order].set(takes.astype(jnp.int32))
+        left, takes = lax.scan(to_layer, left, order)
+        return left, units + jnp.zeros_like(units).at[order].set(takes)
+
+    left, units = give(1, jnp.argsort(-rest, stable=True), left, units)
+    return give(2**30, jnp.argsort(-weights_of_unit, stable=True), left, units)[1]
 
 
 def growth_targets(amount: Amount, regrown: jax.Array, shares: Weights | None, room: jax.Array) -> jax.Array:

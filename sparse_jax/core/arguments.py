@@ -141,6 +141,8 @@ def check_structure(rule) -> None:
         isinstance(rule.keep_outputs, str) or not all(isinstance(p, str) for p in rule.keep_outputs)
     ):
         raise ValueError(f"keep_outputs={rule.keep_outputs!r}: must be a sequence of path patterns, such as ('out/*',), or None.")
+    if rule.keep_outputs is not None and not rule.ablation:
+        raise ValueError(f'keep_outputs={rule.keep_outputs!r} has no effect without ablation=.')
     if rule.ablation and (not isinstance(units, FanIn) or rule.redistribute is not None):
         raise ValueError(
             f"ablation={rule.ablation!r} gives an output's weights to the others of its layer: it needs granularity='fan_in' and redistribute=None."
@@ -155,7 +157,10 @@ def check_structure(rule) -> None:
         if abs(float(density) - units.n / units.m) > 1e-9:
             raise ValueError(f'density={density!r}: with {units} it is {units.n / units.m:g}.')
         if rule.redistribute is not None:
-            raise ValueError(f'redistribute: with {units} every layer keeps its density: leave it out, or None.')
+            raise ValueError(
+                f'redistribute: with {units} every layer keeps its density: give None, or leave it out; a method that shares growth out does not go '
+                'with it.'
+            )
         if rule.distribution is not uniform:
             raise ValueError(f'distribution: with {units} every layer has the density {units.n / units.m:g}: leave it out.')
 

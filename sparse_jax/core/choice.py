@@ -30,7 +30,8 @@ def choose(granularity: Granularity, keys: Sequence[jax.Array], counts: jax.Arra
             ends = np.cumsum([len(key) for key in keys])
             rows = [counts[end - len(key) : end] for end, key in zip(ends, keys, strict=True)]
             return [
-                in_outputs(key, jnp.broadcast_to(k[:, None], (len(key), key.shape[-1]))) for key, k in zip(keys, rows, strict=True)
+                selection.select_in_outputs(key, jnp.broadcast_to(k[:, None], (len(key), key.shape[-1])))
+                for key, k in zip(keys, rows, strict=True)
             ]
         case _:
             return selection.select(keys, counts)
@@ -57,21 +58,9 @@ def _group_counts(mask: jax.Array, m: int) -> jax.Array:
     return jnp.sum(groups, axis=-2, dtype=jnp.int32)
 
 
-def in_outputs(keys: jax.Array, k: jax.Array) -> jax.Array:
-    """The k largest keys of each output, int32[rows, outputs]."""
-    columns = jnp.moveaxis(keys, -1, 1)
-    if numerics.one_cpu_device():
-        merged = columns.reshape(-1, *columns.shape[2:])
-        chosen = selection.select([merged], k.reshape(-1))[0].reshape(columns.shape)
-    else:  # rows and outputs are not merged: it would gather what is sharded over outputs
-        by_row = jax.vmap(lambda column, number: selection.select([column], number)[0])
-        chosen = selection.once(by_row, lambda columns, k: columns < columns, columns, k)
-    return jnp.moveaxis(chosen, 1, -1)
-
-
 def by_output(mask: jax.Array) -> jax.Array:
     """True entries of each output, int32[rows, outputs]."""
-    return jnp.sum(mask, axis=tuple(range(1, mask.ndim - 1)), dtype=jnp.int32)
+    return numerics.replicated(jnp.sum(mask, axis=tuple(range(1, mask.ndim - 1)), dtype=jnp.int32))
 
 
 def fan_in(active: jax.Array) -> jax.Array:
@@ -105,7 +94,7 @@ def regrown(granularity: Granularity, leaves: Sequence[Pruned], targets: jax.Arr
             lost = [_group_counts(x.before, granularity.m) - _group_counts(x.after, granularity.m) for x in leaves]
             return [x.after | in_groups(x.grow, k, granularity.m) for x, k in zip(leaves, lost, strict=True)]
         case FanIn():
-            return [in_outputs(_kept_first(x), k) for x, k in zip(leaves, inputs, strict=True)]
+            return [selection.select_in_outputs(_kept_first(x), k) for x, k in zip(leaves, inputs, strict=True)]
         case _:
             chosen = selection.select([x.grow for x in leaves], targets)
             return [x.after | c for x, c in zip(leaves, chosen, strict=True)]
@@ -119,16 +108,16 @@ def _kept_first(leaf: Pruned) -> jax.Array:
     return jnp.where(leaf.after, kept, leaf.grow.astype(dtype))
 
 
-def surviving(salient: jax.Array, fewest: int, nonzeros: jax.Array) -> jax.Array:
+def surviving(salient: jax.Array, fewest: int, budget: jax.Array) -> jax.Array:
     """Which outputs stay, bool[rows, outputs]: those with enough salient weights, and always as many as the weights need.
 
     Args:
       salient: bool ``[rows, taps..., inputs, outputs]``.
       fewest: salient weights that an output needs.
-      nonzeros: int32[rows], weights of the layer.
+      budget: int32[rows], weights that the layer is to have.
     """
     counts = by_output(salient)
     size = int(np.prod(salient.shape[1:-1]))
-    needed = nonzeros // size + (nonzeros % size > 0)
+    needed = budget // size + (budget % size > 0)
     first = selection.select([(counts + 1).astype(jnp.uint32)], needed)[0]
     return (counts >= fewest) | first

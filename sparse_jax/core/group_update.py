@@ -58,6 +58,7 @@ class Part(NamedTuple):
     group: Group
     keys: jax.Array  # of the group's layers
     may_ablate: jax.Array  # bool, of the group's layers: whether outputs may lose all of their inputs
+    budget: jax.Array  # int32, weights that the group's layers began with, where outputs may
 
 
 # --- what is read of the leaves
@@ -276,26 +277,33 @@ def _regrown(part: Part, bundles: list[Between], pruned: list[jax.Array], argume
         leaves = [choice.Pruned(x.before, x.after, x.may_move, key, key) for x, key in zip(bundles, grow, strict=True)]
         return choice.regrown(granularity, leaves, arguments.targets[part.group.order], inputs)
     split, leaves = part.group.split, []
-    rows = zip(bundles, grow, pruned, split(arguments.targets - arguments.pruned), split(part.may_ablate), strict=True)
-    for x, key, gone, change, may_ablate in rows:
+    rows = zip(
+        bundles, grow, pruned, split(arguments.targets - arguments.pruned), split(part.may_ablate), split(part.budget), strict=True
+    )
+    for x, key, gone, change, may_ablate, budget in rows:
         leaves.append(choice.Pruned(x.before, x.after, x.may_move, selection.keys(x.stay, x.after & x.may_move), key))
         of_output = jnp.broadcast_to((choice.fan_in(x.before) + change)[:, None], (len(key), key.shape[-1]))
-        inputs.append(_of_survivors(part.rule, x, gone, of_output, may_ablate) if part.rule.ablation else of_output)
+        inputs.append(_of_survivors(part.rule, x, gone, budget, may_ablate) if part.rule.ablation else of_output)
     return choice.regrown(granularity, leaves, arguments.targets, inputs)
 
 
-def _of_survivors(rule: Rule, bundle: Between, pruned: jax.Array, inputs: jax.Array, may_ablate: jax.Array) -> jax.Array:
+def _of_survivors(rule: Rule, bundle: Between, pruned: jax.Array, budget: jax.Array, may_ablate: jax.Array) -> jax.Array:
     """Inputs of each output, int32[rows, outputs], where those with too few salient weights lose all of theirs to the others.
 
-    Salient are the weights left after the pruning, and as many positions as were pruned, those with the largest growth scores of all.
+    Salient are the weights left after the pruning, and as many positions as were pruned, those with the largest growth scores of all. An
+    output with a weight that is fixed stays, and none is to have more inputs than all that stay have room for.
     """
-    outputs = inputs.shape[-1]
+    outputs = bundle.grow.shape[-1]
     size = bundle.grow[0].size // outputs
+    fixed = choice.by_output(bundle.after & ~bundle.may_move)
+    room = size - choice.by_output(~bundle.after & ~bundle.may_move)
     grown = selection.select([selection.keys(bundle.grow, bundle.may_move)], pruned)[0]
-    nonzeros = jax.vmap(numerics.count)(bundle.before)
-    survives = choice.surviving(bundle.after | grown, max(1, int(rule.ablation * size)), nonzeros) | ~may_ablate[:, None]
+    survives = (
+        choice.surviving(bundle.after | grown, max(1, int(rule.ablation * size)), budget) | ~may_ablate[:, None] | (fixed > 0)
+    )
     number = jnp.sum(survives, axis=-1, dtype=jnp.int32)[:, None]
-    return jnp.where(survives, jnp.minimum(inputs * outputs // number, size), 0)
+    least_room = jnp.min(jnp.where(survives, room, size), axis=-1, keepdims=True)
+    return jnp.where(survives, jnp.maximum(jnp.minimum(budget[:, None] // number, least_room), fixed), 0)
 
 
 def as_before(part: Part, operands: Any, arguments: Selecting):

@@ -13,6 +13,7 @@ from sparse_jax.core import layers as layers_lib
 from sparse_jax.core import mask_update, numerics, values
 from sparse_jax.core import masks as masks_lib
 from sparse_jax.core import momentum as momentum_lib
+from sparse_jax.core.granularity import FanIn
 from sparse_jax.core.layers import Layer
 from sparse_jax.core.masks import SparsifyState, UpdateStats
 from sparse_jax.core.rule import Rule
@@ -32,6 +33,8 @@ def initial_state(inner: optax.GradientTransformationExtraArgs, rule: Rule, para
     zeros = functools.partial(like_masks, jnp.float32)
     make = {'ever_active': lambda: jax.tree.map(jnp.copy, masks), 'gradient_average': zeros, 'accumulated_gradient': zeros}
     make |= {'stored': lambda: values.stored(masks, jax.tree.map(jnp.zeros_like, params), params)}
+    of_layers = {layer.leaf: layer.depth for layer in layers}
+    make |= {'budget': lambda: masks_lib.budgets(masks, _zero_counts(params, of_layers))}
     make |= {'backward': lambda: _backward(rule, layers, params, masks)}
     method_state = {name: make[name]() for name in kept(rule, inner_state, params)}
     num_layers = layers[-1].stop if layers else 0
@@ -47,6 +50,12 @@ def initial_state(inner: optax.GradientTransformationExtraArgs, rule: Rule, para
         method_state=method_state,
     )
     return numerics.replicated_over(params, own)._replace(inner_state=inner_state)
+
+
+def _zero_counts(params: Any, depths: dict[int, int | None]) -> Any:
+    leaves, treedef = jax.tree.flatten(params)
+    shape = lambda i: () if depths.get(i) is None else (depths[i],)
+    return jax.tree.unflatten(treedef, [jnp.zeros(shape(i), jnp.int32) for i in range(len(leaves))])
 
 
 def _backward(rule: Rule, layers: list[Layer], params: Any, masks: Any) -> Any:
@@ -71,6 +80,7 @@ def kept(rule: Rule, inner_state: Any, params: Any) -> list[str]:
         'gradient_average': rule.needs.momentum and no_momentum,
         'ever_active': rule.needs.ever_active or rule.track_exploration,
         'accumulated_gradient': rule.needs.accumulated_gradient,
+        'budget': isinstance(rule.granularity, FanIn) and not rule.is_fixed,
         'stored': rule.backward_density is not None,
         'backward': rule.backward_density is not None,
     }

@@ -40,6 +40,7 @@ class Operands(NamedTuple):
     grown: Masks
     ever_active: Any
     backward: Masks | None  # which weights are trained; None: those of the masks
+    budget: Any  # weights that each layer began with, where its units do not say; a tree of int32
     stats: UpdateStats
     t: jax.Array  # the step, 1-based
     rng_key: jax.Array
@@ -133,7 +134,10 @@ def move_weights(
 
     grown = treedef.flatten_up_to(operands.grown)
     keys = jax.random.split(jax.random.fold_in(operands.rng_key, t), layers[-1].stop)
-    update = Update(rule, layers, load, t, keys, by_hand)
+    budget = None if operands.budget is None else treedef.flatten_up_to(operands.budget)
+    if budget is not None:
+        budget = jnp.concatenate([jnp.reshape(budget[layer.leaf], (-1,)) for layer in layers])
+    update = Update(rule, layers, load, t, keys, by_hand, budget)
     read = _read(rule, operands, by_hand)
     new_masks, new_grown, stats = move(update, read, [masks[x.leaf] for x in layers], [grown[x.leaf] for x in layers])
     ever_active = None if operands.ever_active is None else treedef.flatten_up_to(operands.ever_active)
@@ -214,6 +218,7 @@ class Update(NamedTuple):
     t: jax.Array  # the step, 1-based
     keys: jax.Array  # random keys, one a layer
     by_hand: bool  # whether it comes when the timing does not ask for it
+    budget: jax.Array | None = None  # int32[layers], weights that each layer began with; where equal inputs need them
 
 
 def move(update: Update, operands: Any, masks: list[jax.Array], grown: list[jax.Array]):
@@ -234,8 +239,16 @@ def move(update: Update, operands: Any, masks: list[jax.Array], grown: list[jax.
         may_ablate = (
             ~np.array(update.rule.kept_outputs(update.layers)) if update.rule.ablation else np.zeros(len(update.keys), bool)
         )
+        budget = jnp.zeros(len(update.keys), jnp.int32) if update.budget is None else update.budget
         return [
-            Part(update.rule, update.load, group, group.layers_of(update.keys), group.layers_of(jnp.asarray(may_ablate)))
+            Part(
+                update.rule,
+                update.load,
+                group,
+                group.layers_of(update.keys),
+                group.layers_of(jnp.asarray(may_ablate)),
+                group.layers_of(budget),
+            )
             for group in groups
         ]
 
@@ -319,12 +332,12 @@ def _amounts(update: Update, counts: Counts, one_threshold: Callable, early_shar
 
 
 def _grown_inputs(update: Update, kept: jax.Array, regrown: jax.Array, shares: Weights, room: jax.Array) -> jax.Array:
-    """How many inputs for all outputs each layer grows, where the budget of weights is what the layers began with."""
+    """How many inputs for all outputs each layer grows, where the budget of all weights is what the layers began with."""
     rule = update.rule
     outputs = [rule.granularity.selected_per_unit(layer.shape) for layer in update.layers for _ in range(layer.depth or 1)]
-    budget = sum(n * k for n, k in zip(rule.initial_counts(update.layers), outputs, strict=True))
     outputs = jnp.asarray(outputs, jnp.int32)
-    amount = numerics.subtract((jnp.uint32(budget >> 16), jnp.uint32(budget & 0xFFFF)), numerics.total(kept * outputs))
+    assert update.budget is not None
+    amount = numerics.subtract(numerics.total(update.budget), numerics.total(kept * outputs))
     return jnp.where(shares.total > 0, allocation.whole_units(amount, shares, room, outputs), regrown)
 
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 
@@ -208,16 +209,43 @@ def set_masks(opt_state: Any, masks: Masks) -> Any:
                 f'masks: {name} is {jnp.result_type(new)}{list(jnp.shape(new))}, but must be bool{list(present.shape)}.'
             )
     masks = jax.tree.map(jnp.asarray, masks)
+    _check_structure(state, masks)
 
     def replace(state):
         if not _is_state(state):
             return state
         kept = dict(state.method_state)
+        if 'budget' in kept:
+            kept['budget'] = budgets(masks, kept['budget'])
         if 'ever_active' in kept:
             kept['ever_active'] = jax.tree.map(jnp.logical_or, kept['ever_active'], masks)
         return state._replace(masks=masks, method_state=kept)
 
     return jax.tree.map(replace, opt_state, is_leaf=_is_state)
+
+
+def _check_structure(state: SparsifyState, masks: Masks) -> None:
+    """Refuses masks without the structure that the state's units have; what is traced is not looked at."""
+    leaves = jax.tree.leaves(masks)
+    if any(isinstance(x, Tracer | jax.ShapeDtypeStruct) for x in (*leaves, state.layers)):
+        return
+    for layer, units in layers_in(state) if np.ndim(state.layers) == 2 else ():
+        if isinstance(units, granularity_lib.NOfM | granularity_lib.FanIn):
+            for row in layer.rows(np.asarray(leaves[layer.leaf])):
+                if wrong := granularity_lib.departure(units, row):
+                    raise ValueError(
+                        f'masks: {layer.name} does not have {units}: {wrong}. sj.prune(params, density, granularity=) makes such masks.'
+                    )
+
+
+def budgets(masks: Masks, like: Any) -> Any:
+    """Weights of each leaf, or of each layer of a stacked one: a tree of integers, zeros at dense leaves; shapes are those of a tree like it."""
+
+    def count(mask, shape):
+        axes = tuple(range(jnp.ndim(shape), mask.ndim))
+        return jnp.sum(mask, axis=axes, dtype=jnp.int32) if mask.ndim else jnp.zeros((), jnp.int32)
+
+    return jax.tree.map(count, masks, like)
 
 
 def apply_masks(params: Any, masks: Masks) -> Any:

@@ -37,9 +37,19 @@ _LARGEST_OF_ALL = dict(
 )
 
 
+def _timing(every: int, total: int, options: Mapping[str, Any]) -> Timing:
+    """The timing of a method whose density changes at its updates; ValueError where there is none."""
+    timing = Timing(every, total, options.get('start_step', 0), options.get('stop_step'))
+    if not timing.updates:
+        raise ValueError(
+            f'update_every={every} leaves no mask update in {total} steps, so the density would never change: update more often.'
+        )
+    return timing
+
+
 def _soft_bound(density: float, extra: float, timing: Timing) -> dict[str, Any]:
     """A density of (1 + e) d, of which an update prunes e d and grows as many; e falls by a cosine to 0 at the last update."""
-    last = timing.updates[-1] if timing.updates else 1
+    last = timing.updates[-1]
 
     def more(t):
         xp = np if isinstance(t, int | np.ndarray | np.integer) else jnp
@@ -52,10 +62,6 @@ def _soft_bound(density: float, extra: float, timing: Timing) -> dict[str, Any]:
 def _phases(density: float, timing: Timing) -> optax.Schedule:
     """Density 1 and d by turns, changing at each update; the last phase is sparse."""
     updates = timing.updates
-    if not updates:
-        raise ValueError(
-            f'update_every={timing.update_every} leaves no mask update, so the network would stay dense: choose shorter phases.'
-        )
 
     def schedule(t):
         xp = np if isinstance(t, int | np.ndarray | np.integer) else jnp
@@ -119,23 +125,24 @@ _ROWS: dict[str, Callable[[float, int, int, Mapping[str, Any]], dict[str, Any]]]
     ),
     'top_kast': lambda density, every, total, options: dict(**_LARGEST_OF_ALL, backward_density=min(1.0, 2 * density)),
     'mest': lambda density, every, total, options: dict(
-        **_soft_bound(
-            density, options.get('extra', 0.3), Timing(every, total, options.get('start_step', 0), options.get('stop_step'))
-        ),
+        **_soft_bound(density, options.get('extra', 0.3), _timing(every, total, options)),
         prune=criteria.magnitude_and_gradient,
         grow=criteria.random,
         redistribute=None,
         distribution='erk',
     ),
     'ac_dc': lambda density, every, total, options: dict(
-        density=_phases(density, Timing(every, total, options.get('start_step', 0), options.get('stop_step'))),
+        density=_phases(density, _timing(every, total, options)),
         prune=criteria.magnitude,
         grow=criteria.random,
         redistribute=None,
         prune_rate=schedules.constant(0.0),
     ),
     'truncation': lambda density, every, total, options: dict(
-        **_LARGEST_OF_ALL, density=schedules.linear_density(1.0, density, round(options.get('anneal', 0.5) * total))
+        **_LARGEST_OF_ALL,
+        density=schedules.linear_density(
+            1.0, density, min(round(options.get('anneal', 0.5) * total), _timing(every, total, options).updates[-1])
+        ),
     ),
     'granet': lambda density, every, total, options: dict(
         density=_gradual(max(options.get('initial_density', 0.5), density), density, every, total, options),
@@ -179,6 +186,8 @@ def parts(name: str, density: float, update_every: int, total_steps: int, **opti
         raise ValueError(f'density={density!r}: {name} takes a number in (0, 1]; sparsify(density=...) takes a schedule.')
     arguments.check_numbers(density, 0.5, 0)
     Timing(update_every, total_steps, options.get('start_step', 0), options.get('stop_step'))
+    if name == 'top_kast' and options.get('backward_density', 1) is None:
+        del options['backward_density']
     begin = options.get('initial_density', 1)
     if name == 'granet' and not (isinstance(begin, (int, float)) and density <= begin <= 1):
         raise ValueError(f'initial_density={begin!r}: must be a number from density={density!r} to 1.')

@@ -363,7 +363,7 @@ def srigl(
       update_every: steps between mask updates; the paper's is 100.
       total_steps: length of the training, in steps.
       ablation: part of a layer's inputs that must be salient, in [0, 1]; 0: outputs stay.
-      keep_outputs: path patterns of leaves that lose no outputs; None: the last leaf. Name the output layer where it is another.
+      keep_outputs: path patterns of leaves that lose no outputs; None: the last layer. Name the output layer where it is another.
       **options: arguments of :func:`sparse_jax.sparsify` that replace the method's: RigL's, and ``granularity='fan_in'``.
 
     Returns:

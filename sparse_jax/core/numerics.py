@@ -245,3 +245,11 @@ def sharded_like(param: Any, x: jax.Array) -> jax.Array:
     if isinstance(sharding, jax.NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types:
         return jax.sharding.reshard(x, sharding)
     return x
+
+
+def replicated(x: jax.Array) -> jax.Array:
+    """A small array on all devices, where its sharding is part of its type (explicit axes of a mesh)."""
+    sharding = jax.typeof(x).sharding
+    if isinstance(sharding, jax.NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types:
+        return jax.sharding.reshard(x, jax.NamedSharding(sharding.mesh, jax.P(*[None] * x.ndim)))
+    return x

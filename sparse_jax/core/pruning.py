@@ -13,7 +13,7 @@ from sparse_jax.core import granularity as granularity_lib
 from sparse_jax.core import layers as layers_lib
 from sparse_jax.core import masks as masks_lib
 from sparse_jax.core.criteria import Criterion
-from sparse_jax.core.granularity import Granularity, Unstructured
+from sparse_jax.core.granularity import Granularity, NOfM, Unstructured
 from sparse_jax.core.layers import Layer, PathPredicate
 from sparse_jax.core.masks import Masks
 from sparse_jax.core.matrix_axes import MatrixAxes
@@ -78,7 +78,7 @@ def prune(
 
     Reference: Han et al., `Learning both weights and connections for efficient neural networks <https://arxiv.org/abs/1506.02626>`_, 2015.
     """
-    total = _check(density, scores, criterion, rounds, prune_scope, distribution)
+    total = _check(density, scores, criterion, rounds, prune_scope, distribution, granularity)
     parts: dict[str, Any] = dict(
         prune=criterion, distribution=distribution, granularity=granularity, prune_scope=prune_scope,
         sparsifiable=sparsifiable, dense=dense, stacked=stacked, matrix_axes=matrix_axes, seed=seed,
@@ -96,13 +96,15 @@ def prune(
     return params, masks
 
 
-def _check(density, scores, criterion, rounds, prune_scope, distribution) -> float:
+def _check(density, scores, criterion, rounds, prune_scope, distribution, granularity) -> float:
     """The common density, 1 where each layer has its own."""
     if isinstance(density, Mapping):
         for pattern, value in density.items():
             arguments.check_numbers(value, 0.5, 0)
             if callable(value):
                 raise ValueError(f'density={{{pattern!r}: {value!r}}}: must be a number in (0, 1].')
+        if isinstance(granularity_lib.get(granularity), NOfM):
+            raise ValueError('density: with n of m it is n/m in every layer: give that number.')
         if prune_scope != 'layer' or distribution != 'uniform':
             raise ValueError('density gives each layer its own: it goes with neither distribution= nor prune_scope=.')
     else:

@@ -46,7 +46,7 @@ class Rule:
       stacked: which leaves hold layers along their first axis; None: none.
       matrix_axes: which axes of a leaf are inputs and outputs; None: the last two.
       ablation: with ``'fan_in'``: the part of a layer's inputs that must be salient, or an output loses all of its own; 0: outputs stay.
-      keep_outputs: path patterns of leaves whose outputs stay in any case; None: the last leaf.
+      keep_outputs: path patterns of leaves whose outputs stay in any case; None: the last layer.
       enters_with: what a grown weight starts at: ``'zero'``, or ``'value'``: what the optimizer's step makes of it.
       backward_density: share of the weights that are trained, in the forward pass or not; those that are not keep their values beside the
         params. None: only those of the forward pass.

@@ -114,6 +114,32 @@ class _Chunks:
         return leaves
 
 
+class _Outputs:
+    """Each output of each row of one leaf ``[rows, ..., outputs]`` by itself, with a k of its own: vectors are int32[rows, outputs]."""
+
+    def __init__(self, leaf: jax.Array):
+        self.parts = [leaf]
+        self.layer_size = math.prod(leaf.shape[1:-1])
+
+    def split(self, per_output: jax.Array) -> list[jax.Array]:
+        axes = tuple(range(1, self.parts[0].ndim - 1))
+        return [lax.expand_dims(per_output, axes)]
+
+    def count(self, masks: Sequence[jax.Array]) -> jax.Array:
+        return numerics.replicated(jnp.sum(masks[0], axis=tuple(range(1, masks[0].ndim - 1)), dtype=jnp.int32))
+
+    def index(self) -> list[jax.Array]:
+        shape = self.parts[0].shape[1:-1]
+        return [lax.expand_dims(_flat_index(shape), (0, len(shape) + 1))]
+
+
+def select_in_outputs(leaf: jax.Array, k: jax.Array) -> jax.Array:
+    """As :func:`select`, the k largest keys of each output of each row of one leaf ``[rows, ..., outputs]``; k is int32[rows, outputs]."""
+    rows = _Outputs(leaf)
+    nothing = lambda parts, k: [part < part for part in parts]
+    return once(functools.partial(_select, rows), nothing, rows.parts, jnp.maximum(k, 0))[0]
+
+
 def _arrange(leaves: Sequence[jax.Array]) -> _Rows | _Chunks:
     return _Chunks(leaves) if numerics.one_cpu_device() else _Rows(leaves)
 
@@ -174,7 +200,7 @@ def once(function: Callable, nothing: Callable, keys: Any, k: jax.Array) -> Any:
     return lax.cond(jnp.any(k > 0), function, nothing, keys, k)
 
 
-def _select(rows: '_Rows | _Chunks', parts: list[jax.Array], k: jax.Array) -> list[jax.Array]:
+def _select(rows: '_Rows | _Chunks | _Outputs', parts: list[jax.Array], k: jax.Array) -> list[jax.Array]:
     """:func:`select` of leaves that are arranged, by parts in memory."""
     dtype = parts[0].dtype
 

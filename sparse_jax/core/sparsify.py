@@ -104,7 +104,7 @@ def sparsify(
         ``'torch'`` (PyTorch's and Equinox's layouts), or a function of (path, leaf of one layer), see :mod:`sparse_jax.matrix_axes`.
       ablation: with ``'fan_in'``, at an update: an output with fewer salient weights than this part of the layer's inputs (at least 1) loses
         all of its inputs to the others; see :func:`sparse_jax.methods.srigl`. 0: outputs stay.
-      keep_outputs: path patterns of leaves that lose no outputs, such as the output layer; None: the last leaf.
+      keep_outputs: path patterns of leaves that lose no outputs, such as the output layer; None: the last layer.
       enters_with: what a grown weight starts at: ``'zero'``, or ``'value'``: what the optimizer's step makes of it, so that with
         ``prune_rate=sj.schedules.constant(1.0)`` and ``'magnitude'`` for both criteria the largest weights of each layer stay.
       backward_density: with ``'value'``: share of the weights that are trained, whether they are in the forward pass or not. The values of
@@ -202,6 +202,7 @@ def _update(
         grown=state.grown,
         ever_active=state.method_state.get('ever_active'),
         backward=state.method_state.get('backward'),
+        budget=state.method_state.get('budget'),
         stats=state.stats,
         t=t,
         rng_key=rule.key_of(state.rng_key),

@@ -7,17 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import sparse as jax_sparse
 
+from sparse_jax.core import matrix_axes as matrix_axes_lib
 from sparse_jax.core.layers import PathPredicate
+from sparse_jax.core.matrix_axes import MatrixAxes
 from sparse_jax.export import leaves
 
 
-def to_scipy(params: Any, masks: Any, *, stacked: PathPredicate | None = None) -> Any:
+def to_scipy(params: Any, masks: Any, *, stacked: PathPredicate | None = None, matrix_axes: str | MatrixAxes | None = None) -> Any:
     """Each sparse leaf as a matrix in compressed rows, one for each output: ``matrix @ x`` for a column x of inputs.
 
     Args:
       params: pytree of arrays.
       masks: tree like the params: bool arrays, and a scalar True at dense leaves.
       stacked: which leaves hold one layer a row, as :func:`sparse_jax.sparsify` was told.
+      matrix_axes: which axes are inputs and outputs, likewise.
 
     Returns:
       A tree like the params, numpy arrays at dense leaves. Of a leaf [..., in, out] a ``scipy.sparse.csr_matrix`` [out, ... * in]: a
@@ -42,9 +45,13 @@ def to_scipy(params: Any, masks: Any, *, stacked: PathPredicate | None = None) -
     def convert(path: str, value: np.ndarray, mask: np.ndarray):
         if not mask.ndim:
             return value
-        if stacked is not None and stacked(path, value):
-            return [matrix(*row) for row in zip(value, mask, strict=True)]
-        return matrix(value, mask)
+        is_stacked = stacked is not None and stacked(path, value)
+        rows = (value, mask) if is_stacked else (value[None], mask[None])
+        axes = matrix_axes_lib.axes_of(matrix_axes_lib.get(matrix_axes), path, rows[0][0])
+        if axes is not None:
+            rows = tuple(np.asarray(axes.to_matrix(jnp.asarray(x))) for x in rows)
+        matrices = [matrix(*row) for row in zip(*rows, strict=True)]
+        return matrices if is_stacked else matrices[0]
 
     return _each(convert, params, masks)
 

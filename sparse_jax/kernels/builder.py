@@ -236,11 +236,18 @@ def make_patterns(
 
 
 def layers_of(
-    function: str, masks: Any, granularity: Any, block: Any, stacked: Any, matrix_axes: Any = None
+    function: str, masks: Any, granularity: Any, block: Any, stacked: Any, matrix_axes: Any = None, *, leave_others: bool = False
 ) -> tuple[Any, dict[str, tuple[bool, Granularity]]]:
     """Masks that a function was given as such or as a state, and of each sparse leaf by its path whether it holds a layer in each row, and the
-    units of its products. ValueError where a leaf's inputs and outputs are not its last two axes."""
+    units of its products. ValueError where a leaf's inputs and outputs are not its last two axes, or such leaves are left out."""
     tree, layers = _layers_of(function, masks, granularity, block, stacked, matrix_axes)
+    if leave_others:
+        for layer, _ in layers:
+            if layer.axes is not None:
+                errors.say_once(
+                    f'{function}: inputs and outputs of {layer.name} are not its last two axes (matrix_axes): it stays as it is.'
+                )
+        layers = [(layer, unit) for layer, unit in layers if layer.axes is None]
     if other := [layer.name for layer, _ in layers if layer.axes is not None]:
         raise ValueError(
             f'{function}: inputs and outputs of {other[0]} are not its last two axes (matrix_axes): reshape the params and masks before, or '

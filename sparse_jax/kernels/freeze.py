@@ -49,7 +49,7 @@ def freeze(
       >>> kernels.sparse_dot(jnp.ones((1, 2)), frozen['kernel']), frozen['kernel'].values
       (Array([[3., 3.]], dtype=float32), Array([1., 2., 3.], dtype=float32))
     """
-    masks, layers = builder.layers_of('freeze', masks, granularity, None, stacked)
+    masks, layers = builder.layers_of('freeze', masks, granularity, None, stacked, leave_others=True)
     values, masks = layers_lib.leaf_paths(params, is_leaf=is_compact), layers_lib.leaf_paths(masks)
     if [path for path, _ in values] != [path for path, _ in masks]:
         raise ValueError('freeze: masks must be a tree like params, with a scalar True at dense leaves: see sj.get_masks.')

@@ -74,6 +74,11 @@ def set_patterns(module: nnx.Module, patterns: Any) -> None:
     """
     layers = sparse_layers(module)
     found = {} if patterns is None else dict(layers_lib.leaf_paths(patterns, is_leaf=is_pattern))
+    shapes = (
+        {path: leaf.shape for path, leaf in layers_lib.leaf_paths(nnx.to_pure_dict(nnx.state(module, nnx.Param)))} if found else {}
+    )
+    # a leaf with matrix_axes, such as flax's attention: no layer here multiplies with its matrix
+    found = {path: pattern for path, pattern in found.items() if path in layers or shapes.get(path, pattern.shape) == pattern.shape}
     if other := [path for path in found if path not in layers]:
         raise ValueError(
             f'set_patterns: {", ".join(other)} is no kernel of a SparseLinear or SparseConv in this module: make it with sj.nnx.sparsify, or '

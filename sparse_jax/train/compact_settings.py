@@ -16,7 +16,7 @@ from sparse_jax.train import compact_step, starting_masks
 from sparse_jax.train import step as step_lib
 
 _STORAGE = "config.sparsity.storage='compact'"
-_OF_ONE_STEP = (criteria.gradient, criteria.taylor, criteria.mean_gradient)
+_OF_ONE_STEP = (criteria.gradient, criteria.taylor, criteria.magnitude_and_gradient, criteria.mean_gradient)
 
 
 def check(config: config_lib.Config, rule: Rule | None) -> None:

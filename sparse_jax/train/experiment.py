@@ -65,8 +65,13 @@ def check_names(config: config_lib.Config) -> None:
     method = 'sparse_momentum' if sparsity.method == 'dense' else sparsity.method  # dense: no effect, but no nonsense either
     parts = dataclasses.replace(sparsity, method=method, start_step=0, stop_step=0)
     steps = config.train.schedule_steps or config.train.steps
-    every = sparsity.update_every or steps or 10**8
+    every = sparsity.update_every or (max(1, steps // 10) if steps else 10**8)
     rule = _rule(dataclasses.replace(config, sparsity=parts), None, every, steps or min(10 * every, 2**31 - 1))
+    if sparsity.matrix_axes and not references.is_reference(config.model.name):
+        raise ValueError(
+            f'config.sparsity.matrix_axes={sparsity.matrix_axes!r} is for models of your own: all weights of {config.model.name} are [taps..., inputs, '
+            'outputs]: leave it empty.'
+        )
     if rule.backward_density is not None and config.train.init_from:
         raise ValueError(
             f'--init_from gives masks, and sparsity.method={sparsity.method!r} takes the largest of weights that it stores: take another method.'
@@ -203,9 +208,6 @@ def _model(config: config_lib.Config, input_shape: tuple[int, ...], num_outputs:
     return model
 
 
-_OWN_SETTINGS = (('srigl', 'ablation'), ('top_kast', 'backward_density'))
-
-
 def _patterns(text: str) -> tuple[str, ...]:
     return tuple(pattern for pattern in text.split(',') if pattern)
 
@@ -221,9 +223,10 @@ def _rule(config: config_lib.Config, stacked, update_every: int, total_steps: in
             options[name] = None if value == 'none' else value
     if s.method == 'rigl' and s.accumulate_steps > 1:
         options['grow'] = criteria.accumulated_gradient(s.accumulate_steps)
-    for method, name in _OWN_SETTINGS:
-        if s.method == method and (value := getattr(s, name)):
-            options[name] = value
+    if s.method == 'srigl':
+        options['ablation'] = s.ablation
+    if s.method == 'top_kast' and s.backward_density:
+        options['backward_density'] = s.backward_density
     if s.method == 'granet':
         options['initial_density'] = s.initial_density
     options |= dict(track_exploration=s.storage == 'dense', seed=jax.random.key(config.seed))
@@ -250,7 +253,7 @@ _NO_UPDATES = _MaskUpdates(
 
 def _mask_updates(sparsity: config_lib.Sparsity, rule: Rule) -> _MaskUpdates:
     """When masks move."""
-    dense_steps = None if rule.enters_with == 'value' else _dense_gradient_steps(sparsity, rule.grow)
+    dense_steps = _dense_gradient_steps(sparsity, rule)
     updates = _NO_UPDATES._replace(dense_gradient_steps=dense_steps, needs_dense_gradient=lambda step: dense_steps is None)
     if not rule.is_fixed:
         updates = updates._replace(
@@ -262,12 +265,19 @@ def _mask_updates(sparsity: config_lib.Sparsity, rule: Rule) -> _MaskUpdates:
     return updates
 
 
-def _dense_gradient_steps(sparsity: config_lib.Sparsity, grow: Any) -> int | None:
+def _dense_gradient_steps(sparsity: config_lib.Sparsity, rule: Rule) -> int | None:
     """Steps with dense gradients up to each mask update; None: all steps."""
     window = sparsity.dense_gradient_window
     if window is None:
         return None
-    needed = criteria.dense_gradient_steps(grow)
+    if rule.enters_with == 'value':
+        if window != config_lib.Sparsity().dense_gradient_window:
+            raise ValueError(
+                f'config.sparsity.dense_gradient_window={window} has no effect with sparsity.method={sparsity.method!r}, which needs dense gradients '
+                'in all steps: leave it, or set None.'
+            )
+        return None
+    needed = criteria.dense_gradient_steps(rule.grow)
     if needed is not None and window != config_lib.Sparsity().dense_gradient_window:
         raise ValueError(
             f'config.sparsity.dense_gradient_window={window} has no effect with sparsity.method={sparsity.method!r}, whose growth '

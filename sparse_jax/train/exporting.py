@@ -34,10 +34,15 @@ def export(config: config_lib.Config, folder: pathlib.Path, to: pathlib.Path) ->
         raise ValueError(f'--to={to}: the folder {to.parent} does not exist.')
     tree, masks, step = network(config, folder)
     info: dict[str, Any] = {'settings': config_lib.identity(config), 'step': step}
-    granularity = 'unstructured' if config.sparsity.method == 'dense' else config.sparsity.granularity
-    hosts.run_on_host0(lambda: files.save(to, tree, masks, info, granularity=granularity))
+    hosts.run_on_host0(lambda: files.save(to, tree, masks, info, granularity=units(config)))
     if hosts.is_host0():
         print(f'{to} is written: step {step}, {to.stat().st_size:,} bytes.')
+
+
+def units(config: config_lib.Config) -> str:
+    """The units that a file lists: single weights where inputs and outputs are not the last two axes, or nothing is sparse."""
+    sparsity = config.sparsity
+    return 'unstructured' if sparsity.method == 'dense' or sparsity.matrix_axes else sparsity.granularity
 
 
 def network(config: config_lib.Config, folder: pathlib.Path) -> tuple[Any, Any, int]:

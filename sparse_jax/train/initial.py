@@ -66,8 +66,8 @@ def check(network: Network, config: config_lib.Config, experiment: state_lib.Exp
         if found.ndim:
             nonzeros += int(np.count_nonzero(found))
             layer, granularity = of_leaf[path]
-            leaves.compress(found, found, granularity_lib.of_products(granularity), path)
             for row in layer.rows(found):
+                leaves.compress(row, row, granularity_lib.of_products(granularity), path)
                 if wrong := granularity_lib.departure(granularity, np.asarray(row)):
                     raise ValueError(
                         f'{what}: {path} does not have {granularity}: {wrong}. Give another network, or sparsity.granularity.'

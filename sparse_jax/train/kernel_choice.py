@@ -26,7 +26,7 @@ from sparse_jax.train import state as state_lib
 from sparse_jax.train.console import named_table
 
 _LOG = logging.getLogger('sparse_jax')
-_FEWEST_STEPS = 10  # between mask updates: where there are fewer, lists made anew cost more than sparse products save
+_MOVE_OFTEN, _FEWEST_STEPS = ('top_kast', 'truncation'), 10  # fewer steps between updates: lists made anew cost more than they save
 
 
 def check(config: config_lib.Config) -> None:
@@ -90,11 +90,8 @@ class LayerKernels:
             self._mesh, self._shardings = devices.mesh, devices.state_shardings.params
         self._granularity = granularity_lib.of_products(granularity_lib.get(config.sparsity.granularity))
         self._platform = backend.Choice('dense', '')
-        if (
-            self._mode == 'auto'
-            and 0 < experiment.update_every < _FEWEST_STEPS
-            and experiment.is_mask_update(experiment.total_steps // 2)
-        ):
+        # the masks of these methods may move in every step
+        if self._mode == 'auto' and config.sparsity.method in _MOVE_OFTEN and experiment.update_every < _FEWEST_STEPS:
             self._mode = 'dense'
             if hosts.is_host0():
                 _LOG.info(

@@ -165,7 +165,8 @@ def _keep_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
 
 def _dense(config: config_lib.Config, steps: int = 0) -> config_lib.Config:
     """The dense training; its sparse layers are those that the rounds prune."""
-    sparsity = dataclasses.replace(config_lib.Sparsity(), method='dense', dense=config.sparsity.dense)
+    kept = {name: getattr(config.sparsity, name) for name in ('dense', 'matrix_axes')}
+    sparsity = dataclasses.replace(config_lib.Sparsity(), method='dense', **kept)
     train = dataclasses.replace(
         config.train, steps=steps or config.train.steps, schedule_steps=steps or config.train.schedule_steps
     )
@@ -173,7 +174,7 @@ def _dense(config: config_lib.Config, steps: int = 0) -> config_lib.Config:
 
 
 def _round(config: config_lib.Config, total: int, ticket: pathlib.Path, density: float, rewind_step: int) -> config_lib.Config:
-    kept = {name: getattr(config.sparsity, name) for name in ('granularity', 'dense', 'kernels')}
+    kept = {name: getattr(config.sparsity, name) for name in ('granularity', 'matrix_axes', 'dense', 'kernels')}
     sparsity = dataclasses.replace(config_lib.Sparsity(), method='static', distribution='uniform', density=density, **kept)
     train = dataclasses.replace(
         config.train, steps=total, schedule_steps=total, init_from=str(ticket.absolute()), start_step=rewind_step
@@ -223,10 +224,11 @@ def _ticket(
         tree, _, _ = exporting.network(*before)
         patterns = [pattern for pattern in config.sparsity.dense.split(',') if pattern]
         options: dict[str, Any] = dict(prune_scope='global', granularity=units, dense=patterns, stacked=experiment.stacked)
+        options['matrix_axes'] = config.sparsity.matrix_axes or None
         _, masks = jax.device_get(pruning.prune(tree, density, **options))
         values, _, _ = files.load(start)
         rewound = jax.tree.map(lambda value, mask: np.where(mask, value, np.zeros((), value.dtype)), values, masks)
-        _save(path, rewound, masks, units, {'round': number, 'density': density})
+        _save(path, rewound, masks, exporting.units(config), {'round': number, 'density': density})
     _, masks, _ = files.load(path)
     counts = [(int(mask.sum()), mask.size) for _, mask in layers_lib.leaf_paths(masks) if np.ndim(mask)]
     return path, sum(count for count, _ in counts) / sum(size for _, size in counts)

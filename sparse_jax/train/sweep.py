@@ -266,8 +266,8 @@ def run_all(
                     continue
                 path, error = future.result()
                 failed += [error] if error else []
-                said = headline(records.read(path / result)) if result == records.RESULT else 'done'
-                show(error or f'{path.name}: {said}')
+                of = lambda path: headline(records.read(path / result)) if result == records.RESULT else 'done'
+                show(error or f'{path.name}: {of(path)}')
         except BaseException:
             stop(processes.kill)
             raise

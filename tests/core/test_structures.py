@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import sparse_jax as sj
+from sparse_jax.core import allocation
 from tests.core import oracle
 from tests.core.test_update import Given, _given_momentum
 
@@ -90,14 +91,14 @@ def test_masks_have_their_structure_at_every_step(tree, granularity, seed, style
     state = tx.init(params)
     params = sj.apply_masks(params, sj.get_masks(state))
     first = [int(mask.sum()) for mask in _layers(tree, sj.get_masks(state))]
-    widest = max(shape[-1] for shape in TREES[tree].values())
+    narrowest = min(shape[-1] for shape in TREES[tree].values())
     for _ in range(TOTAL):
         u, m = draw(), draw()
         if style == 'ties':
             u, m = jax.tree.map(np.round, (u, m))
         elif style == 'zero':
             m = jax.tree.map(np.zeros_like, m)
-        elif style == 'not finite' and granularity != 'ablation':
+        elif style == 'not finite':
             for name in u:
                 u[name].flat[rng.integers(u[name].size)] = rng.choice([np.nan, np.inf])
                 m[name].flat[rng.integers(m[name].size)] = np.nan
@@ -107,8 +108,10 @@ def test_masks_have_their_structure_at_every_step(tree, granularity, seed, style
         counts = [int(mask.sum()) for mask in _layers(tree, state.masks)]
         if granularity.startswith('n_of_m'):
             assert counts == first
-        elif granularity == 'fan_in':  # never more than at first, and never less by a whole unit of every layer
-            assert sum(first) - widest < sum(counts) <= sum(first)
+        elif granularity == 'fan_in':  # never more than at first, and never less by a unit that some layer has room for
+            full = style == 'not finite' or any(mask.all() for mask in _layers(tree, state.masks))
+            assert full or sum(first) - narrowest < sum(counts)
+            assert sum(counts) <= sum(first)
         else:
             for now, before, mask in zip(counts, first, _layers(tree, state.masks), strict=True):
                 assert before - mask.shape[-1] < now <= before
@@ -231,7 +234,28 @@ def _whole_units(amount, w, room, outputs):
         if units[i] < room[i] and outputs[i] <= left:
             units[i] += 1
             left -= outputs[i]
+    for i in sorted(range(len(units)), key=lambda i: (-outputs[i], i)):
+        while units[i] < room[i] and outputs[i] <= left:
+            units[i] += 1
+            left -= outputs[i]
     return units
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=20, deadline=None)
+def test_whole_units_leave_nothing_that_fits(seed):
+    rng = np.random.default_rng(seed)
+    room, width = rng.integers(0, 9, 4), rng.choice([1, 3, 10, 100], 4)
+    shares, amount = rng.random(4).astype(np.float32), int(rng.integers(0, 1 + (room * width).sum()))
+    given_out = np.asarray(_whole(jnp.array([amount]), shares, jnp.asarray(room, jnp.int32), jnp.asarray(width, jnp.int32)))
+    left = amount - int((given_out * width).sum())
+    assert (given_out <= room).all() and left >= 0
+    assert left < min([w for w, r, g in zip(width, room, given_out, strict=True) if g < r], default=amount + 1)
+
+
+@jax.jit
+def _whole(amount, shares, room, width):
+    return allocation.whole_units(allocation.total(amount), allocation.weights(shares), room, width)
 
 
 @pytest.mark.parametrize('seed', range(6))
@@ -345,6 +369,55 @@ def test_sharded_updates_have_equal_bits(granularity):
     jax.tree.map(np.testing.assert_array_equal, compiled(*args)[1].masks, expected.masks)
 
 
+def test_masks_by_hand_keep_their_number_and_their_structure():
+    rng = np.random.default_rng(0)
+    params = {'w': jnp.asarray(rng.normal(size=(40, 30)), jnp.float32), 'v': jnp.asarray(rng.normal(size=(32, 8)), jnp.float32)}
+    for density, of_masks in ((0.5, 0.1), (0.1, 0.5)):
+        tx = sj.sparse_momentum(0.1, density, 1, 100, granularity='fan_in')
+        _, masks = sj.prune(params, of_masks, granularity='fan_in')
+        state = sj.set_masks(tx.init(params), masks)
+        _, after = jax.jit(tx.update)(params, state, sj.apply_masks(params, masks))
+        number = sum(sj.stats.nonzeros(masks).values())
+        assert number - 8 < sum(sj.stats.nonzeros(after).values()) <= number
+    loose = {name: jnp.asarray(rng.random(leaf.shape) < 0.5) for name, leaf in params.items()}
+    for granularity, told in (('fan_in', 'outputs have from'), ('n_of_m:2:4', 'a group of 4 inputs has')):
+        state = sj.sparse_momentum(0.1, 0.5, 1, 100, granularity=granularity).init(params)
+        with pytest.raises(ValueError, match=told):
+            sj.set_masks(state, loose)
+
+
+def test_an_output_with_a_weight_that_is_not_finite_stays():
+    """Else its update, minus the weight, would leave no zero off the mask."""
+    rng = np.random.default_rng(1)
+    params = {'a': jnp.asarray(rng.normal(size=(16, 12)), jnp.float32), 'b': jnp.asarray(rng.normal(size=(12, 8)), jnp.float32)}
+    tx = sj.methods.srigl(optax.sgd(0.1), 0.2, 2, 100, ablation=0.5, distribution='uniform')
+    state, step = tx.init(params), jax.jit(tx.update)
+    params = sj.apply_masks(params, sj.get_masks(state))
+    for t in range(6):
+        grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
+        for output in range(0, 12 if t == 0 else 0, 3):
+            row = int(np.flatnonzero(np.asarray(state.masks['a'])[:, output])[0])
+            grads['a'] = grads['a'].at[row, output].set(jnp.inf)
+        updates, state = step(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        sj.check_sparse(params, state)
+    assert (~jnp.isfinite(params['a'])).any(0).sum() == 4 and state.masks['a'].any(0)[::3].all()
+
+
+@pytest.mark.parametrize('spec', [P('data', 'model'), P(None, 'model')])
+def test_explicit_axes_of_a_mesh(spec):
+    params = {'a': jax.random.normal(jax.random.key(0), (16, 8)), 'b': jax.random.normal(jax.random.key(1), (8, 8))}
+    tx = sj.sparsify(optax.sgd(0.1, 0.9), density=0.5, update_every=1, total_steps=10, granularity='fan_in')
+    state = tx.init(params)
+    expected = jax.jit(tx.update)(params, state, sj.apply_masks(params, state.masks))[1].masks
+    mesh = jax.make_mesh((4, 2), ('data', 'model'))
+    with jax.set_mesh(mesh):
+        params = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, spec)), params)
+        state = tx.init(params)
+        got = jax.jit(tx.update)(params, state, sj.apply_masks(params, state.masks))[1].masks
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
 def _sparsify(**options):
     return sj.sparsify(optax.sgd(0.1), **{**dict(density=0.5, update_every=1, total_steps=9), **options})
 
@@ -364,6 +437,8 @@ def _sparsify(**options):
         ("needs granularity='fan_in'", lambda p: sj.methods.srigl(optax.sgd(0.1), 0.5, 2, 9, granularity='block:4x4')),
         ('ablation=2', lambda p: _sparsify(granularity='fan_in', ablation=2, redistribute=None)),
         ('keep_outputs', lambda p: _sparsify(granularity='fan_in', keep_outputs='out')),
+        ('has no effect without ablation', lambda p: _sparsify(granularity='fan_in', keep_outputs=('w',))),
+        ('give that number', lambda p: sj.prune(p, {'*': 0.5}, granularity='n_of_m:2:4')),
         ('keep_outputs: the pattern', lambda p: sj.methods.srigl(optax.sgd(0.1), 0.5, 1, 9, keep_outputs=('out/*',)).init(p)),
         ('needs leaves with inputs', lambda p: _sparsify(granularity='fan_in', sparsifiable=lambda *_: True).init({'b': jnp.ones(4)})),
         ('single weights or blocks', lambda p: sj.compact.init(lambda: p, sj.methods.rule('rigl', 0.5, 1, 9, granularity='fan_in'))),

@@ -65,6 +65,21 @@ def test_truncation_keeps_the_largest_after_each_step(seed):
     assert total_count == round(0.1 * 120)
 
 
+@pytest.mark.parametrize('options', [dict(anneal=1.0), dict(anneal=0.9, update_every=7), dict(stop_step=5)])
+def test_truncation_arrives_at_its_density(options):
+    rng = np.random.default_rng(0)
+    *_, new = list(_run(sj.methods.truncation(optax.sgd(0.1), 0.1, 20, **options), _draw(rng), 20, rng))[-1]
+    assert sum(int(new.masks[name].sum()) for name in SPARSE) == 12
+
+
+def test_a_backward_density_of_none_is_twice_the_density():
+    make = lambda **options: sj.methods.create('top_kast', optax.sgd(0.1), 0.2, 3, 9, **options).init(
+        _draw(np.random.default_rng(0))
+    )
+    for state in (make(), make(backward_density=None)):
+        assert sj.stats.density(state.method_state['backward']) == pytest.approx(0.4, abs=0.01)
+
+
 def test_truncation_on_demand_of_biases_and_embeddings():
     params = {'embed': jnp.ones((8, 4)), 'fc': {'kernel': jnp.ones((4, 6)), 'bias': jnp.ones(6)}, 'norm': {'scale': jnp.ones(4)}}
     chosen = lambda **options: sj.layer_names(sj.methods.truncation(optax.adamw(0.1), 0.5, 10, **options).init(params))
@@ -128,7 +143,7 @@ def test_ac_dc_is_dense_before_its_last_sparse_phase():
 
 
 def test_ac_dc_needs_a_second_phase():
-    with pytest.raises(ValueError, match='choose shorter phases'):
+    with pytest.raises(ValueError, match='leaves no mask update'):
         sj.methods.ac_dc(optax.sgd(0.1), 0.2, 10, 10)
 
 
@@ -163,6 +178,7 @@ def test_mest_prunes_at_the_next_update_what_it_has_grown():
         ('needs redistribute=None', lambda: sj.sparsify(optax.sgd(0.1), density=0.1, update_every=2, total_steps=9, enters_with='value')),
         ("enters_with='all'", lambda: sj.sparsify(optax.sgd(0.1), density=0.1, update_every=2, total_steps=9, enters_with='all')),
         ('extra=0', lambda: sj.methods.mest(optax.sgd(0.1), 0.2, 3, 9, extra=0)),
+        ('leaves no mask update', lambda: sj.methods.mest(optax.sgd(0.1), 0.2, 10, 10)),
         ('anneal=1.5', lambda: sj.methods.truncation(optax.sgd(0.1), 0.2, 9, anneal=1.5)),
     ],
 )  # fmt: skip

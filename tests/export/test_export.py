@@ -214,3 +214,15 @@ def test_bad_input_is_told_and_leaves_nothing(tmp_path):
     np.savez(tmp_path / 'c.npz', x=kernel)
     with pytest.raises(ValueError, match='c.npz cannot be read'):
         sj.export.load(tmp_path / 'c.npz')
+
+
+def test_scipys_matrices_of_other_layouts():
+    rng = np.random.default_rng(0)
+    params = {'query': rng.normal(size=(16, 4, 8)).astype(np.float32), 'fc': rng.normal(size=(6, 8)).astype(np.float32)}
+    masks = {name: rng.random(leaf.shape) < 0.3 for name, leaf in params.items()}
+    params = {name: np.where(masks[name], leaf, 0) for name, leaf in params.items()}
+    axes = {'query': ((0,), (1, 2)), 'fc': ((1,), (0,))}
+    found = sj.export.to_scipy(params, masks, matrix_axes=lambda path, leaf: axes[path])
+    x = rng.normal(size=(16,)).astype(np.float32)
+    np.testing.assert_allclose(found['query'] @ x, np.einsum('i,ihd->hd', x, params['query']).ravel(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found['fc'] @ x[:8], params['fc'] @ x[:8], rtol=1e-5, atol=1e-6)

@@ -207,3 +207,26 @@ def test_a_file_goes_back_into_a_module(tmp_path):
     with pytest.raises(ValueError, match='masks: norm/bias is missing'):
         del its_masks['norm']['bias']
         sj.nnx.freeze(other, its_masks)
+
+
+def test_a_runner_leaves_attention_alone_whose_axes_are_told():
+    """Its kernels have patterns of matrices, with which no layer of the module multiplies."""
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.attention = nnx.MultiHeadAttention(4, 32, decode=False, rngs=rngs)
+            self.fc = nnx.Linear(32, 16, rngs=rngs)
+
+        def __call__(self, x):
+            return self.fc(self.attention(x))
+
+    module = sj.nnx.sparsify(Net(nnx.Rngs(0)))
+    timing = sj.Timing(update_every=4, total_steps=12)
+    optimizer = nnx.Optimizer(module, sj.sparsify(optax.adam(1e-3), density=0.2, timing=timing, matrix_axes='flax'), wrt=nnx.Param)
+    sj.nnx.apply_masks(module, optimizer.opt_state)
+    x = jax.random.normal(jax.random.key(0), (2, 5, 32))
+    expected = module(x)
+    kernels = sj.nnx.runner(module, optimizer.opt_state, timing, x, implementations='reference')
+    sj.nnx.set_patterns(module, kernels.patterns_at(0))
+    assert module.fc.pattern.get_value() is not None
+    np.testing.assert_allclose(module(x), expected, rtol=1e-5, atol=1e-5)

@@ -184,3 +184,21 @@ def test_a_late_start_is_for_a_network_under_a_fixed_mask(tmp_path):
     ):
         with pytest.raises(ValueError, match='train.start_step=5 is for a network of --init_from under a fixed mask'):
             train.train(_config(**settings), tmp_path / 'run')
+
+
+def test_rounds_keep_the_units_and_the_axes():
+    config = _config(sparsity__granularity='block:4x2', sparsity__matrix_axes='torch', sparsity__dense='fc3/*')
+    kept = lottery._round(config, 30, pathlib.Path('ticket.npz'), 0.1, 0).sparsity
+    assert (kept.granularity, kept.matrix_axes, kept.dense) == ('block:4x2', 'torch', 'fc3/*')
+    dense = lottery._dense(config).sparsity
+    assert (dense.method, dense.matrix_axes, dense.dense) == ('dense', 'torch', 'fc3/*')
+
+
+def test_densities_of_rounds(tickets, tmp_path):
+    """A chain by its densities is the one by its number of rounds, where these are the same."""
+    rows = lottery.run(_config(), tmp_path / 'run', rounds=[0.2, 0.04], rewind_step=4)
+    without_time = lambda row: {name: value for name, value in row._asdict().items() if name != 'seconds'}
+    assert [without_time(row) for row in rows] == [without_time(row) for row in tickets[1]]
+    assert lottery.run(_config(), tmp_path / 'run', rounds=[0.2, 0.04], rewind_step=4) == rows
+    with pytest.raises(ValueError, match='holds other lottery tickets'):
+        lottery.run(_config(), tmp_path / 'run', rounds=[0.3, 0.04], rewind_step=4)

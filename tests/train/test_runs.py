@@ -21,6 +21,7 @@ from configs import mnist_lenet5, mnist_lenet300
 from sparse_jax import train
 from sparse_jax.report import run_report
 from sparse_jax.runtime import checkpoint, records
+from sparse_jax.train import experiment as experiment_lib
 from sparse_jax.train import metrics
 from tests import launcher
 
@@ -382,3 +383,32 @@ def test_sizes_and_update_steps():
     experiment = train.create(config, num_examples=4000, input_shape=(28, 28, 1), num_outputs=10)
     assert experiment.total_steps == 4000 and experiment.update_every == 40
     assert [t for t in range(1, 4001) if experiment.is_mask_update(t)] == [80, 120, 160]
+
+
+@pytest.mark.parametrize(
+    ('settings', 'told'),
+    [
+        ({'sparsity__matrix_axes': 'torch'}, 'is for models of your own'),
+        ({'sparsity__method': 'top_kast', 'sparsity__dense_gradient_window': 5}, 'dense gradients in all steps'),
+        ({'sparsity__method': 'top_kast', 'train__init_from': 'runs/x'}, 'takes the largest of weights that it stores'),
+        ({'sparsity__method': 'gmp', 'sparsity__granularity': 'fan_in'}, 'not with a schedule'),
+        ({'sparsity__method': 'rigl', 'sparsity__storage': 'compact', 'sparsity__grow': 'magnitude'}, 'values of missing weights'),
+        ({'sparsity__storage': 'compact', 'sparsity__prune': 'magnitude_and_gradient'}, 'one kind of score'),
+        ({'sparsity__storage': 'compact', 'sparsity__granularity': 'fan_in'}, 'single weights or blocks'),
+    ],
+)
+def test_settings_that_do_not_go_together_are_told_before_a_file_is_made(settings, told, tmp_path):
+    with pytest.raises(ValueError, match=told) as error:
+        train.train(_config(**settings), tmp_path / 'run')
+    assert '\n' not in str(error.value) and not (tmp_path / 'run').exists()
+
+
+def test_settings_of_methods_reach_the_rule():
+    rule = lambda **settings: experiment_lib._rule(_config(**settings), None, 40, 4000)
+    assert rule(sparsity__method='srigl', sparsity__ablation=0.0).ablation == 0
+    assert rule(sparsity__method='srigl').ablation == 0.3
+    assert rule(sparsity__method='top_kast', sparsity__backward_density=0.3).backward_density == 0.3
+    assert rule(sparsity__method='top_kast').backward_density == pytest.approx(0.1)
+    experiment_lib.check_names(
+        _config(sparsity__method='ac_dc', train__steps=4000, sparsity__update_every=0)
+    )  # an epoch's length is not known yet
