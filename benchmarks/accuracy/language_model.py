@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument('--jobs', type=int, default=min(2, os.cpu_count() or 1), help='runs at a time, each on one core')
     args = parser.parse_args()
     search = [(method, rate, 0) for method in METHODS for rate in LEARNING_RATES]
-    make = lambda runs: {_folder(args.root, *run): _flags(*run, args.steps) for run in runs}
+    make = lambda runs: {_folder(args.root, *run): _flags(*run, steps=args.steps) for run in runs}
     _runs.train_all(make(search), args.jobs)
     _runs.train_all(make([(m, best_rate(args.root, m), seed) for m in METHODS for seed in (1, 2)]), args.jobs)
     print(table(args.root))

@@ -33,7 +33,8 @@ def keys(scores: jax.Array, where: jax.Array, *, smallest: bool = False) -> jax.
     top = 2 ** (bits.dtype.itemsize * 8 - 1)
     bits = bits if bits.dtype.itemsize >= 4 else bits.astype(jnp.uint32)
     key = bits.dtype.type(top) - bits if smallest else bits + bits.dtype.type(1)
-    return jnp.where(where, key, bits.dtype.type(0))
+    # For criteria, which run under vmap, where a condition is no branch (see once): a barrier keeps most programs from computing keys twice.
+    return lax.optimization_barrier(jnp.where(where, key, bits.dtype.type(0)))
 
 
 def _flat_index(shape: tuple[int, ...]) -> jax.Array:
@@ -182,12 +183,16 @@ def select(leaves: Sequence[jax.Array], k: jax.Array) -> list[jax.Array]:
       bool arrays of the leaves' shapes.
     """
     for leaf in leaves:
-        if leaf.size >= 2**31:
-            raise ValueError(f'keys has {leaf.size} entries; counts are int32, so a selection takes fewer than 2^31 = {2**31}.')
+        _check_size(leaf.size)
     dtype = jnp.result_type(*leaves)
     rows = _arrange([leaf.astype(dtype) for leaf in leaves])
     nothing = lambda parts, k: [part < part for part in parts]
     return rows.join(once(functools.partial(_select, rows), nothing, rows.parts, jnp.maximum(k, 0)))
+
+
+def _check_size(size: int) -> None:
+    if size >= 2**31:
+        raise ValueError(f'keys has {size} entries; counts are int32, so a selection takes fewer than 2^31 = {2**31}.')
 
 
 def once(function: Callable, nothing: Callable, keys: Any, k: jax.Array) -> Any:
@@ -273,8 +278,9 @@ def _joint_counts(
 
 
 def _select_one(scores: jax.Array, k: jax.typing.ArrayLike, where: jax.Array, *, smallest: bool) -> jax.Array:
-    leaf = keys(scores, where, smallest=smallest)[None]
-    return select([leaf], jnp.asarray(k, jnp.int32)[None])[0][0]
+    rows = _arrange([keys(scores, where, smallest=smallest)[None]])
+    _check_size(rows.layer_size)
+    return rows.join(_select(rows, rows.parts, jnp.maximum(jnp.asarray(k, jnp.int32)[None], 0)))[0][0]
 
 
 def select_largest(scores: jax.Array, k: jax.typing.ArrayLike, where: jax.Array) -> jax.Array:
