@@ -1,4 +1,4 @@
-"""sparse_jax: sparse momentum, RigL, SET and five more sparse-training methods as optax gradient transformations.
+"""sparse_jax: sparse momentum, RigL, SET and ten more sparse-training methods as optax gradient transformations.
 
 The algorithm is in :mod:`sparse_jax.core`, which needs jax and optax only. Each name here is imported when it is first used.
 """

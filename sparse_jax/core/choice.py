@@ -76,8 +76,13 @@ class Pruned(NamedTuple):
     before: jax.Array  # bool, the active units before the pruning
     after: jax.Array  # and after it
     may_move: jax.Array  # bool, what is not fixed
-    keep: jax.Array  # keys of active units: the larger, the rather they stay
-    grow: jax.Array  # keys of the units that may be grown
+    stay: jax.Array  # scores by which the smallest are pruned
+    grow: jax.Array  # scores by which the largest are grown
+
+    @property
+    def grow_keys(self) -> jax.Array:
+        """Keys of the units that may be grown."""
+        return selection.keys(self.grow, ~self.after & self.may_move)
 
 
 def regrown(granularity: Granularity, leaves: Sequence[Pruned], targets: jax.Array, inputs: Sequence[jax.Array]) -> list[jax.Array]:
@@ -92,20 +97,21 @@ def regrown(granularity: Granularity, leaves: Sequence[Pruned], targets: jax.Arr
     match granularity:
         case NOfM():
             lost = [_group_counts(x.before, granularity.m) - _group_counts(x.after, granularity.m) for x in leaves]
-            return [x.after | in_groups(x.grow, k, granularity.m) for x, k in zip(leaves, lost, strict=True)]
+            return [x.after | in_groups(x.grow_keys, k, granularity.m) for x, k in zip(leaves, lost, strict=True)]
         case FanIn():
             return [selection.select_in_outputs(_kept_first(x), k) for x, k in zip(leaves, inputs, strict=True)]
         case _:
-            chosen = selection.select([x.grow for x in leaves], targets)
+            chosen = selection.select([x.grow_keys for x in leaves], targets)
             return [x.after | c for x, c in zip(leaves, chosen, strict=True)]
 
 
 def _kept_first(leaf: Pruned) -> jax.Array:
     """Keys by which all that is active comes before all that is not, and what is fixed first."""
-    dtype = jnp.result_type(leaf.keep, leaf.grow)
+    stay, grow = selection.keys(leaf.stay, leaf.after & leaf.may_move), leaf.grow_keys
+    dtype = jnp.result_type(stay, grow)
     top = dtype.type(1 << (8 * dtype.itemsize - 1))  # keys of scores have it clear
-    kept = jnp.where(leaf.may_move, leaf.keep.astype(dtype) | top, ~dtype.type(0))
-    return jnp.where(leaf.after, kept, leaf.grow.astype(dtype))
+    kept = jnp.where(leaf.may_move, stay.astype(dtype) | top, ~dtype.type(0))
+    return jnp.where(leaf.after, kept, grow.astype(dtype))
 
 
 def surviving(salient: jax.Array, fewest: int, budget: jax.Array) -> jax.Array:

@@ -243,7 +243,9 @@ def select(part: Part, operands: Any, arguments: Selecting):
             leaf._replace(mask=_expand(part, layer, a)) for layer, leaf, a in zip(part.group.layers, leaves, after, strict=True)
         ]
         grow = _scores(part, 'grow', pruned_leaves, part.keys, arguments.targets)
-        after = _regrown(part, [Between(*x) for x in zip(active, after, may_move, stay, grow, strict=True)], pruned, arguments)
+        after = _regrown(
+            part, [choice.Pruned(*x) for x in zip(active, after, may_move, stay, grow, strict=True)], pruned, arguments
+        )
     new = part.group.join([jax.vmap(numerics.count)(now & ~old) for now, old in zip(after, active, strict=True)])
     # n - pruned + targets = n - removed + new, so as many units as pruned - targets + new are now empty
     flipped = 2 * new + arguments.pruned - arguments.targets
@@ -259,35 +261,20 @@ def select(part: Part, operands: Any, arguments: Selecting):
     return new_masks, grown, jnp.concatenate(changed) if changed else flipped
 
 
-class Between(NamedTuple):
-    """A bundle between pruning and growth, ``[rows, ...]``."""
-
-    before: jax.Array  # bool, the active units before the pruning
-    after: jax.Array  # and after it
-    may_move: jax.Array
-    stay: jax.Array  # scores by which the smallest are pruned
-    grow: jax.Array  # scores by which the largest are grown
-
-
-def _regrown(part: Part, bundles: list[Between], pruned: list[jax.Array], arguments: Selecting) -> list[jax.Array]:
+def _regrown(part: Part, bundles: list[choice.Pruned], pruned: list[jax.Array], arguments: Selecting) -> list[jax.Array]:
     """The units after the growth; ``pruned`` counts units of selection."""
-    granularity, inputs = part.rule.granularity, []
-    grow = [selection.keys(x.grow, ~x.after & x.may_move) for x in bundles]
-    if not isinstance(granularity, granularity_lib.FanIn):
-        leaves = [choice.Pruned(x.before, x.after, x.may_move, key, key) for x, key in zip(bundles, grow, strict=True)]
-        return choice.regrown(granularity, leaves, arguments.targets[part.group.order], inputs)
-    split, leaves = part.group.split, []
-    rows = zip(
-        bundles, grow, pruned, split(arguments.targets - arguments.pruned), split(part.may_ablate), split(part.budget), strict=True
-    )
-    for x, key, gone, change, may_ablate, budget in rows:
-        leaves.append(choice.Pruned(x.before, x.after, x.may_move, selection.keys(x.stay, x.after & x.may_move), key))
-        of_output = jnp.broadcast_to((choice.fan_in(x.before) + change)[:, None], (len(key), key.shape[-1]))
-        inputs.append(_of_survivors(part.rule, x, gone, budget, may_ablate) if part.rule.ablation else of_output)
-    return choice.regrown(granularity, leaves, arguments.targets, inputs)
+    granularity, split, inputs = part.rule.granularity, part.group.split, []
+    if isinstance(granularity, granularity_lib.FanIn):
+        change = split(arguments.targets - arguments.pruned)
+        for x, gone, more, may_ablate, budget in zip(
+            bundles, pruned, change, split(part.may_ablate), split(part.budget), strict=True
+        ):
+            of_output = jnp.broadcast_to((choice.fan_in(x.before) + more)[:, None], (len(x.grow), x.grow.shape[-1]))
+            inputs.append(_of_survivors(part.rule, x, gone, budget, may_ablate) if part.rule.ablation else of_output)
+    return choice.regrown(granularity, bundles, arguments.targets[part.group.order], inputs)
 
 
-def _of_survivors(rule: Rule, bundle: Between, pruned: jax.Array, budget: jax.Array, may_ablate: jax.Array) -> jax.Array:
+def _of_survivors(rule: Rule, bundle: choice.Pruned, pruned: jax.Array, budget: jax.Array, may_ablate: jax.Array) -> jax.Array:
     """Inputs of each output, int32[rows, outputs], where those with too few salient weights lose all of theirs to the others.
 
     Salient are the weights left after the pruning, and as many positions as were pruned, those with the largest growth scores of all. An

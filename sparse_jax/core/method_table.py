@@ -31,6 +31,18 @@ def _three_quarters(total_steps: int) -> int:
     return max(1, round(0.75 * total_steps))
 
 
+def _rigl(total: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """RigL's parts: updates stop at three quarters of the training, where its prune rate has fallen to 0."""
+    return dict(
+        prune=criteria.magnitude,
+        grow=criteria.gradient,
+        redistribute=None,
+        prune_rate=schedules.cosine(0.3, options.get('stop_step') or _three_quarters(total), final=0.0),
+        stop_step=_three_quarters(total),
+        distribution='erk',
+    )
+
+
 # All weights are pruned, and the largest of all positions come back with the values that they have.
 _LARGEST_OF_ALL = dict(
     prune=criteria.magnitude, grow=criteria.magnitude, redistribute=None, prune_rate=schedules.constant(1.0), enters_with='value'
@@ -86,14 +98,7 @@ _ROWS: dict[str, Callable[[float, int, int, Mapping[str, Any]], dict[str, Any]]]
         prune_rate=schedules.constant(0.3),
         distribution='erdos_renyi',
     ),
-    'rigl': lambda density, every, total, options: dict(
-        prune=criteria.magnitude,
-        grow=criteria.gradient,
-        redistribute=None,
-        prune_rate=schedules.cosine(0.3, options.get('stop_step') or _three_quarters(total), final=0.0),
-        stop_step=_three_quarters(total),
-        distribution='erk',
-    ),
+    'rigl': lambda density, every, total, options: _rigl(total, options),
     'snfs': lambda density, every, total, options: dict(
         prune=criteria.magnitude,
         grow=criteria.momentum,
@@ -113,16 +118,7 @@ _ROWS: dict[str, Callable[[float, int, int, Mapping[str, Any]], dict[str, Any]]]
     'gmp': lambda density, every, total, options: dict(
         density=_gradual(1.0, density, every, total, options), prune=criteria.magnitude, grow=None, redistribute=None
     ),
-    'srigl': lambda density, every, total, options: dict(
-        prune=criteria.magnitude,
-        grow=criteria.gradient,
-        redistribute=None,
-        prune_rate=schedules.cosine(0.3, options.get('stop_step') or _three_quarters(total), final=0.0),
-        stop_step=_three_quarters(total),
-        distribution='erk',
-        granularity='fan_in',
-        ablation=0.3,
-    ),
+    'srigl': lambda density, every, total, options: _rigl(total, options) | dict(granularity='fan_in', ablation=0.3),
     'top_kast': lambda density, every, total, options: dict(**_LARGEST_OF_ALL, backward_density=min(1.0, 2 * density)),
     'mest': lambda density, every, total, options: dict(
         **_soft_bound(density, options.get('extra', 0.3), _timing(every, total, options)),
