@@ -145,7 +145,7 @@ def check_structure(rule) -> None:
         raise ValueError(f'keep_outputs={rule.keep_outputs!r} has no effect without ablation=.')
     if rule.ablation and (not isinstance(units, FanIn) or rule.redistribute is not None):
         raise ValueError(
-            f"ablation={rule.ablation!r} gives an output's weights to the others of its layer: it needs granularity='fan_in' and redistribute=None."
+            f"ablation={rule.ablation!r} gives an output's weights to the others of its layer: it needs granularity='fan_in' and redistribute=None; other units go with rigl."
         )
     if isinstance(units, (NOfM, FanIn)) and callable(density):
         raise ValueError(f'density: {units} go with a number, not with a schedule: take a method of constant density.')
@@ -155,7 +155,7 @@ def check_structure(rule) -> None:
         )
     if isinstance(units, NOfM):
         if abs(float(density) - units.n / units.m) > 1e-9:
-            raise ValueError(f'density={density!r}: with {units} it is {units.n / units.m:g}.')
+            raise ValueError(f'density={density!r}: with {units} it is {units.n / units.m:g}: give that.')
         if rule.redistribute is not None:
             raise ValueError(
                 f'redistribute: with {units} every layer keeps its density: give None, or leave it out; a method that shares growth out does not go '
