@@ -183,6 +183,8 @@ def _read(rule: Rule, operands: Operands, by_hand: bool) -> Read:
 
 def backward_masks(rule: Rule, layers: list[Layer], weights: list[jax.Array], masks: list[jax.Array]) -> list[jax.Array]:
     """The weights that are trained: those of the masks, and the largest others, as many as the wider density says."""
+    if not layers:
+        return []
     units = [
         jax.vmap(lambda row: granularity_lib.active(rule.granularity, row))(x.rows(m)) for x, m in zip(layers, masks, strict=True)
     ]

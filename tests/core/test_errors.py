@@ -10,6 +10,7 @@ from flax import nnx
 
 import sparse_jax as sj
 from sparse_jax.core import layers as layers_lib
+from sparse_jax.core import method_table
 
 pytestmark = pytest.mark.core
 
@@ -248,3 +249,11 @@ def test_layer_names_of_stacked_leaves():
     assert sj.layer_names(state.masks, stacked) == ['blocks[0]', 'blocks[1]', 'head']
     assert state.masks['blocks'].sum(axis=(1, 2)).tolist() == [8, 8]
     assert state.stats.share.shape == (3,)
+
+
+@pytest.mark.parametrize('name', method_table.NAMES)
+def test_params_without_leaves_are_told_by_the_first_update(name):
+    tx = sj.methods.create(name, optax.sgd(0.1, momentum=0.9), density=0.5, update_every=2, total_steps=8)
+    state = tx.init({})
+    with pytest.raises(ValueError, match='no leaf of params is sparse'):
+        tx.update({}, state, {})
