@@ -5,7 +5,6 @@ matrix products and convolutions that consume it. The shapes then tell how often
 equally often; in a convolution the weight at tap k as often as that tap lies inside the image, so that padding is not counted.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import numpy as np
 from sparse_jax.core import distributions
 from sparse_jax.core import layers as layers_lib
 from sparse_jax.core import masks as masks_lib
+from sparse_jax.stats import jaxprs
 
 # A mask update has two selections, each of which reads a weight's key about 32 times; computing the keys takes a few operations more.
 MASK_UPDATE_OPERATIONS = 70
@@ -210,15 +210,13 @@ class _Counter:
         elif name not in _SAME | _SHAPE | {'split'}:
             lost = None
         plain = [_Value(None, None, depends, lost)] * len(eqn.outvars)
-        if name == 'dot_general':
-            self.product(eqn, values, _uses_in_dot(eqn), times)
-        elif name == 'conv_general_dilated':
-            self.product(eqn, values, _uses_in_convolution(eqn), times)
+        if name in jaxprs.PRODUCTS:
+            self.product(eqn, values, jaxprs.uses(eqn), times)
         elif name == 'scan':
             return self.scan(eqn, values, times)
         elif name == 'while':
-            inner = [_body(eqn.params[key]) for key in ('cond_jaxpr', 'body_jaxpr')]
-            if any(_has_products(jaxpr) for jaxpr in inner):
+            inner = [jaxprs.body(eqn.params[key]) for key in ('cond_jaxpr', 'body_jaxpr')]
+            if any(jaxprs.has_products(jaxpr) for jaxpr in inner):
                 raise ValueError('operations: products stand in a while_loop, which has no known number of rounds: use lax.scan.')
         elif name == 'cond':
             self.branches(eqn, values[1:], times)
@@ -235,7 +233,7 @@ class _Counter:
                 for other in tracked[1:]:
                     mask = np.logical_and(mask, other.mask)  # pyright: ignore[reportArgumentType, reportCallIssue]
                 return [first._replace(mask=mask)] if len(eqn.outvars) == 1 else list(values)
-        elif (inner := _called(eqn)) is not None:
+        elif (inner := jaxprs.called(eqn)) is not None:
             return self.walk(inner, values[len(values) - len(inner.invars) :], times)
         return plain
 
@@ -261,7 +259,7 @@ class _Counter:
         row[3] += times * total * other.depends
 
     def scan(self, eqn, values, times):
-        jaxpr, length = _body(eqn.params['jaxpr']), eqn.params['length']
+        jaxpr, length = jaxprs.body(eqn.params['jaxpr']), eqn.params['length']
         # counted by shapes, since the names of these numbers differ between versions of jax: what is scanned has one axis more outside
         num_rows = sum(outer.aval.ndim > inner.aval.ndim for outer, inner in zip(eqn.invars, jaxpr.invars, strict=True))
         num_carry = sum(outer.aval.ndim == inner.aval.ndim for outer, inner in zip(eqn.outvars, jaxpr.outvars, strict=True))
@@ -289,7 +287,7 @@ class _Counter:
         for branch in eqn.params['branches']:
             counter = _Counter()
             counter.layers = {name: [0, 0, 0, 0, row[4]] for name, row in self.layers.items()}
-            counter.walk(_body(branch), values, times)
+            counter.walk(jaxprs.body(branch), values, times)
             total = counter.other_forward + sum(row[1] for row in counter.layers.values())
             if best is None or total > best[0]:
                 best = total, counter
@@ -300,57 +298,3 @@ class _Counter:
         for name, row in counter.layers.items():
             counts = self.layers[name]
             self.layers[name] = [a + b for a, b in zip(counts[:4], row[:4], strict=True)] + [row[4]]
-
-
-def _body(jaxpr):
-    return getattr(jaxpr, 'jaxpr', jaxpr)
-
-
-def _called(eqn):
-    """Returns the jaxpr of a call (jit, checkpoint, custom_jvp_call, custom_vjp_call, ...), or None."""
-    for key in ('jaxpr', 'call_jaxpr', 'fun_jaxpr'):
-        if key in eqn.params:
-            return _body(eqn.params[key])
-    return None
-
-
-def _has_products(jaxpr) -> bool:
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name in ('dot_general', 'conv_general_dilated'):
-            return True
-        inner = [v for p in eqn.params.values() for v in (p if isinstance(p, (tuple, list)) else [p])]
-        if any(hasattr(_body(v), 'eqns') and _has_products(_body(v)) for v in inner):
-            return True
-    return False
-
-
-def _uses_in_dot(eqn):
-    """How often each entry of the left and of the right operand is used, and the number of multiply-adds."""
-    left, right = (v.aval for v in eqn.invars)
-    contracted = [left.shape[i] for i in eqn.params['dimension_numbers'][0][0]]
-    total = math.prod(eqn.outvars[0].aval.shape) * math.prod(contracted)
-    return total // max(left.size, 1), total // max(right.size, 1), total
-
-
-def _uses_in_convolution(eqn):
-    """Like `_uses_in_dot`; the uses of the kernel are an array of its shape, since padding is not counted."""
-    image, kernel = (v.aval for v in eqn.invars)
-    out, p = eqn.outvars[0].aval, eqn.params
-    numbers = p['dimension_numbers']
-    use = np.array(image.shape[numbers.lhs_spec[0]] // p['batch_group_count'], np.int64)
-    shape = [1] * kernel.ndim
-    for axis in range(len(p['window_strides'])):
-        kernel_axis, side = numbers.rhs_spec[2 + axis], image.shape[numbers.lhs_spec[2 + axis]]
-        taps, positions = kernel.shape[kernel_axis], out.shape[numbers.out_spec[2 + axis]]
-        pixel = (
-            np.arange(positions)[None, :] * p['window_strides'][axis]
-            + np.arange(taps)[:, None] * p['rhs_dilation'][axis]
-            - p['padding'][axis][0]
-        )
-        inside = (pixel >= 0) & (pixel <= (side - 1) * p['lhs_dilation'][axis]) & (pixel % p['lhs_dilation'][axis] == 0)
-        along_axis = list(shape)
-        along_axis[kernel_axis] = taps
-        use = use * inside.sum(1).reshape(along_axis)
-    use = np.broadcast_to(use, kernel.shape)
-    total = int(use.sum(dtype=np.int64))
-    return total // max(image.size, 1), use, total
