@@ -1,21 +1,11 @@
 """The report's figures as inline SVG: accuracy against density and operations, while training, and each layer's density over time."""
 
 import html
-import io
-import re
-import textwrap
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
-from sparse_jax.report import aggregate
-
-# Colours that matplotlib writes stand for CSS variables, which the page sets for either theme.
-_INK, _GRID = '#010203', '#040506'
-_SERIES = [f'#0a0b{i:02x}' for i in range(16, 24)]
-_DASHES: list[Any] = [(0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2))]  # of dense networks
-_VARIABLES = {_INK: 'var(--ink)', _GRID: 'var(--grid)'} | {c: f'var(--series-{i})' for i, c in enumerate(_SERIES)}
+from sparse_jax.report import aggregate, svg
 
 
 def overview(table: aggregate.Table, number: int) -> str:
@@ -27,48 +17,9 @@ def overview(table: aggregate.Table, number: int) -> str:
     )
     drawn = ''
     for name, draw, caption in captions:
-        if svg := _figure(lambda axes, draw=draw: draw(axes, table), f'{number}-{name}', (5.4, 3.7)):
-            drawn += f'<figure>{svg}<figcaption>{caption}</figcaption></figure>'
+        if drawing := svg.figure(lambda axes, draw=draw: draw(axes, table), f'{number}-{name}', (5.4, 3.7)):
+            drawn += f'<figure>{drawing}<figcaption>{caption}</figcaption></figure>'
     return drawn
-
-
-def _figure(draw: Callable[[Any], bool], salt: str, size: tuple[float, float]) -> str:
-    """An inline SVG of what `draw` draws on axes; empty where it draws nothing."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    style: Any = {
-        'svg.fonttype': 'none', 'svg.hashsalt': salt, 'font.size': 10, 'text.color': _INK, 'axes.labelcolor': _INK, 'axes.edgecolor': _INK,
-        'xtick.color': _INK, 'ytick.color': _INK, 'axes.titlecolor': _INK, 'grid.color': _GRID, 'axes.spines.top': False,
-        'axes.spines.right': False, 'text.parse_math': False, 'axes.grid': True, 'axes.axisbelow': True, 'legend.frameon': False, 'axes.titlesize': 10,
-    }  # fmt: skip
-    with mpl.rc_context(style):
-        figure = Figure(figsize=size, layout='constrained')
-        FigureCanvasSVG(figure)
-        if not draw(figure.subplots()):
-            return ''
-        buffer = io.StringIO()
-        figure.savefig(buffer, format='svg', transparent=True, metadata={'Date': None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index('<svg') :]
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, variable)
-    svg = re.sub(r'font: (\d+\S*) [^;\"]*', r'font: \1 system-ui, sans-serif', svg)
-    svg = re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.DOTALL)
-    return re.sub(
-        r'(<svg[^>]*?) width="[^"]*" height="[^"]*"|(<svg[^>]*?) height="[^"]*"([^>]*?) width="[^"]*"', r'\1\2\3', svg, count=1
-    )
-
-
-def _legend(axes) -> None:
-    """Below the axes, in as many columns as the figure is wide enough for; a label that is longer than a line takes several."""
-    handles, labels = axes.get_legend_handles_labels()
-    width = int(15 * axes.figure.get_figwidth())  # letters
-    labels = [textwrap.fill(label, int(0.75 * width)) for label in labels]
-    longest = max((len(line) for label in labels for line in label.split('\n')), default=0)
-    columns = max(1, min(4, width // (longest + 7)))
-    axes.figure.legend(handles, labels, loc='outside lower center', ncols=columns, fontsize=9)
 
 
 def _scale(table: aggregate.Table) -> tuple[float, str]:
@@ -92,7 +43,7 @@ def _series(axes, table: aggregate.Table, horizontal: Callable[[aggregate.Group]
         stats = [aggregate.interval(scale * group.values(table.metric)) for group in groups]
         half = np.nan_to_num([s.high - s.mean for s in stats])
         x, y = [aside * horizontal(group) for group in groups], [s.mean for s in stats]
-        colour = _SERIES[i % len(_SERIES)]
+        colour = svg.SERIES[i % len(svg.SERIES)]
         axes.errorbar(x, y, half, color=colour, marker='o', markersize=4, linewidth=1.5, capsize=2, elinewidth=1, label=label)
 
 
@@ -100,9 +51,9 @@ def _dense_band(axes, table: aggregate.Table) -> None:
     scale = _scale(table)[0]
     for i, group in enumerate(g for g in table.groups if g.method == 'dense'):
         mean = aggregate.interval(scale * group.values(table.metric))
-        axes.axhline(mean.mean, color=_INK, linewidth=1, linestyle=_DASHES[i % len(_DASHES)], label=group.label)
+        axes.axhline(mean.mean, color=svg.INK, linewidth=1, linestyle=svg.DASHES[i % len(svg.DASHES)], label=group.label)
         if not np.isnan(mean.error):
-            axes.axhspan(mean.low, mean.high, color=_INK, alpha=0.1, linewidth=0)
+            axes.axhspan(mean.low, mean.high, color=svg.INK, alpha=0.1, linewidth=0)
 
 
 def least_shown(values: Sequence[float]) -> float:
@@ -139,8 +90,8 @@ def _mark_outliers(axes) -> None:
                 textcoords='offset points',
                 ha='center',
                 fontsize=8,
-                color=_INK,
-                arrowprops={'arrowstyle': '->', 'color': _INK},
+                color=svg.INK,
+                arrowprops={'arrowstyle': '->', 'color': svg.INK},
             )
 
 
@@ -172,7 +123,7 @@ def _by_density(axes, table: aggregate.Table) -> bool:
     _keep_below_100(axes, table)
     metric = _scale(table)[1]
     axes.set(xlabel='density', ylabel=metric, title=f'{metric.rstrip(" %").partition(",")[0]} against density')
-    _legend(axes)
+    svg.legend(axes)
     return True
 
 
@@ -197,9 +148,11 @@ def _over_time(axes, table: aggregate.Table) -> bool:
     """One curve a method: dense, and each method's group of the middle density."""
     scale, metric = _scale(table)
     kind = 'accuracy' if table.metric == 'test_accuracy' else 'loss'
-    chosen = [(group, _INK, _DASHES[i % len(_DASHES)]) for i, group in enumerate(g for g in table.groups if g.method == 'dense')]
+    chosen = [
+        (group, svg.INK, svg.DASHES[i % len(svg.DASHES)]) for i, group in enumerate(g for g in table.groups if g.method == 'dense')
+    ]
     for i, groups in enumerate(_curves(table).values()):
-        chosen.append((groups[len(groups) // 2], _SERIES[i % len(_SERIES)], '-'))
+        chosen.append((groups[len(groups) // 2], svg.SERIES[i % len(svg.SERIES)], '-'))
     drawn = False
     for group, colour, dashes in chosen:
         curves = {}
@@ -220,7 +173,7 @@ def _over_time(axes, table: aggregate.Table) -> bool:
         low, high = np.quantile(values, 0.1 if kind == 'accuracy' else 0), np.quantile(values, 1 if kind == 'accuracy' else 0.9)
         axes.set_ylim(low - 0.1 * (high - low) - 1e-9, high + 0.1 * (high - low) + 1e-9)
         axes.set(xlabel='step', ylabel=metric.replace('test ', ''), title='while training')
-        _legend(axes)
+        svg.legend(axes)
     return drawn
 
 
@@ -242,8 +195,8 @@ def densities(table: aggregate.Table, number: int) -> list[str]:
         figures = ''
         for j, group in enumerate(groups):
             draw = lambda axes, group=group, low=low: _layer_densities(axes, group, low)
-            if svg := _figure(draw, f'{number}-{i}-{j}', (4.2, 3.1)):
-                figures += f'<figure>{svg}</figure>'
+            if drawing := svg.figure(draw, f'{number}-{i}-{j}', (4.2, 3.1)):
+                figures += f'<figure>{drawing}</figure>'
         if figures:
             seed = groups[0].runs[0].config['seed']
             is_open = '' if parts else ' open'
@@ -266,13 +219,13 @@ def _layer_densities(axes, group: aggregate.Group, low: float) -> bool:
         values = [density.get(name, np.nan) for _, density in rows]
         label = name.removesuffix('/kernel')
         if len(names) <= _NAMED:
-            look = dict(color=_SERIES[k % len(_SERIES)], label=label)
+            look = dict(color=svg.SERIES[k % len(svg.SERIES)], label=label)
         else:  # from the first layer, faint, to the last
             label = {0: f'{label} (faint) to', len(names) - 1: label}.get(k)
-            look = dict(color=_SERIES[0], alpha=0.25 + 0.75 * k / (len(names) - 1), label=label)
+            look = dict(color=svg.SERIES[0], alpha=0.25 + 0.75 * k / (len(names) - 1), label=label)
         axes.plot(steps, [*values, values[-1]], drawstyle='steps-post', linewidth=1.3, **look)
     axes.set(title=f'density {100 * group.density:.3g}%', xlabel='step', yscale='log', ylim=(0.8 * low, 1.25))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{100 * v:.3g}%'))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    _legend(axes)
+    svg.legend(axes)
     return True
