@@ -72,6 +72,7 @@ class Optimizer(_Section):
     schedule: str = 'step'
     warmup_steps: int = 0  # Steps of linear warm-up; 0: none.
     decay_every: int = 25_000  # Step schedule: steps between decays; 0: never decay.
+    decay_at: str = ''  # Step schedule: steps of its decays, separated by commas, in the place of optimizer.decay_every; empty: that decides.
     decay_factor: float = 0.1  # Step schedule: factor of each decay.
     final_factor: float = 0.0  # Cosine schedule: last learning rate, as a fraction of optimizer.learning_rate.
     momentum: float = 0.9  # SGD: decay of the momentum.
@@ -294,6 +295,7 @@ _ONLY_FOR = (
     (('optimizer.momentum', 'optimizer.nesterov'), 'optimizer.name', ('sgd',)),
     (('optimizer.beta1', 'optimizer.beta2'), 'optimizer.name', ('adamw',)),
     (('optimizer.final_factor',), 'optimizer.schedule', ('cosine',)),
+    (('optimizer.decay_at',), 'optimizer.schedule', ('step',)),
     (('sparsity.initial_density',), 'sparsity.method', ('granet', 'dense')),
     (('sparsity.accumulate_steps',), 'sparsity.method', ('rigl', 'dense')),
     (('sparsity.backward_density',), 'sparsity.method', ('top_kast', 'dense')),

@@ -23,6 +23,7 @@ from sparse_jax.core import errors, references
 from sparse_jax.models import by_lanes, layers, own, transformer
 from sparse_jax.models.cifar import VGG, AlexNet, WideResNet
 from sparse_jax.models.lenet import LeNet5, LeNet300
+from sparse_jax.models.resnet import ResNet50
 
 # name -> module and what distinguishes it
 _MODELS: dict[str, tuple[type[layers.Network], dict[str, Any]]] = {
@@ -37,6 +38,7 @@ _MODELS: dict[str, tuple[type[layers.Network], dict[str, Any]]] = {
     'wrn_22_8': (WideResNet, dict(depth=22, width=8)),
     'wrn_16_8': (WideResNet, dict(depth=16, width=8)),
     'wrn_16_10': (WideResNet, dict(depth=16, width=10)),
+    'resnet50': (ResNet50, {}),
     'transformer': (transformer.Transformer, {}),
 }
 DTYPES = ('float32', 'bfloat16')

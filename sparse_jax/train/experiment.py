@@ -66,7 +66,7 @@ def check_names(config: config_lib.Config) -> None:
     parts = dataclasses.replace(sparsity, method=method, start_step=0, stop_step=0)
     steps = config.train.schedule_steps or config.train.steps
     every = sparsity.update_every or (max(1, steps // 10) if steps else 10**8)
-    rule = _rule(dataclasses.replace(config, sparsity=parts), None, every, steps or min(10 * every, 2**31 - 1))
+    rule = rule_of(dataclasses.replace(config, sparsity=parts), None, every, steps or min(10 * every, 2**31 - 1))
     if sparsity.matrix_axes and not references.is_reference(config.model.name):
         raise ValueError(
             f'config.sparsity.matrix_axes={sparsity.matrix_axes!r} is for models of your own: all weights of {config.model.name} are [taps..., inputs, '
@@ -113,7 +113,7 @@ def build(config: config_lib.Config, *, num_examples: int, input_shape: tuple[in
         )
     schedule_steps = config.train.schedule_steps or total_steps
     update_every = config.sparsity.update_every or (1 if config.sparsity.method == 'truncation' else steps_per_epoch)
-    model = _model(config, input_shape, num_outputs)
+    model = model_of(config, input_shape, num_outputs)
     learning_rate = optimizer_lib.schedule(config.optimizer, schedule_steps)
     if total_steps > schedule_steps:
         learning_rate = optimizer_lib.held(learning_rate, schedule_steps)
@@ -123,7 +123,7 @@ def build(config: config_lib.Config, *, num_examples: int, input_shape: tuple[in
         raise ValueError(
             f'config.sparsity.groups={groups} must divide the {update_every} steps of sparsity.update_every: a group is updated every so often.'
         )
-    rule = None if config.sparsity.method == 'dense' else _rule(config, model.stacked, update_every // groups, schedule_steps)
+    rule = None if config.sparsity.method == 'dense' else rule_of(config, model.stacked, update_every // groups, schedule_steps)
     params = jax.eval_shape(model.init, jax.random.key(0))[0]
     spec = step_lib.StepSpec(
         model=model,
@@ -145,7 +145,7 @@ def build(config: config_lib.Config, *, num_examples: int, input_shape: tuple[in
     first_network = None
     if rule is not None and config.sparsity.method in starting_masks.STARTS:
         plain = dataclasses.replace(config, model=dataclasses.replace(config.model, layout='channels'))
-        scored = _model(plain, input_shape, num_outputs)
+        scored = model_of(plain, input_shape, num_outputs)
         parts: dict[str, Any] = dict(smoothing=config.train.label_smoothing, parts=config.train.accumulate)
         first_network = functools.partial(starting_masks.network, config.sparsity.method, scored, rule, **parts)
     return Experiment(
@@ -177,7 +177,7 @@ def _functions(spec: step_lib.StepSpec) -> dict[str, Any]:
     }
 
 
-def _model(config: config_lib.Config, input_shape: tuple[int, ...], num_outputs: int) -> models.Model:
+def model_of(config: config_lib.Config, input_shape: tuple[int, ...], num_outputs: int) -> models.Model:
     """The model, with those settings that it takes; ValueError for one that it does not."""
     settings = dataclasses.asdict(config.model)
     name, dtype, layout = (settings.pop(field) for field in ('name', 'dtype', 'layout'))
@@ -212,7 +212,7 @@ def _patterns(text: str) -> tuple[str, ...]:
     return tuple(pattern for pattern in text.split(',') if pattern)
 
 
-def _rule(config: config_lib.Config, stacked, update_every: int, total_steps: int) -> Rule:
+def rule_of(config: config_lib.Config, stacked, update_every: int, total_steps: int) -> Rule:
     """What the sparse optimizer does."""
     s = config.sparsity
     options: dict[str, Any] = dict(start_step=s.start_step, stacked=stacked, dense=_patterns(s.dense))

@@ -33,6 +33,8 @@ def parts(experiment: state_lib.Experiment, groups: int = 1) -> dict[str, int]:
             'masks or lists': _bytes(own.layout),
             'scores': max(scores, default=0),
         }
+    if not storage.has_masks(state):
+        return sizes | {'optimizer': _bytes(state.opt_state)}
     own = masks_lib.find_state(state.opt_state)
     kept = own.masks, own.grown, own.method_state
     return sizes | {'optimizer': _bytes(own.inner_state), 'masks or lists': _bytes(kept)}

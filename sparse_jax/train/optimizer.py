@@ -15,6 +15,9 @@ from sparse_jax.core import masks as masks_lib
 
 def _step(settings: config_lib.Optimizer, steps: int) -> optax.Schedule:
     del steps
+    if settings.decay_at:
+        boundaries = {step - settings.warmup_steps: settings.decay_factor for step in decays(settings)}
+        return optax.piecewise_constant_schedule(settings.learning_rate, boundaries)
     if settings.decay_every == 0:
         return optax.constant_schedule(settings.learning_rate)
     return optax.exponential_decay(settings.learning_rate, settings.decay_every, settings.decay_factor, staircase=True)
@@ -34,6 +37,22 @@ SCHEDULES: dict[str, Callable[[config_lib.Optimizer, int], optax.Schedule]] = {
     'cosine': _cosine,
     'constant': _constant,
 }
+
+
+def decays(settings: config_lib.Optimizer) -> list[int]:
+    """The steps that ``decay_at`` lists; ValueError where they are no rising numbers after the warm-up.
+
+    >>> decays(config_lib.Optimizer(decay_at='100,200'))
+    [100, 200]
+    """
+    parts = settings.decay_at.split(',')
+    steps = [int(part) for part in parts if part.strip().isdecimal()]
+    if len(steps) < len(parts) or steps != sorted(set(steps)) or steps[0] <= settings.warmup_steps:
+        raise ValueError(
+            f'config.optimizer.decay_at={settings.decay_at!r}: must be steps in rising order, separated by commas, all after the '
+            f'{settings.warmup_steps} of the warm-up, such as 30000,60000.'
+        )
+    return steps
 
 
 def schedule(settings: config_lib.Optimizer, total_steps: int) -> optax.Schedule:

@@ -66,6 +66,15 @@ def test_the_original_schedule_has_no_warm_up_and_zero_never_decays():
     assert float(optimizer.schedule(config_lib.Optimizer(decay_every=0), 100)(99)) == pytest.approx(0.1)
 
 
+def test_decays_at_listed_steps_count_from_the_start_of_the_training():
+    made = config_lib.Optimizer(decay_at='20,50', warmup_steps=10, decay_every=3)
+    rate = optimizer.schedule(made, 100)
+    assert [round(float(rate(t)), 6) for t in (10, 19, 20, 49, 50, 99)] == [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    for wrong in ('50,20', '20,', 'a', '5', '20,20'):
+        with pytest.raises(ValueError, match='config.optimizer.decay_at=.* must be steps in rising order.* after the 10 of the warm-up'):
+            optimizer.schedule(config_lib.Optimizer(decay_at=wrong, warmup_steps=10), 100)
+
+
 def test_wrong_names_and_a_warm_up_longer_than_the_training():
     for values, message in (
         (dict(optimizer__name='adam'), "optimizer.name='adam' does not exist. Did you mean 'adamw'"),

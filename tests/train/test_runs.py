@@ -404,7 +404,7 @@ def test_settings_that_do_not_go_together_are_told_before_a_file_is_made(setting
 
 
 def test_settings_of_methods_reach_the_rule():
-    rule = lambda **settings: experiment_lib._rule(_config(**settings), None, 40, 4000)
+    rule = lambda **settings: experiment_lib.rule_of(_config(**settings), None, 40, 4000)
     assert rule(sparsity__method='srigl', sparsity__ablation=0.0).ablation == 0
     assert rule(sparsity__method='srigl').ablation == 0.3
     assert rule(sparsity__method='top_kast', sparsity__backward_density=0.3).backward_density == 0.3
