@@ -72,7 +72,9 @@ class Optimizer(_Section):
     schedule: str = 'step'
     warmup_steps: int = 0  # Steps of linear warm-up; 0: none.
     decay_every: int = 25_000  # Step schedule: steps between decays; 0: never decay.
-    decay_at: str = ''  # Step schedule: steps of its decays, separated by commas, in the place of optimizer.decay_every; empty: that decides.
+    decay_at: str = (
+        ''  # Step schedule: steps of its decays, separated by commas, in the place of optimizer.decay_every; empty: that decides.
+    )
     decay_factor: float = 0.1  # Step schedule: factor of each decay.
     final_factor: float = 0.0  # Cosine schedule: last learning rate, as a fraction of optimizer.learning_rate.
     momentum: float = 0.9  # SGD: decay of the momentum.

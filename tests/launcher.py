@@ -20,7 +20,7 @@ warnings.filterwarnings('ignore', 'os.fork', RuntimeWarning)  # JAX's: there is 
 sys.argv[:] = ['launch.py']
 from absl import app
 from sparse_jax.launch import command_line, main
-import sparse_jax.report.run_report, sparse_jax.report.write, sparse_jax.train.sweep, sparse_jax.aot.lowering
+import sparse_jax.report.run_report, sparse_jax.report.write, sparse_jax.train.sweep, sparse_jax.aot.lowering, sparse_jax.plan.run
 gc.collect()
 gc.freeze()  # or each child would touch, and so copy, every page of this process when it ends
 for line in sys.stdin:

@@ -30,6 +30,10 @@ MODES = {
         'Train the dense network, then --rounds of pruning, rewinding to --rewind_step and training.',
         ('config', 'workdir', 'rounds', 'rewind_step'),
     ),
+    'plan': _Mode(
+        'Say which of --devices, which mesh and which density are best for a config; runs nothing.',
+        ('config', 'workdir', 'devices', 'vocabulary', 'hardware', 'prices', 'deadline', 'exact'),
+    ),
     'report': _Mode('Summarize finished runs in tables, figures and a page.', ('workdir', 'runs')),
 }
 
@@ -69,6 +73,12 @@ ROUNDS = flags.DEFINE_string(
     'rounds', None, 'Rounds of --mode=lottery (5), the last at sparsity.density; or the density of each, as 0.5,0.2,0.05.'
 )
 REWIND_STEP = flags.DEFINE_integer('rewind_step', None, 'Step whose weights each round of --mode=lottery starts with (0).', 0)
+DEVICES = flags.DEFINE_string('devices', None, 'Devices of --mode=plan, such as 8xH100,16xv5e, or cpu for this machine.')
+VOCABULARY = flags.DEFINE_integer('vocabulary', None, 'Tokens or classes of data that --mode=plan does not read.')
+HARDWARE = flags.DEFINE_string('hardware', None, 'JSON file with more devices for --mode=plan, or corrections of known ones.')
+PRICES = flags.DEFINE_string('prices', None, 'Prices of an hour of a device for --mode=plan, as H100=2.5,A100=1.3.')
+DEADLINE = flags.DEFINE_float('deadline', None, 'Hours that the training may take, for --mode=plan.')
+EXACT = flags.DEFINE_boolean('exact', False, "Ask the platform's compiler for the memory of the best plan, with --mode=plan.")
 LOWER_ONLY = flags.DEFINE_string(
     'lower_only',
     None,
@@ -81,7 +91,8 @@ PROCESS = flags.DEFINE_integer('process_id', None, 'With --coordinator: number o
 INITIALIZATION = flags.DEFINE_integer('initialization_timeout', 120, 'Seconds to wait for all hosts to come (120).', 1)
 HEARTBEAT = flags.DEFINE_integer('heartbeat_timeout', 30, 'Seconds until a silent host counts as dead (30).', 1)
 DEBUG = flags.DEFINE_boolean('debug', False, 'Show the tracebacks and notes of libraries where a run fails.')
-_OF_MODES = (CONFIG, WORKDIR, SWEEP, JOBS, RUNS, TO, INIT_FROM, ROUNDS, REWIND_STEP)
+_OF_PLANS = (DEVICES, VOCABULARY, HARDWARE, PRICES, DEADLINE, EXACT)
+_OF_MODES = (CONFIG, WORKDIR, SWEEP, JOBS, RUNS, TO, INIT_FROM, ROUNDS, REWIND_STEP, *_OF_PLANS)
 _OF_HOSTS = (COORDINATOR, PROCESSES, PROCESS, INITIALIZATION, HEARTBEAT)
 FLAGS = (
     CONFIG,
@@ -95,6 +106,7 @@ FLAGS = (
     INIT_FROM,
     ROUNDS,
     REWIND_STEP,
+    *_OF_PLANS,
     LOWER_ONLY,
     DEBUG,
     DISTRIBUTED,
@@ -119,7 +131,7 @@ def _arguments(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def _missing(name: str, folder: str | None = None) -> str:
     examples = {
-        'config': 'configs/mnist_lenet300.py:offline', 'workdir': 'runs/mnist_lenet300', 'sweep': "'seed=0,1,2'", 'to': 'network.npz',
+        'config': 'configs/mnist_lenet300.py:offline', 'workdir': 'runs/mnist_lenet300', 'sweep': "'seed=0,1,2'", 'to': 'network.npz', 'devices': '8xH100,8xA100',
     }  # fmt: skip
     of_run = ' With the --workdir of a run that exists none is needed.' if name == 'config' else ''
     if of_run and folder and not os.path.lexists(folder):
@@ -192,8 +204,9 @@ def _check_mode() -> None:
     takes = MODES[name].flags
     if 'config' in takes and not CONFIG.value:
         raise usage.WrongConfig(_missing('config', WORKDIR.value))
-    for flag in (WORKDIR, SWEEP, TO):
-        if flag.name in takes and not flag.value and not LOWER_ONLY.value:
+    for flag in (WORKDIR, SWEEP, TO, DEVICES):
+        is_optional = LOWER_ONLY.value or (flag is WORKDIR and name == 'plan')
+        if flag.name in takes and not flag.value and not is_optional:
             raise ValueError(_missing(flag.name))
     for flag in _OF_MODES:
         if flag.value and flag.name not in takes:
@@ -237,7 +250,7 @@ def parse(argv: Sequence[str]) -> list[str]:
             sys.exit(0)
         _check_mode()
         _check_hosts()
-        if LOWER_ONLY.value:
+        if LOWER_ONLY.value or MODE.value == 'plan':
             os.environ['JAX_PLATFORMS'] = 'cpu'  # nothing runs, on no accelerator
     except usage.WrongConfig as error:
         wrong_input(error)

@@ -67,6 +67,26 @@ def _lottery(folder: pathlib.Path) -> None:
     print(f'table:   {folder / lottery.TABLE}\npicture: {report.draw(folder)}')
 
 
+def _plan() -> None:
+    """Says which devices are best, and writes the page where a folder is named."""
+    from sparse_jax.plan import run
+
+    own = flag.HARDWARE.value
+    config_flag = flag.of_config()[0]
+    run.run(
+        flag.CONFIG.value,
+        pathlib.Path(config_flag.partition('=')[2].partition(':')[0]).stem,
+        flag.DEVICES.value or '',
+        folder=pathlib.Path(flag.WORKDIR.value) if flag.WORKDIR.value else None,
+        outputs=flag.VOCABULARY.value,
+        own_hardware=pathlib.Path(own) if own else None,
+        prices=run.parse_prices(flag.PRICES.value or ''),
+        deadline=flag.DEADLINE.value,
+        exact=flag.EXACT.value,
+        command=' '.join(['python', pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
+    )
+
+
 def _join_hosts() -> None:
     """Finds the other processes of a job of many hosts."""
     from sparse_jax.runtime import hosts
@@ -95,6 +115,8 @@ def _do(folder: pathlib.Path) -> None:
         _sweep(folder)
     elif flag.MODE.value == 'lottery':
         _lottery(folder)
+    elif flag.MODE.value == 'plan':
+        _plan()
     elif flag.MODE.value == 'evaluate':
         train.evaluate(flag.CONFIG.value, folder)
     elif flag.MODE.value == 'export':

@@ -6,6 +6,8 @@ torchvision: normal of variance 2 / fan-out for convolutions.
 Reference: He et al., Deep residual learning for image recognition, 2016.
 """
 
+from typing import Any
+
 from flax import nnx
 
 from sparse_jax.models import layers
@@ -42,7 +44,9 @@ class _Bottleneck(nnx.Module):
 
 def _conv(inputs: int, outputs: int, size: int, stride: int, rngs: nnx.Rngs) -> Conv:
     padding = ((size // 2, size // 2),) * 2  # PyTorch's: with stride 2 'SAME' would pad the other side
-    return Conv(inputs, outputs, (size, size), strides=(stride, stride), padding=padding, use_bias=False, init=layers.he_fan_out, rngs=rngs)
+    return Conv(
+        inputs, outputs, (size, size), strides=(stride, stride), padding=padding, use_bias=False, init=layers.he_fan_out, rngs=rngs
+    )
 
 
 class ResNet50(Network):
@@ -66,7 +70,8 @@ class ResNet50(Network):
     def __call__(self, x, *, train: bool, rng=None, patterns=None):
         del rng
         x = self.conv(x, pattern_at(patterns, 'conv', 'kernel'))
-        x = nnx.max_pool(relu(self.norm(x, train=train)), (3, 3), (2, 2), ((1, 1), (1, 1)))
+        padding: Any = ((1, 1), (1, 1))  # which flax takes, and whose type it does not say
+        x = nnx.max_pool(relu(self.norm(x, train=train)), (3, 3), (2, 2), padding)
         for stage, (_, blocks) in enumerate(_STAGES, 1):
             for i in range(1, blocks + 1):
                 name = f'block{stage}_{i}'

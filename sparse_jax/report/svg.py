@@ -50,3 +50,21 @@ def legend(axes) -> None:
     longest = max((len(line) for label in labels for line in label.split('\n')), default=0)
     columns = max(1, min(4, width // (longest + 7)))
     axes.figure.legend(handles, labels, loc='outside lower center', ncols=columns, fontsize=9)
+
+
+def plain_axis(axis, base: int) -> None:
+    """Numbers as people write them on a logarithmic axis, at powers of the base, and between these where there are few."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(base=base, subs=(1.0,) if base == 2 else (1.0, 2.0, 5.0), numticks=9))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:,.0f}' if 1 <= value < 1e6 else f'{value:g}'))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def percent_axis(axis) -> None:
+    """Shares as percents on a logarithmic axis."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f'{100 * value:g}%'))
+    axis.set_minor_formatter(NullFormatter())

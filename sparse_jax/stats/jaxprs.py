@@ -21,6 +21,17 @@ def called(eqn):
     return None
 
 
+def scan(eqn) -> tuple[Any, int, int, int]:
+    """Of a scan: the jaxpr of a round, how many there are, and how many of its arguments are constants and carried.
+
+    Counted by shapes, since the names of these numbers differ between versions of jax: what is scanned has one axis more outside.
+    """
+    inner = body(eqn.params['jaxpr'])
+    num_rows = sum(outside.aval.ndim > inside.aval.ndim for outside, inside in zip(eqn.invars, inner.invars, strict=True))
+    num_carry = sum(outside.aval.ndim == inside.aval.ndim for outside, inside in zip(eqn.outvars, inner.outvars, strict=True))
+    return inner, eqn.params['length'], len(eqn.invars) - num_carry - num_rows, num_carry
+
+
 def has_products(jaxpr) -> bool:
     """Whether there is a product in a jaxpr, or in any that it calls."""
     for eqn in jaxpr.eqns:

@@ -259,11 +259,7 @@ class _Counter:
         row[3] += times * total * other.depends
 
     def scan(self, eqn, values, times):
-        jaxpr, length = jaxprs.body(eqn.params['jaxpr']), eqn.params['length']
-        # counted by shapes, since the names of these numbers differ between versions of jax: what is scanned has one axis more outside
-        num_rows = sum(outer.aval.ndim > inner.aval.ndim for outer, inner in zip(eqn.invars, jaxpr.invars, strict=True))
-        num_carry = sum(outer.aval.ndim == inner.aval.ndim for outer, inner in zip(eqn.outvars, jaxpr.outvars, strict=True))
-        num_consts = len(values) - num_carry - num_rows
+        jaxpr, length, num_consts, num_carry = jaxprs.scan(eqn)
         consts, carry, rows = values[:num_consts], values[num_consts : num_consts + num_carry], values[num_consts + num_carry :]
         carry = [_Value(None, None, v.depends, v.lost) for v in carry]
         done = 0

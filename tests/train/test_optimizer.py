@@ -71,7 +71,9 @@ def test_decays_at_listed_steps_count_from_the_start_of_the_training():
     rate = optimizer.schedule(made, 100)
     assert [round(float(rate(t)), 6) for t in (10, 19, 20, 49, 50, 99)] == [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
     for wrong in ('50,20', '20,', 'a', '5', '20,20'):
-        with pytest.raises(ValueError, match='config.optimizer.decay_at=.* must be steps in rising order.* after the 10 of the warm-up'):
+        with pytest.raises(
+            ValueError, match='config.optimizer.decay_at=.* must be steps in rising order.* after the 10 of the warm-up'
+        ):
             optimizer.schedule(config_lib.Optimizer(decay_at=wrong, warmup_steps=10), 100)
 
 

@@ -1,0 +1,161 @@
+"""Devices as data: what a vendor's sheet says of them, with its source and date, and what was measured of them.
+
+Peaks are of dense products: vendors print twice that, for 2:4 sparsity. A file of one's own adds devices, prices or corrections, in the same
+format as ``devices.json`` beside this file.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from sparse_jax.core import errors
+
+_FILE = pathlib.Path(__file__).with_name('devices.json')
+# A tensor core's share of its peak, a copy's of the bandwidth, and a kernel's start, where nothing was measured.
+_USUAL = {
+    'gpu': dict(products=0.55, convolutions=0.4, bandwidth=0.83, links=0.75, overlap=0.8, overlap_activations=0.0, launch_us=3.0),
+    'tpu': dict(products=0.8, convolutions=0.55, bandwidth=0.85, links=0.8, overlap=0.85, overlap_activations=0.5, launch_us=1.0),
+    'cpu': dict(products=0.8, convolutions=0.6, bandwidth=0.8, links=0.8, overlap=0.0, overlap_activations=0.0, launch_us=5.0),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # what is computed of one is kept by which it is
+class Device:
+    """One device of a kind.
+
+    Attributes:
+      name: short, as ``--devices`` takes it.
+      title: as its vendor calls it.
+      kind: gpu, tpu or cpu.
+      peak: dense operations a second by type (two for a multiply-add).
+      memory: bytes.
+      bandwidth: bytes a second.
+      cache: bytes of the last cache.
+      link: bytes a second to the other devices of a host (of a TPU: of its pod), each way.
+      per_host: devices of a host (of a TPU: of a pod).
+      network: bytes a second to other hosts, a device.
+      watts: of the device; None: not published.
+      price: an hour, in any currency; None: not given.
+      efficiency: parts of the peaks that are reached: products, convolutions, bandwidth, links; the part of the backward pass that
+        communication hides behind, and of activations' communication that hides; microseconds of a launch.
+      sparse: of CPUs: the part of the peak that sparse kernels reach on existing weights, as pairs (density, part), of products and
+        convolutions.
+      fitted_on: the trainings that these were chosen by; empty: none, they are those of its kind.
+      has_blocks: whether kernels of this package multiply by blocks on it.
+      source: where the figures are from, and their date.
+    """
+
+    name: str
+    title: str
+    kind: str
+    peak: Mapping[str, float]
+    memory: float
+    bandwidth: float
+    cache: float
+    link: float
+    per_host: int
+    network: float
+    watts: float | None
+    price: float | None
+    efficiency: Mapping[str, float]
+    sparse: Mapping[str, tuple[tuple[float, float], ...]]
+    fitted_on: str
+    has_blocks: bool
+    source: str
+
+    def operations(self, dtype: str) -> float:
+        """The peak of a type: of float32 as XLA multiplies it, by tensor cores where there are such."""
+        for name in ('tf32' if dtype == 'float32' else dtype, 'bfloat16' if dtype != 'float32' else 'float32', 'float32'):
+            if name in self.peak:
+                return self.peak[name]
+        return max(self.peak.values())
+
+
+@functools.cache
+def _shipped() -> dict[str, Any]:
+    return json.loads(_FILE.read_text())
+
+
+def devices(own: pathlib.Path | None = None, prices: Mapping[str, float] | None = None) -> dict[str, Device]:
+    """All known devices by name; ValueError for a file or a price that cannot be used.
+
+    >>> devices()['H100'].operations('bfloat16') / 1e12
+    989.4
+    """
+    rows = dict(_shipped())
+    if own is not None:
+        try:
+            added = json.loads(own.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f'--hardware={own} cannot be read ({error}).') from error
+        if not isinstance(added, dict) or not all(isinstance(row, dict) for row in added.values()):
+            raise ValueError(f'--hardware={own}: must hold an object of devices by name, as sparse_jax/plan/devices.json does.')
+        for name, row in added.items():
+            rows[name] = {**rows.get(name, {}), **row}
+    made = {name: _device(name, row) for name, row in rows.items()}
+    for name, price in (prices or {}).items():
+        found = find(name, made)
+        made[found.name] = dataclasses.replace(found, price=price)
+    return made
+
+
+def _device(name: str, row: Mapping[str, Any]) -> Device:
+    missing = [key for key in ('kind', 'dense_tflops', 'memory_gb', 'bandwidth_gb_s') if key not in row]
+    if missing:
+        raise ValueError(f'--hardware: {name} lacks {", ".join(missing)}.')
+    if row['kind'] not in _USUAL:
+        raise errors.unknown(f'--hardware: the kind of {name}', row['kind'], _USUAL)
+    gb = 1e9
+    is_pod = row['kind'] == 'tpu'
+    return Device(
+        name=name,
+        title=row.get('title', name),
+        kind=row['kind'],
+        peak={dtype: 1e12 * value for dtype, value in row['dense_tflops'].items()},
+        memory=row['memory_gb'] * gb,
+        bandwidth=row['bandwidth_gb_s'] * gb,
+        cache=row.get('cache_mb', 0) * 1e6,
+        link=row.get('link_gb_s', 0) * gb,
+        per_host=row.get('pod', 1) if is_pod else row.get('devices_per_host', 1),
+        network=row.get('network_gb_s', 0) * gb,
+        watts=row.get('watts'),
+        price=row.get('price'),
+        efficiency=_USUAL[row['kind']] | row.get('efficiency', {}),
+        sparse={name: tuple((d, e) for d, e in pairs) for name, pairs in row.get('sparse', {}).items()},
+        fitted_on=row.get('fitted_on', ''),
+        has_blocks=row.get('blocks', False),
+        source=f'{row.get("source", "yours")}, {row.get("date", "no date")}',
+    )
+
+
+def find(name: str, known: Mapping[str, Device]) -> Device:
+    """The device of that name or alias, whatever its case; ValueError with the nearest names where there is none."""
+    plain = lambda text: re.sub(r'[^a-z0-9]', '', text.lower())
+    names = {plain(key): key for key in known}
+    names |= {plain(alias): key for key, row in _shipped().items() for alias in row.get('aliases', []) if key in known}
+    if plain(name) not in names:
+        raise errors.unknown('--devices', name, known)
+    return known[names[plain(name)]]
+
+
+def parse(text: str, known: Mapping[str, Device]) -> list[tuple[int, Device]]:
+    """What ``--devices`` names: ``8xH100,16xv5e``; ValueError for anything else.
+
+    >>> [(number, device.name) for number, device in parse('8xH100,v5e', devices())]
+    [(8, 'H100'), (1, 'v5e')]
+    """
+    found = []
+    for part in filter(None, (part.strip() for part in text.split(','))):
+        match = re.fullmatch(r'(?:(\d+)\s*[x*]\s*)?(.+)', part)
+        assert match is not None
+        number = int(match[1] or 1)
+        if number < 1:
+            raise ValueError(f'--devices={part}: must be at least one.')
+        found.append((number, find(match[2], known)))
+    if not found:
+        raise ValueError('--devices is empty: name devices, such as 8xH100,16xv5e.')
+    return found
