@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from sparse_jax._version import __version__
 
 if TYPE_CHECKING:
-    from sparse_jax import compact, export, kernels, nnx, stats
+    from sparse_jax import compact, export, kernels, nnx, plan, stats
     from sparse_jax.core import allocation as redistribution
     from sparse_jax.core import criteria, distributions, granularity, matrix_axes, methods, momentum, saliency, schedules, selection
     from sparse_jax.core.masks import SparsifyState, UpdateStats, apply_masks, check_sparse, get_masks, layer_names, set_masks
@@ -42,6 +42,7 @@ __all__ = [
     'momentum',
     'needs_dense_gradient',
     'nnx',
+    'plan',
     'prune',
     'redistribution',
     'saliency',
@@ -53,7 +54,7 @@ __all__ = [
     'stats',
 ]
 
-_PACKAGES = ('compact', 'export', 'kernels', 'nnx', 'stats')
+_PACKAGES = ('compact', 'export', 'kernels', 'nnx', 'plan', 'stats')
 _OF_CORE = {  # modules of the core by their public names
     'criteria': 'criteria', 'distributions': 'distributions', 'granularity': 'granularity', 'masks': 'masks', 'matrix_axes': 'matrix_axes',
     'methods': 'methods',    'momentum': 'momentum', 'redistribution': 'allocation', 'saliency': 'saliency', 'schedules': 'schedules', 'selection': 'selection',

@@ -59,7 +59,7 @@ def test_help_and_wrong_configs_tell_what_there_is_without_jax(tmp_path):
     for (flags, code, beginning), (answered, stderr) in zip(FRONT, answers, strict=True):
         assert answered == code and stderr.startswith(beginning), (flags, stderr)
         assert '  configs/mnist_lenet300.py :offline\n      LeNet-300-100 on MNIST at 5% of the weights.\n' in stderr, flags
-        assert stderr.count('  configs/') == 14 and 'configs/cifar10.py\n' not in stderr.partition('\n')[2], flags
+        assert stderr.count('  configs/') == 15 and 'configs/cifar10.py\n' not in stderr.partition('\n')[2], flags
         assert '--list_settings' in stderr and 'python launch.py --config=configs/mnist_lenet300.py:offline --workdir=' in stderr
         if beginning.startswith('usage'):
             assert all(f'\n  --{name} ' in stderr for name in ('config', 'workdir', 'sweep', 'distributed', 'process_id')), flags

@@ -73,6 +73,15 @@ def options(name: str) -> list[str]:
     return [option for option in taken if option not in {'self', 'input_shape', 'num_outputs', 'rngs', *fixed}]
 
 
+def takes_lanes(name: str) -> bool:
+    """Whether a model's images may lie by lanes: see by_lanes.py.
+
+    >>> takes_lanes('vgg_d'), takes_lanes('lenet5')
+    (True, False)
+    """
+    return name in _MODELS and _MODELS[name][0].takes_lanes
+
+
 def create(
     name: str,
     *,

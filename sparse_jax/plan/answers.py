@@ -159,7 +159,11 @@ def reasons(answer: Answer, others: Sequence[Answer] = ()) -> list[str]:
         sent = plan.step.hidden + plan.step.communication
         hides = f'{plan.step.hidden / sent:.0%} of it behind other work' if sent else 'nothing'
         sentences.append(
-            f'Each device sends {plan.step.sent.bytes / 1e6:,.0f} MB a step, which takes {1e3 * sent:.2g} ms; it hides {hides}.'
+            f'Each device sends {plan.step.sent.bytes / 1e6:,.0f} MB a step, which takes {milliseconds(sent)} ms; it hides {hides}.'
+        )
+    if network.is_transformer and plan.choice.keeps_scores(answer.device):
+        sentences.append(
+            f'Attention runs as XLA makes it on {answer.device.name}: its scores are written and kept for the backward pass.'
         )
     if network.rule is not None:
         sentences.append(answer.kernels)
@@ -229,13 +233,31 @@ def hours(value: float) -> str:
     """A time for people.
 
     >>> hours(0.01), hours(1.26), hours(100)
-    ('36 s', '1.3 hours', '4.2 days')
+    ('36 s', '1.3 h', '4.2 days')
     """
     if value < 1 / 60:
         return f'{3600 * value:.2g} s'
     if value < 1:
         return f'{60 * value:.2g} min'
-    return f'{value:.2g} hours' if value < 48 else f'{value / 24:.2g} days'
+    return f'{value:.2g} h' if value < 48 else f'{value / 24:.2g} days'
+
+
+def many(value: float) -> str:
+    """A large number for people.
+
+    >>> many(26971.3), many(1814759)
+    ('26,971', '1.81M')
+    """
+    return f'{value:,.0f}' if value < 1e6 else f'{value / 1e6:.2f}M'
+
+
+def milliseconds(seconds: float) -> str:
+    """A step's time for people, in milliseconds.
+
+    >>> milliseconds(0.0012345), milliseconds(2.5217)
+    ('1.23', '2,522')
+    """
+    return f'{1e3 * seconds:.3g}' if seconds < 0.1 else f'{1e3 * seconds:,.0f}'
 
 
 def gigabytes(value: float) -> str:

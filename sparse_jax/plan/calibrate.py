@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparse_jax._malloc import MALLOC
 from sparse_jax.core.granularity import Unstructured
 from sparse_jax.kernels import measure
 from sparse_jax.kernels.cpu import compiler
@@ -32,20 +34,30 @@ _SAME = Geometry(padding=((1, 1), (1, 1)))
 # [batch / 16, height, width, in, 16], and the kernel: layers of VGG and of wide residual networks
 _CONVOLUTIONS = (((4, 16, 16, 128, 16), (3, 3, 128, 128)), ((4, 8, 8, 256, 16), (3, 3, 256, 256)))
 _PRODUCTS = (((512, 1, 1, 512), (1, 1, 512, 512)), ((2048, 1, 1, 192), (1, 1, 192, 512)))
-_SUM = """
+_PROGRAM = """
 import sys, time, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-jax.distributed.initialize(f'localhost:{sys.argv[1]}', 2, int(sys.argv[2]))
+port, number, index, size = (int(x) for x in sys.argv[1:5])
+if number > 1:
+    jax.distributed.initialize(f'localhost:{port}', number, index)
 mesh = Mesh(np.array(jax.devices()), ('data',))
-x = jax.make_array_from_callback((2, 4 * 2**20), NamedSharding(mesh, P('data')), lambda i: np.ones((1, 4 * 2**20), np.float32))
-step = jax.jit(lambda x: x.sum(0), out_shardings=NamedSharding(mesh, P()))
-step(x).block_until_ready()
-times = []
-for _ in range(9):
-    begin = time.perf_counter()
-    step(x).block_until_ready()
-    times.append(time.perf_counter() - begin)
-print('seconds', sorted(times)[4])
+replicated, split = NamedSharding(mesh, P()), NamedSharding(mesh, P('data'))
+w = jax.device_put(np.full((size, size), 1e-3, np.float32), replicated) if number == 1 else jax.make_array_from_callback(
+    (size, size), replicated, lambda i: np.full((size, size), 1e-3, np.float32)[i])
+x = jax.make_array_from_callback((number * 256, size), split, lambda i: np.ones((number * 256, size), np.float32)[i])
+loss = lambda w, x: jnp.mean(jnp.square(jnp.tanh(x @ w) @ w))
+def local(w, x):
+    return jax.grad(loss)(w, x)[None]
+alone = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P('data')), out_specs=P('data'), check_vma=False))
+whole = jax.jit(jax.grad(loss), out_shardings=replicated)
+for name, step in (('alone', alone), ('whole', whole)):
+    step(w, x).block_until_ready()
+    times = []
+    for _ in range(9):
+        begin = time.perf_counter()
+        step(w, x).block_until_ready()
+        times.append(time.perf_counter() - begin)
+    print(name, sorted(times)[4])
 """
 
 
@@ -74,16 +86,42 @@ def _layers(shapes: tuple, density: float | None) -> float:
     return math.exp(float(np.mean(np.log(rates))))
 
 
-def _sum_rate() -> float:
-    """Bytes a second that a process sends in a sum over two."""
+def step_of_processes(processes: int, size: int) -> tuple[float, float]:
+    """Seconds of a training step of a few large products, by processes that share this machine: with the sum of its gradient, and without.
+
+    Args:
+      processes: how many; each has a part of the batch.
+      size: side of the weight, float32.
+    """
     with socket.socket() as free:
         free.bind(('localhost', 0))
         port = free.getsockname()[1]
     environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1'}
-    command = [sys.executable, '-c', _SUM, str(port)]
-    processes = [subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True, env=environment) for i in (0, 1)]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    return 4 * 4 * 2**20 / float(outputs[0].split()[-1])  # 2 (P - 1) / P of 16 MiB
+    command = [sys.executable, '-c', _PROGRAM, str(port), str(processes)]
+    started = [
+        subprocess.Popen(
+            [*command, str(i), str(size)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        )
+        for i in range(processes)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    of_step = [
+        line.split() for line in outputs[0].splitlines() if line.startswith(('alone', 'whole'))
+    ]  # gloo prints lines of its own
+    times = dict(of_step)
+    return float(times['whole']), float(times['alone'])
+
+
+def _sum_rate(size: int = 1024) -> float:
+    """Bytes a second that a process sends of a gradient that two add up."""
+    whole, alone = step_of_processes(2, size)
+    return 4 * size**2 / max(whole - alone, 1e-6)  # 2 (P - 1) / P of it is the whole
+
+
+def _model() -> str:
+    """What the processor is called."""
+    found = re.search(r'model name\s*:\s*(.+)', compiler.processor())
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def measured() -> dict[str, Any]:
@@ -105,7 +143,7 @@ def measured() -> dict[str, Any]:
     rate = _sum_rate()
     pages = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     return {
-        'title': f'{os.cpu_count()} cores, {compiler.processor()}'[:80],
+        'title': f'{os.cpu_count()} cores of {_model()}',
         'kind': 'cpu',
         'dense_tflops': {'float32': round(peak / 1e12, 4)},
         'memory_gb': round(pages / 1e9, 1),
@@ -123,6 +161,12 @@ def measured() -> dict[str, Any]:
 
 def main() -> None:
     """Measures, prints and writes."""
+    if 'GLIBC_TUNABLES' not in os.environ:  # keep freed memory, as the launcher does
+        os.execve(
+            sys.executable,
+            [sys.executable, '-m', 'sparse_jax.plan.calibrate', *sys.argv[1:]],
+            os.environ | {'GLIBC_TUNABLES': MALLOC},
+        )
     row = {'cpu': measured()}
     text = json.dumps(row, indent=2)
     print(text)

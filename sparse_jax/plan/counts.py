@@ -70,8 +70,8 @@ def count(apply: Callable[..., Any], params: Any, *inputs: Any) -> Counts:
       Its counts.
 
     Example:
-      >>> shapes = {'w': jax.ShapeDtypeStruct((8, 4), jnp.float32)}
-      >>> counted = count(lambda p, x: jnp.tanh(x @ p['w']), shapes, jax.ShapeDtypeStruct((1, 8), jnp.float32))
+      >>> shapes = {'w': jax.ShapeDtypeStruct((8, 4), 'float32')}
+      >>> counted = count(lambda p, x: jax.numpy.tanh(x @ p['w']), shapes, jax.ShapeDtypeStruct((1, 8), 'float32'))
       >>> counted.forward, counted.parameters
       (32, 32)
     """

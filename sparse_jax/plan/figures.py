@@ -76,9 +76,9 @@ def _by_number(axes, answers: Sequence[Answer]) -> bool:
         )
         for plan in plans[1:]:
             share = plan.step.communication / plan.step.seconds
-            axes.annotate(
-                f'{share:.0%}', (plan.devices, 1e3 * plan.step.seconds), textcoords='offset points', xytext=(3, 4), fontsize=8
-            )
+            if share >= 0.005:
+                at = plan.devices, 1e3 * plan.step.seconds
+                axes.annotate(f'{share:.0%}', at, textcoords='offset points', xytext=(3, 4), fontsize=8)
         drawn = True
     axes.set(xscale='log', yscale='log', xlabel='devices', ylabel='ms a step', title='More devices')
     svg.plain_axis(axes.xaxis, base=2)
@@ -170,6 +170,7 @@ def _scale(axes, chosen: Answer) -> bool:
     axes.axvline(mine, color=_colour(1), lw=1.5, label=f'this training: {mine:.1e}')
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set(xscale='log', xlabel='operations', title='The scale of it')
+    svg.power_axis(axes.xaxis)
     axes.grid(visible=False, axis='y')
     svg.legend(axes)
     return True

@@ -17,9 +17,12 @@ from sparse_jax.core import errors
 _FILE = pathlib.Path(__file__).with_name('devices.json')
 # A tensor core's share of its peak, a copy's of the bandwidth, and a kernel's start, where nothing was measured.
 _USUAL = {
-    'gpu': dict(products=0.55, convolutions=0.4, bandwidth=0.83, links=0.75, overlap=0.8, overlap_activations=0.0, launch_us=3.0),
-    'tpu': dict(products=0.8, convolutions=0.55, bandwidth=0.85, links=0.8, overlap=0.85, overlap_activations=0.5, launch_us=1.0),
-    'cpu': dict(products=0.8, convolutions=0.6, bandwidth=0.8, links=0.8, overlap=0.0, overlap_activations=0.0, launch_us=5.0),
+    'gpu': dict(products=0.55, convolutions=0.4, network=1.0, bandwidth=0.83, between=1.0, lanes=1.0, optimizer=1.0, links=0.75)
+    | dict(overlap=0.8, overlap_activations=0.0, launch_us=3.0),
+    'tpu': dict(products=0.8, convolutions=0.55, network=1.0, bandwidth=0.85, between=1.0, lanes=1.0, optimizer=1.0, links=0.8)
+    | dict(overlap=0.85, overlap_activations=0.5, launch_us=1.0),
+    'cpu': dict(products=0.6, convolutions=0.9, network=0.85, bandwidth=1.0, between=0.24, lanes=1.5, optimizer=0.5, links=1.0)
+    | dict(overlap=0.0, overlap_activations=0.0, launch_us=50.0),
 }
 
 
@@ -40,8 +43,9 @@ class Device:
       network: bytes a second to other hosts, a device.
       watts: of the device; None: not published.
       price: an hour, in any currency; None: not given.
-      efficiency: parts of the peaks that are reached: products, convolutions, bandwidth, links; the part of the backward pass that
-        communication hides behind, and of activations' communication that hides; microseconds of a launch.
+      efficiency: parts of the peak that single products and convolutions reach, and whole networks of that; parts of the bandwidth,
+        and of that what runs between products reaches (of images by lanes: lanes) and the optimizer; parts of the links; the part of the
+        backward pass that communication hides behind, and of activations' communication that hides; microseconds of a launch.
       sparse: of CPUs: the part of the peak that sparse kernels reach on existing weights, as pairs (density, part), of products and
         convolutions.
       fitted_on: the trainings that these were chosen by; empty: none, they are those of its kind.

@@ -9,7 +9,7 @@ import numpy as np
 
 from sparse_jax import config as config_lib
 from sparse_jax import data as data_lib
-from sparse_jax import kernels
+from sparse_jax import kernels, models
 from sparse_jax.core.granularity import Block
 from sparse_jax.core.layers import Layer
 from sparse_jax.core.rule import Rule
@@ -51,6 +51,11 @@ class Network:
     def is_transformer(self) -> bool:
         """Whether it is a Transformer, whose products are split in pairs, and whose layers may be computed twice."""
         return self.config.model.name == 'transformer'
+
+    @property
+    def by_lanes(self) -> bool:
+        """Whether a CPU has its images by lanes, where normalisation is read and written with the convolutions."""
+        return self.config.model.layout != 'channels' and models.takes_lanes(self.config.model.name)
 
     @property
     def length(self) -> int:

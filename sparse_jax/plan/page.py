@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sparse_jax.plan import answers as answers_lib
 from sparse_jax.plan import computation, convolution, figures, scaling
-from sparse_jax.plan.answers import Answer, gigabytes, hours
+from sparse_jax.plan.answers import Answer, gigabytes, hours, many, milliseconds
 from sparse_jax.plan.network import Network
 from sparse_jax.report import html_page
 
@@ -58,7 +58,7 @@ COLUMNS: tuple[str, ...] = (
     'memory',
     'of peak FLOP/s',
     'limited by',
-    'dense / sparse',
+    'vs dense',
 )
 
 
@@ -70,7 +70,7 @@ def row(answer: Answer) -> list[str]:
     if not plan.fits:
         return [name, plan.choice.mesh.short, '', '', '', '', '', memory, '', '', '']
     return [
-        name, plan.choice.mesh.short, f'{1e3 * plan.step.seconds:.3g}', f'{plan.throughput:,.0f}', hours(plan.hours),
+        name, plan.choice.mesh.short, milliseconds(plan.step.seconds), many(plan.throughput), hours(plan.hours),
         '' if plan.cost is None else f'{plan.cost:,.2f}', '' if plan.energy is None else f'{plan.energy:.3g}', memory, f'{plan.utilization:.0%}',
         answer.limit, f'{answer.speedup:.2f}x' if plan.network.rule is not None else '',
     ]  # fmt: skip

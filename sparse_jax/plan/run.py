@@ -85,7 +85,7 @@ def run(
         print(f'page:    {folder / PAGE}\nnumbers: {folder / NUMBERS}')
 
 
-_PRINTED = ('devices', 'data x model', 'ms a step', 'a second', 'time', 'cost', 'memory', 'dense / sparse')
+_PRINTED = ('devices', 'data x model', 'ms a step', 'a second', 'time', 'cost', 'memory', 'vs dense')
 
 
 def _exact(chosen: Answer) -> str:

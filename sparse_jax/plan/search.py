@@ -72,6 +72,8 @@ class Plan:
         }
         if self.network.is_transformer and self.choice.remat != (config.model.remat == 'all'):
             wanted['model.remat'] = 'all' if self.choice.remat else 'none'
+        if mesh.devices == 1:
+            wanted.pop('mesh.data')  # one device is used where there is one
         sections = {name: getattr(getattr(config, name.split('.')[0]), name.split('.')[1]) for name in wanted}
         return [f'--config.{name}={value}' for name, value in wanted.items() if value != sections[name]]
 

@@ -16,6 +16,7 @@ from sparse_jax.plan.hardware import Device
 from sparse_jax.plan.network import Network
 
 _TILE, _DEPTH = 128, 32  # outputs and inputs of a tile that a tensor core's kernel works on
+_VECTOR = 16  # numbers of a CPU's vector
 BYTES = {'float32': 4, 'bfloat16': 2}
 # What the optimizer reads and writes for each weight, float32 all: gradient, weight and moments; and once more to clip gradients.
 _OPTIMIZER_BYTES, _CLIP_BYTES = {'sgd': 20, 'adamw': 28}, 4
@@ -110,7 +111,9 @@ def step(network: Network, device: Device, choice: Choice, density: float | None
         arithmetic=arithmetic,
         traffic=traffic,
         between=_between(network, device, choice, examples) / reached,
-        optimizer=(optimizer * stored + _MASK_BYTES * sparse * (config.sparsity.storage == 'dense')) / reached,
+        optimizer=(optimizer * stored + _MASK_BYTES * sparse * (config.sparsity.storage == 'dense'))
+        / reached
+        / device.efficiency['optimizer'],
         masks=_MASK_UPDATE_BYTES * sparse / reached / network.update_every if network.update_every else 0.0,
         launches=1e-6 * device.efficiency['launch_us'] * choice.accumulate * (3 * launched + 2 * len(network.counts.leaves)),
         communication=sent.seconds - hidden,
@@ -128,8 +131,11 @@ def _utilization(side: int, tile: int) -> float:
 def dense_seconds(product: Product, examples: float, device: Device, dtype: str, parts: int = 1) -> tuple[float, float]:
     """Seconds of one pass of a dense product: of its arithmetic, and of its traffic; of its weights a device has one of so many parts."""
     reached = device.efficiency['convolutions' if product.kind == 'convolution' else 'products']
+    reached *= device.efficiency['network']
     if device.kind != 'cpu':
         reached *= _utilization(product.outputs, _TILE) * _utilization(product.inputs, _DEPTH)
+    elif product.geometry:  # vectors hold channels
+        reached *= _utilization(product.outputs, _VECTOR) * _utilization(product.geometry[2], _VECTOR)
     moved = product.read + product.written
     if not product.name and device.kind != 'cpu':  # attention in one kernel: only its operands and its result are in memory
         moved = min(product.read, product.written)
@@ -180,7 +186,7 @@ def _between(network: Network, device: Device, choice: Choice, examples: float) 
     moved = network.counts.moved * BYTES[network.config.model.dtype] * passes
     if choice.keeps_scores(device):
         moved += network.counts.scores * 4 * _SCORES_PASSES
-    return moved * examples
+    return moved * examples / device.efficiency['lanes' if network.by_lanes else 'between']
 
 
 def _stored(network: Network, densities: dict[str, float]) -> float:

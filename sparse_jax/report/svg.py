@@ -68,3 +68,12 @@ def percent_axis(axis) -> None:
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f'{100 * value:g}%'))
     axis.set_minor_formatter(NullFormatter())
+
+
+def power_axis(axis) -> None:
+    """Powers of ten on a logarithmic axis over many of them."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(numticks=6))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:.0e}'.replace('e+', 'e')))
+    axis.set_minor_formatter(NullFormatter())

@@ -2,14 +2,15 @@
 
 Each file of ``measured/`` is of one kind of device: its name, the version of the kernels, rows of device times, as
 ``python -m benchmarks.gpu`` writes them, and tile sizes that took less time than the rule's. A product of another shape is taken to
-reach the rate, in operations a second on existing units, that is interpolated between the rows of the same kernel and block: over the
-density, and over the number of weights.
+take a time that is interpolated between the rows of the same kernel and block: for an operation of the dense product it grows with the
+density from what has to be read and written anyway, and it is longer for fewer weights.
 """
 
 import functools
 import json
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from sparse_jax.core import errors
@@ -96,7 +97,15 @@ def _row(fields: dict[str, Any]) -> Row:
 
 
 def seconds(
-    device: str, kernel: str, operations: float, *, weights: int, is_matrix: bool, block: int, density: float
+    device: str,
+    kernel: str,
+    operations: float,
+    *,
+    weights: int,
+    is_matrix: bool,
+    block: int,
+    density: float,
+    known: Sequence[Row] | None = None,
 ) -> float | None:
     """The time of a sparse product, as interpolated; never at a higher rate than any that was measured.
 
@@ -108,29 +117,30 @@ def seconds(
       is_matrix: whether it is a matrix product, else a convolution.
       block: the block's smaller side.
       density: of the weight.
+      known: the rows to interpolate between; None: all that were measured on the device.
 
     Returns:
       Seconds; None where nothing of that kernel and block was measured.
 
     Example:
-      >>> known = seconds('NVIDIA H200', 'forward', 2 * 8192 * 4096**2, weights=4096**2, is_matrix=True, block=64, density=0.1)
-      >>> round(1e6 * known)
+      >>> found = seconds('NVIDIA H200', 'forward', 2 * 8192 * 4096**2, weights=4096**2, is_matrix=True, block=64, density=0.1)
+      >>> round(1e6 * found)
       76
     """
-    known = [row for row in rows(device) if row.kernel == kernel and row.block == block]
+    known = [row for row in (rows(device) if known is None else known) if row.kernel == kernel and row.block == block]
     known = [row for row in known if row.is_matrix == is_matrix] or known
     if not known:
         return None
     largest = max(row.weights for row in known)
-    by_density = sorted((math.log(row.density), math.log(row.rate)) for row in known if row.weights == largest)
-    rate = _interpolated(by_density, math.log(density))
+    times = [(row.density, row.seconds / row.operations) for row in known if row.weights == largest]
+    time = _affine(times, density)
     for row in [row for row in known if row.weights < largest][
         :1
     ]:  # how much slower a smaller product is, where both were measured
-        loss = math.log(row.rate) - _interpolated(by_density, math.log(row.density))
+        loss = math.log(row.seconds / row.operations / _affine(times, row.density))
         part = math.log(largest / weights) / math.log(largest / row.weights)
-        rate += loss * min(max(part, 0.0), 1.0)
-    return operations * density / math.exp(min(rate, max(math.log(row.rate) for row in known)))
+        time *= math.exp(loss * min(max(part, 0.0), 1.0))
+    return operations * max(time, density / max(row.rate for row in known))
 
 
 def dense_seconds(device: str, kernel: str, operations: float, *, weights: int, is_matrix: bool) -> float | None:
@@ -142,10 +152,12 @@ def dense_seconds(device: str, kernel: str, operations: float, *, weights: int, 
     return operations / nearest.operations * nearest.dense_seconds
 
 
-def _interpolated(points: list[tuple[float, float]], x: float) -> float:
-    """Linear between points, constant beyond them."""
-    below = max((p for p in points if p[0] <= x), default=points[0])
-    above = min((p for p in points if p[0] >= x), default=points[-1])
-    if above[0] == below[0]:
-        return below[1] if x >= below[0] else above[1]
-    return below[1] + (above[1] - below[1]) * (x - below[0]) / (above[0] - below[0])
+def _affine(points: Sequence[tuple[float, float]], density: float) -> float:
+    """A time at a density: what is read and written whatever the density, and a part that grows with it; by the nearest two that were measured."""
+    points = sorted(points)
+    if len(points) == 1:
+        return points[0][1] * density / points[0][0]
+    upper = min(max(sum(d < density for d, _ in points), 1), len(points) - 1)
+    (low, fast), (high, slow) = points[upper - 1 : upper + 1]
+    time = fast + (slow - fast) * (density - low) / (high - low)
+    return max(time, 0.5 * points[0][1]) if density < low else max(time, slow) if density > high else time
