@@ -162,7 +162,8 @@ class _Walker:
             return [self._new(v, depends, times) for v in eqn.outvars]
         if name == 'cond':
             return self.walk(jaxprs.body(eqn.params['branches'][-1]), values[1:], times)
-        if (inner := jaxprs.called(eqn)) is not None:
+        if (called := jaxprs.called(eqn)) is not None:
+            inner = jaxprs.body(called)
             return self.walk(inner, values[len(values) - len(inner.invars) :], times)
         if name in _SAME and values[0].name:
             return [values[0]] * len(eqn.outvars)

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import jax
 import numpy as np
 
 PRODUCTS = {'dot_general': 'matrix', 'conv_general_dilated': 'convolution'}
@@ -14,11 +15,13 @@ def body(jaxpr):
 
 
 def called(eqn):
-    """Returns the jaxpr of a call (jit, checkpoint, custom_jvp_call, custom_vjp_call, ...), or None."""
-    for key in ('jaxpr', 'call_jaxpr', 'fun_jaxpr'):
-        if key in eqn.params:
-            return body(eqn.params[key])
-    return None
+    """Returns the jaxpr of a call (jit, checkpoint, custom_jvp_call, custom_vjp_call, ...), closed where that is, or None."""
+    return next((eqn.params[key] for key in ('jaxpr', 'call_jaxpr', 'fun_jaxpr') if key in eqn.params), None)
+
+
+def is_key(x) -> bool:
+    """Whether an array holds random keys, which are no numbers."""
+    return jax.dtypes.issubdtype(getattr(x, 'dtype', np.dtype('float32')), jax.dtypes.prng_key)
 
 
 def scan(eqn) -> tuple[Any, int, int, int]:

@@ -1,7 +1,7 @@
 """Counts the multiply-adds of a sparse network exactly, from its jaxpr. Used as ``sj.stats.operations``.
 
-A masked leaf is followed through the operations that preserve its zeros (reshapes, transposes, casts, slices, products, scans) to the
-matrix products and convolutions that consume it. The shapes then tell how often each weight is used: in a matrix product all weights
+A masked leaf is followed through the operations that preserve its zeros (reshapes, transposes, casts, slices, concatenations, padding,
+gathers of places that the program knows, products, scans) to the matrix products and convolutions that consume it. The shapes then tell how often each weight is used: in a matrix product all weights
 equally often; in a convolution the weight at tap k as often as that tap lies inside the image, so that padding is not counted.
 """
 
@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sparse_jax.core import distributions
 from sparse_jax.core import layers as layers_lib
 from sparse_jax.core import masks as masks_lib
-from sparse_jax.stats import jaxprs
+from sparse_jax.stats import jaxprs, zeros
+from sparse_jax.stats.zeros import Part, Value
 
 # A mask update has two selections, each of which reads a weight's key about 32 times; computing the keys takes a few operations more.
 MASK_UPDATE_OPERATIONS = 70
@@ -149,35 +149,15 @@ def operations(
             if mask.shape != param.shape:
                 raise ValueError(f'operations: the mask of {name} has the shape {mask.shape}, its weights {param.shape}.')
             counter.layers[name] = [0, 0, 0, 0, param.size]
-        values.append(_Value(np.asarray(mask) if tracked else None, name if tracked else None, True))
-    values += [_Value(None, None, False)] * (len(closed.jaxpr.invars) - len(values))
-    counter.walk(closed.jaxpr, values, 1)
+        values.append(Value((Part(name, np.asarray(mask)),) if tracked else (), True))
+    values += [Value()] * (len(closed.jaxpr.invars) - len(values))
+    counter.walk(closed.jaxpr, values, 1, zeros.constants(closed))
     layers = {name: LayerOperations(*row) for name, row in counter.layers.items()}
     part, update = 1.0, 0.0
     if update_every is not None:
         part = 1.0 if dense_gradient_window is None else min(dense_gradient_window, update_every) / update_every
         update = MASK_UPDATE_OPERATIONS * sum(layer.size for layer in layers.values()) / update_every
     return Operations(layers, counter.other_forward, counter.other_backward, part, update)
-
-
-class _Value(NamedTuple):
-    """What is known about a value of the jaxpr."""
-
-    mask: np.ndarray | None  # False where the value is certainly zero
-    name: str | None  # the masked leaf that it is derived from
-    depends: bool  # whether it depends on a parameter
-    lost: tuple[str, str] | None = None  # (leaf, operation) if an operation that is not followed derived it from a masked leaf
-
-
-# Operations that are applied to the mask as well.
-_SHAPE = {'reshape', 'transpose', 'squeeze', 'expand_dims', 'broadcast_in_dim', 'slice', 'rev'}
-# Operations that leave zeros where they are.
-_SAME = {
-    'convert_element_type', 'neg', 'copy', 'copy_p', 'reduce_precision', 'abs', 'sign', 'sharding_constraint', 'stop_gradient',
-    'mul', 'div', 'optimization_barrier', 'integer_pow', 'sqrt', 'tanh',
-}  # fmt: skip
-# Operations that move zeros in ways that are not followed.
-_MOVES = {'gather', 'dynamic_slice', 'dynamic_update_slice', 'concatenate', 'pad', 'select_n', 'scatter', 'sort', 'while'}
 
 
 class _Counter:
@@ -188,28 +168,21 @@ class _Counter:
         self.other_forward = 0
         self.other_backward = 0
 
-    def walk(self, jaxpr, arguments: list[_Value], times: int) -> list[_Value]:
+    def walk(self, jaxpr, arguments: list[Value], times: int, constants: Sequence[Value] = ()) -> list[Value]:
         """Counts a jaxpr that runs `times` times; returns its results' values."""
-        constant = _Value(None, None, False)
-        environment = dict.fromkeys(jaxpr.constvars, constant) | dict(zip(jaxpr.invars, arguments, strict=True))
+        environment = dict.fromkeys(jaxpr.constvars, Value()) | dict(zip(jaxpr.constvars, constants, strict=False))
+        environment |= dict(zip(jaxpr.invars, arguments, strict=True))
 
         def read(atom):
-            return constant if hasattr(atom, 'val') else environment[atom]
+            return zeros.literal(atom) if hasattr(atom, 'val') else environment[atom]
 
         for eqn in jaxpr.eqns:
             results = self.step(eqn, [read(atom) for atom in eqn.invars], times)
             environment |= dict(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def step(self, eqn, values: list[_Value], times: int) -> list[_Value]:
+    def step(self, eqn, values: list[Value], times: int) -> list[Value]:
         name = eqn.primitive.name
-        depends = any(v.depends for v in values)
-        lost = next((v.lost for v in values if v.lost), None)
-        if name in _MOVES:
-            lost = next(((v.name, name) for v in values if v.name is not None), lost)
-        elif name not in _SAME | _SHAPE | {'split'}:
-            lost = None
-        plain = [_Value(None, None, depends, lost)] * len(eqn.outvars)
         if name in jaxprs.PRODUCTS:
             self.product(eqn, values, jaxprs.uses(eqn), times)
         elif name == 'scan':
@@ -220,62 +193,52 @@ class _Counter:
                 raise ValueError('operations: products stand in a while_loop, which has no known number of rounds: use lax.scan.')
         elif name == 'cond':
             self.branches(eqn, values[1:], times)
-        elif name in _SHAPE and values[0].name is not None and len(values) == 1:
-            mask = np.asarray(eqn.primitive.bind(jnp.asarray(values[0].mask), **eqn.params))
-            return [values[0]._replace(mask=mask)]
-        elif name == 'split' and values[0].name is not None:
-            return [values[0]._replace(mask=np.asarray(m)) for m in eqn.primitive.bind(jnp.asarray(values[0].mask), **eqn.params)]
-        elif name in _SAME:
-            tracked = [v for v in values if v.name is not None]
-            if tracked and not (name == 'div' and values[0].name is None):
-                first = tracked[0]
-                mask = first.mask
-                for other in tracked[1:]:
-                    mask = np.logical_and(mask, other.mask)  # pyright: ignore[reportArgumentType, reportCallIssue]
-                return [first._replace(mask=mask)] if len(eqn.outvars) == 1 else list(values)
-        elif (inner := jaxprs.called(eqn)) is not None:
-            return self.walk(inner, values[len(values) - len(inner.invars) :], times)
-        return plain
+        elif (called := jaxprs.called(eqn)) is not None:
+            inner = jaxprs.body(called)
+            return self.walk(inner, values[len(values) - len(inner.invars) :], times, zeros.constants(called))
+        return zeros.follow(eqn, values)
 
     def product(self, eqn, values, uses: tuple[Any, Any, int], times: int) -> None:
         """Counts a product; `uses` tells how often each entry of the left and the right operand is used, and all multiply-adds."""
         left_use, right_use, total = uses
         left, right = values
-        masked, other, use = (right, left, right_use) if right.name is not None else (left, right, left_use)
+        masked, other, use = (right, left, right_use) if right.parts else (left, right, left_use)
         if lost := left.lost or right.lost:
             raise ValueError(
                 f'operations: {lost[0]} reaches a product through {lost[1]!r}, through which its zeros are not followed: use slices '
                 f'with fixed bounds, split, reshapes, transpositions or lax.scan; or count it as dense, dense=({lost[0]!r},).'
             )
-        if masked.name is None:
-            self.other_forward += times * total
-            self.other_backward += times * total * (left.depends + right.depends)
-            return
-        row = self.layers[masked.name]
-        forward = times * int((masked.mask * use).sum(dtype=np.int64))
-        row[0] += forward
-        row[1] += times * total
-        row[2] += forward * other.depends
-        row[3] += times * total * other.depends
+        count = lambda entries: times * int((entries * use).sum(dtype=np.int64))
+        rest = times * total  # of entries that are no masked leaf's
+        for part in masked.parts:
+            row = self.layers[part.name]
+            forward, dense = count(part.mask), times * total if part.region is None else count(part.region)
+            row[0] += forward
+            row[1] += dense
+            row[2] += forward * other.depends
+            row[3] += dense * other.depends
+            rest -= dense
+        self.other_forward += rest
+        self.other_backward += rest * (left.depends + right.depends)
 
     def scan(self, eqn, values, times):
         jaxpr, length, num_consts, num_carry = jaxprs.scan(eqn)
         consts, carry, rows = values[:num_consts], values[num_consts : num_consts + num_carry], values[num_consts + num_carry :]
-        carry = [_Value(None, None, v.depends, v.lost) for v in carry]
+        carry = [Value((), v.depends, v.lost) for v in carry]
         done = 0
         while done < length:
-            slices = [v if v.name is None else v._replace(mask=v.mask[done]) for v in rows]
+            slices = [v._replace(parts=zeros.mapped(v.parts, lambda mask, row=done: mask[row]), constant=None) for v in rows]
             before = [v.depends for v in carry]
             # once an iteration changes nothing in what the carry depends on, and no masks are scanned, the remaining ones are like it
             probe = _Counter()
             probe.layers = {name: [0] * 5 for name in self.layers}
             out = probe.walk(jaxpr, consts + carry + slices, 0)[:num_carry]
             same = before == [v.depends or b for v, b in zip(out, before, strict=True)]
-            iterations = length - done if same and all(v.name is None for v in rows) else 1
+            iterations = length - done if same and not any(v.parts for v in rows) else 1
             self.walk(jaxpr, consts + carry + slices, times * iterations)
-            carry = [_Value(None, None, v.depends or b) for v, b in zip(out, before, strict=True)]
+            carry = [Value((), v.depends or b) for v, b in zip(out, before, strict=True)]
             done += iterations
-        return [_Value(None, None, any(v.depends for v in values))] * len(eqn.outvars)
+        return [Value((), any(v.depends for v in values))] * len(eqn.outvars)
 
     def branches(self, eqn, values, times):
         """Counts the branch of a condition that has the most multiply-adds."""

@@ -91,13 +91,40 @@ def test_leaves_that_are_split_and_those_that_cannot_be_followed():
     masks, params, x = {'w': jnp.asarray(mask)}, {'w': jnp.ones((4, 12))}, jnp.ones((10, 4))
     fused = lambda p, x: [x @ part for part in jnp.split(p['w'], 3, axis=1)]
     assert sj.stats.operations(fused, params, masks, x).inference == 10 * mask.sum()
-    for moved in (lambda p, x: x @ jnp.concatenate([p['w'], p['w']], axis=1), lambda p, x: x @ jnp.pad(p['w'], ((0, 0), (1, 1)))):
+    for moved in (
+        lambda p, x: x @ jnp.sort(p['w'], axis=1),
+        lambda p, x: x[:, :2] @ lax.dynamic_slice(p['w'], (x[0, 0].astype(int), 0), (2, 12)),
+    ):
         with pytest.raises(ValueError, match=r"w reaches a product through.*dense=\('w',\)"):
             sj.stats.operations(moved, params, masks, x)
         as_dense = sj.stats.operations(moved, params, masks, x, dense=('w',))
-        assert as_dense.inference == as_dense.inference_dense >= 10 * 48
+        assert as_dense.inference == as_dense.inference_dense >= 10 * 24
     with pytest.raises(ValueError, match=r'the mask of w has the shape \(2, 2\)'):
         sj.stats.operations(fused, params, {'w': jnp.ones((2, 2), bool)}, x)
+
+
+def test_zeros_are_followed_through_concatenation_padding_and_gathers():
+    """A fused projection, a padded one, and one whose rows are permuted: counted entry by entry of the matrix that is multiplied."""
+    masks = {'a': _mask((4, 6), 0), 'b': _mask((4, 3), 1)}
+    params = {name: jnp.ones(mask.shape) for name, mask in masks.items()} | {'dense': jnp.ones((4, 2))}
+    whole = {name: jnp.asarray(mask) for name, mask in masks.items()} | {'dense': jnp.array(True)}
+    x, order = jnp.ones((10, 4)), np.array([2, 0, 3, 1])
+    counted = sj.stats.operations(lambda p, x: x @ jnp.concatenate([p['a'], p['dense'], p['b']], axis=1), params, whole, x)
+    assert {name: layer.forward for name, layer in counted.layers.items()} == {
+        name: 10 * mask.sum() for name, mask in masks.items()
+    }
+    assert {name: layer.forward_dense for name, layer in counted.layers.items()} == {'a': 240, 'b': 120}
+    assert counted.other_forward == 80 and counted.other_backward == 80, 'the dense part, whose weights have a gradient'
+    padded = sj.stats.operations(lambda p, x: x @ jnp.pad(p['a'], ((0, 0), (1, 2))), params, whole, x)
+    assert padded.layers['a'].forward == 10 * masks['a'].sum() and padded.layers['a'].forward_dense == 10 * 4 * 9
+    for gathered in (lambda p, x: x @ p['a'][order], lambda p, x: x @ jnp.take(p['a'], jnp.asarray(order), axis=0)):
+        assert sj.stats.operations(gathered, params, whole, x).layers['a'].forward == 10 * masks['a'].sum()
+    some = sj.stats.operations(lambda p, x: x[:, :2] @ p['a'][jnp.array([3, 3])], params, whole, x)
+    assert some.layers['a'].forward == 10 * 2 * masks['a'][3].sum()
+    chained = sj.stats.operations(lambda p, x: x @ jnp.concatenate([p['a'], p['b']], 1)[:, 3:8].T.T, params, whole, x)
+    assert chained.inference == 10 * np.concatenate([masks['a'], masks['b']], 1)[:, 3:8].sum()
+    with pytest.raises(ValueError, match=r"a reaches a product through 'gather'"):
+        sj.stats.operations(lambda p, x: x @ p['a'][x[0].astype(int)], params, whole, x)
 
 
 def test_leaves_that_partition_hides_and_those_of_nnx_are_counted_alike():
