@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 PRODUCTS = {'dot_general': 'matrix', 'conv_general_dilated': 'convolution'}
@@ -21,7 +22,7 @@ def called(eqn):
 
 def is_key(x) -> bool:
     """Whether an array holds random keys, which are no numbers."""
-    return jax.dtypes.issubdtype(getattr(x, 'dtype', np.dtype('float32')), jax.dtypes.prng_key)
+    return jnp.issubdtype(getattr(x, 'dtype', np.dtype('float32')), jax.dtypes.prng_key)
 
 
 def scan(eqn) -> tuple[Any, int, int, int]:
