@@ -142,7 +142,7 @@ def _why_nowhere(answers: Sequence[Answer]) -> str:
     would = smaller_batch if largest[0] == 'activations' else "more devices, which divide it, or sparsity.storage='compact'"
     return (
         f'config.model: the network fits on none of these devices: with {plan.devices} x {nearest.device.name} it needs '
-        f'{gigabytes(plan.memory.peak)} of the {gigabytes(memory_lib.usable(nearest.device))} of each, most of it {largest[0]}; '
+        f'{size(plan.memory.peak)} of the {size(memory_lib.usable(nearest.device))} of each, most of it {largest[0]}; '
         f'it would take {would}.'
     )
 
@@ -260,13 +260,14 @@ def milliseconds(seconds: float) -> str:
     return f'{1e3 * seconds:.3g}' if seconds < 0.1 else f'{1e3 * seconds:,.0f}'
 
 
-def gigabytes(value: float) -> str:
+def size(value: float) -> str:
     """Bytes for people.
 
-    >>> gigabytes(2.5e9), gigabytes(3e6)
-    ('2.5 GB', '0.003 GB')
+    >>> size(2.5e9), size(3e6), size(51_100)
+    ('2.5 GB', '3 MB', '51.1 kB')
     """
-    return f'{value / 1e9:.3g} GB'
+    unit, name = next(((u, n) for u, n in ((1e9, 'GB'), (1e6, 'MB')) if value >= u), (1e3, 'kB'))
+    return f'{value / unit:.3g} {name}'
 
 
 class Crossover(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sparse_jax.plan import answers as answers_lib
 from sparse_jax.plan import computation, convolution, figures, scaling
-from sparse_jax.plan.answers import Answer, gigabytes, hours, many, milliseconds
+from sparse_jax.plan.answers import Answer, hours, many, milliseconds, size
 from sparse_jax.plan.network import Network
 from sparse_jax.report import html_page
 
@@ -28,7 +28,7 @@ def page(title: str, answers: Sequence[Answer], chosen: Answer, command: str) ->
     ]
     body.append(f'<p><strong>{html.escape(headline(chosen))}</strong></p>')
     body.append(f'<ul>{"".join(f"<li>{html.escape(text)}</li>" for text in answers_lib.reasons(chosen, answers))}</ul>')
-    body.append(f'<p>{html.escape(_flags(chosen))}</p>')
+    body.append(f'<p>{_flags(chosen)}</p>')
     body += [f'<p class="soft">{html.escape(text)}</p>' for text in network.assumed]
     body.append('<h2>Devices</h2>' + html_page.table(COLUMNS, [row(a) for a in answers]))
     body.append(f'<div class="figures">{figures.all_figures(answers, chosen)}</div>')
@@ -66,7 +66,7 @@ def row(answer: Answer) -> list[str]:
     """The cells of one kind of device."""
     plan = answer.plan
     name = f'{plan.devices} x {answer.device.name}' + (f' (of {answer.number})' if plan.devices < answer.number else '')
-    memory = f'{gigabytes(plan.memory.peak)}' + ('' if plan.fits else ': does not fit')
+    memory = f'{size(plan.memory.peak)}' + ('' if plan.fits else ': does not fit')
     if not plan.fits:
         return [name, plan.choice.mesh.short, '', '', '', '', '', memory, '', '', '']
     return [
@@ -85,13 +85,13 @@ def headline(answer: Answer) -> str:
 
 def _flags(answer: Answer) -> str:
     flags = ' '.join(answer.plan.flags())
-    return f'Flags for it: {flags}' if flags else 'The config is that already.'
+    return f'Flags for it: <code>{html.escape(flags)}</code>' if flags else 'The config is that already.'
 
 
 def _memory(answers: Sequence[Answer]) -> str:
     names = ('weights', 'optimizer', 'masks', 'gradients', 'copies', 'activations', 'logits')
     rows = [
-        [f'{a.plan.devices} x {a.device.name}', *(gigabytes(getattr(a.plan.memory, name)) for name in names), gigabytes(a.plan.memory.peak), gigabytes(a.device.memory)]
+        [f'{a.plan.devices} x {a.device.name}', *(size(getattr(a.plan.memory, name)) for name in names), size(a.plan.memory.peak), size(a.device.memory)]
         for a in answers
     ]  # fmt: skip
     return html_page.table(('devices', *names, 'at the peak', 'there is'), rows)

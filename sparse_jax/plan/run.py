@@ -99,7 +99,7 @@ def _exact(chosen: Answer) -> str:
         return f'exact:   the compiler is not here ({lowered.why_not_compiled})'
     parts = lowered.memory
     compiled = parts['arguments'] + parts['results'] - parts['of these in place'] + parts['temporary']
-    return f'exact:   {answers_lib.gigabytes(compiled)} by the compiler, {answers_lib.gigabytes(plan.memory.peak)} by formula'
+    return f'exact:   {answers_lib.size(compiled)} by the compiler, {answers_lib.size(plan.memory.peak)} by formula'
 
 
 def _print(answers: Sequence[Answer], chosen: Answer) -> None:

@@ -74,7 +74,7 @@ def test_what_does_not_fit_says_what_would_make_it_fit():
     tiny = dataclasses.replace(small, memory=2e6)
     answer = answers.answer(planned('lm'), tiny, 2)
     assert not answer.plan.fits
-    with pytest.raises(ValueError, match='fits on none of these devices: .* needs .* GB of the .* GB of each.*it would take'):
+    with pytest.raises(ValueError, match='fits on none of these devices: .* needs .* MB of the .* MB of each.*it would take'):
         answers.recommended([answer])
     assert memory.usable(tiny) < tiny.memory
 
