@@ -203,7 +203,9 @@ def _check_mode() -> None:
         raise ValueError(f'--lower_only={LOWER_ONLY.value!r}: must be cuda or tpu.')
     takes = MODES[name].flags
     if 'config' in takes and not CONFIG.value:
-        raise usage.WrongConfig(_missing('config', WORKDIR.value))
+        raise usage.WrongConfig(
+            _missing('config', WORKDIR.value).partition(' With the')[0] if name == 'plan' else _missing('config', WORKDIR.value)
+        )
     for flag in (WORKDIR, SWEEP, TO, DEVICES):
         is_optional = LOWER_ONLY.value or (flag is WORKDIR and name == 'plan')
         if flag.name in takes and not flag.value and not is_optional:

@@ -104,11 +104,17 @@ def _possible(network: Network) -> list[float]:
 
 
 def recommended(answers: Sequence[Answer], deadline: float | None = None) -> Answer:
-    """The cheapest that meets the deadline, where all have prices; else the fastest.
+    """The best of several kinds of devices.
+
+    Without a deadline it is the cheapest of the best plans of all devices that are there, where all have prices, else the fastest. With one
+    it is the cheapest plan that meets it, also on fewer devices; without prices the fastest.
 
     Args:
       answers: of all kinds of devices.
       deadline: hours; None: there is none.
+
+    Returns:
+      One of the answers, or one on fewer devices.
 
     Raises:
       ValueError: where the network fits nowhere, or no devices meet the deadline.
@@ -123,10 +129,17 @@ def recommended(answers: Sequence[Answer], deadline: float | None = None) -> Ans
             f'--deadline={deadline:g}: no devices train it in so many hours; the fastest, {fastest.plan.devices} x {fastest.device.name}, '
             f'take {hours(fastest.plan.hours)}.'
         )
-    costs = [a.plan.cost for a in in_time]
-    if all(cost is not None for cost in costs):
+    if any(a.plan.cost is None for a in in_time):
+        return min(in_time, key=lambda a: a.plan.hours)
+    if deadline is None:
         return min(in_time, key=lambda a: (a.plan.cost or 0.0, a.plan.hours))
-    return min(in_time, key=lambda a: a.plan.hours)
+    options = [
+        (plan.cost or 0.0, plan.hours, a, plan) for a in in_time for plan in a.by_number if plan.fits and plan.hours <= deadline
+    ]
+    cost, _, best, plan = min(options, key=lambda option: option[:2])
+    if plan.devices == best.plan.devices or cost >= (best.plan.cost or 0.0):
+        return best
+    return answer(plan.network, plan.device, plan.devices)
 
 
 def _why_nowhere(answers: Sequence[Answer]) -> str:
@@ -155,11 +168,11 @@ def reasons(answer: Answer, others: Sequence[Answer] = ()) -> list[str]:
     sentences.append(
         f'{shares[answer.limit]:.0%} of the step is limited by {answer.limit}; what would move it: {_MOVES[answer.limit]}.'
     )
-    if plan.devices > 1:
+    if plan.devices > 1 and plan.step.sent.bytes:
         sent = plan.step.hidden + plan.step.communication
         hides = f'{plan.step.hidden / sent:.0%} of it behind other work' if sent else 'nothing'
         sentences.append(
-            f'Each device sends {plan.step.sent.bytes / 1e6:,.0f} MB a step, which takes {milliseconds(sent)} ms; it hides {hides}.'
+            f'Each device sends {size(plan.step.sent.bytes)} a step, which takes {milliseconds(sent)} ms; it hides {hides}.'
         )
     if network.is_transformer and plan.choice.keeps_scores(answer.device):
         sentences.append(
@@ -177,9 +190,9 @@ def reasons(answer: Answer, others: Sequence[Answer] = ()) -> list[str]:
                 f'At a density of {network.density:.3g} a step is no faster than the dense one: it pays below about {answer.pays_below:g}.'
             )
         else:
-            sentences.append('A sparse step is no faster than a dense one here, at any density: sparsity saves weights, not time.')
-        if answer.blocks:
-            point = min(answer.blocks, key=lambda point: abs(math.log(point.density / network.density)))
+            sentences.append('A sparse step is no faster than a dense one here, at any density.')
+        nearest = lambda point: abs(math.log(point.density / network.density))
+        if answer.blocks and (point := min(answer.blocks, key=nearest)).seconds < _PAYS * answer.dense_seconds:
             sentences.append(
                 f'With sparsity.granularity=block:{BLOCK}x{BLOCK} it would be {answer.dense_seconds / point.seconds:.2f}x as fast as the dense one at '
                 f'a density of {point.density:g}; what that does to the accuracy is to be tried.'
@@ -201,15 +214,19 @@ def _of_mesh(answer: Answer) -> str:
     if answer.number == 1:
         return 'There is one device.'
     if plan.devices < answer.number:
-        return f'{plan.devices} of {answer.number} devices are as fast as all: more would wait for each other, or leave each too little to do.'
+        return (
+            f'{plan.devices} of {answer.number} devices are as fast as all: a mesh must divide the batch of '
+            f'{plan.network.config.data.batch_size} and the layers, and more devices would wait for each other or have too little to do.'
+        )
     data, model = answer.data_parallel, answer.model_parallel
+    hides = ', which hide behind the backward pass' if answer.device.efficiency['overlap'] else ''
     if mesh.model == 1 and model is not None:
         versus = (
             f'{model.step.seconds / plan.step.seconds:.2g}x as long as this with {model.choice.mesh}'
             if model.fits
             else 'more memory than there is'
         )
-        text = f'Data parallelism: it sends gradients, which hide behind the backward pass; model parallelism sends activations and takes {versus}.'
+        text = f'Data parallelism: it sends gradients{hides}; model parallelism sends activations and takes {versus}.'
     elif mesh.model > 1 and data is not None:
         versus = f'{data.step.seconds / plan.step.seconds:.2g}x as long' if data.fits else 'more memory than there is'
         text = f'Model parallelism beside data parallelism: alone the latter takes {versus}.'
@@ -223,7 +240,11 @@ def _of_mesh(answer: Answer) -> str:
 def certainty(device: Device) -> str:
     """How sure the prediction is."""
     if device.kind == 'cpu':
-        return f'Of {device.name}: {device.fitted_on or "nothing was measured"}.'
+        return (
+            f'How sure: {device.name} is known by {device.fitted_on}; steps of most networks are within 25% (docs/planning.md).'
+            if device.fitted_on
+            else f'How sure: nothing of {device.name} was measured.'
+        )
     if device.fitted_on:
         return f'How sure: efficiencies of {device.name} were fitted on {device.fitted_on}; other published trainings are within 30% (docs/planning.md).'
     return f'How sure: nothing of {device.name} was measured: its sheet and the usual efficiency of its kind, within a factor of 1.5 to 2.'

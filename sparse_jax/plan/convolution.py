@@ -23,6 +23,7 @@ class Layer(NamedTuple):
     outputs: int
     taps: tuple[int, int]
     stride: int = 1
+    result: tuple[int, int] | None = None  # its height and width; None: those of the image over the stride
 
 
 class Cost(NamedTuple):
@@ -35,7 +36,8 @@ class Cost(NamedTuple):
 
 
 def _sizes(layer: Layer, batch: int) -> tuple[int, int, int]:
-    out = -(-layer.height // layer.stride) * -(-layer.width // layer.stride)
+    height, width = layer.result or (-(-layer.height // layer.stride), -(-layer.width // layer.stride))
+    out = height * width
     image = batch * layer.height * layer.width * layer.inputs
     return image, batch * out * layer.outputs, layer.taps[0] * layer.taps[1] * layer.inputs * layer.outputs
 

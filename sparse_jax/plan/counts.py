@@ -30,7 +30,7 @@ class Product(NamedTuple):
     read: int  # elements of the activations that it reads
     written: int  # elements that it writes
     weights: int  # elements of the weight, all layers; 0 without one
-    geometry: tuple = ()  # a convolution's image and kernel: (height, width, in, kernel height, kernel width, out, stride)
+    geometry: tuple = ()  # a convolution's image and kernel: (height, width, in, kernel height, kernel width, out, stride, height and width of the result)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +216,10 @@ class _Walker:
             outputs, inputs = kernel[0], math.prod(kernel[1:])
             heads, rows = 1, math.prod(out.shape) // outputs
             image = [left.shape[i] for i in numbers.lhs_spec]
-            geometry = (*image[2:], image[1], *kernel[2:], outputs, p['window_strides'][0])
+            geometry = ()
+            if len(kernel) == 4 and p['feature_group_count'] == p['batch_group_count'] == 1:
+                sides = [out.shape[i] for i in numbers.out_spec[2:]]
+                geometry = (*image[2:], image[1], *kernel[2:], outputs, max(p['window_strides']), *sides)
         other = operands[1 - weight] if weight is not None else operands[0]
         size = math.prod(shapes[weight]) if weight is not None else 0
         activations = sum(math.prod(shape) for i, shape in enumerate(shapes) if i != weight)

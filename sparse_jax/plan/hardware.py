@@ -18,11 +18,11 @@ _FILE = pathlib.Path(__file__).with_name('devices.json')
 # A tensor core's share of its peak, a copy's of the bandwidth, and a kernel's start, where nothing was measured.
 _USUAL = {
     'gpu': dict(products=0.55, convolutions=0.4, network=1.0, bandwidth=0.83, between=1.0, lanes=1.0, optimizer=1.0, links=0.75)
-    | dict(overlap=0.8, overlap_activations=0.0, launch_us=3.0),
+    | dict(overlap=0.8, launch_us=3.0, collective_us=10.0),
     'tpu': dict(products=0.8, convolutions=0.55, network=1.0, bandwidth=0.85, between=1.0, lanes=1.0, optimizer=1.0, links=0.8)
-    | dict(overlap=0.85, overlap_activations=0.5, launch_us=1.0),
+    | dict(overlap=0.85, launch_us=1.0, collective_us=5.0),
     'cpu': dict(products=0.6, convolutions=0.9, network=0.85, bandwidth=1.0, between=0.24, lanes=1.5, optimizer=0.5, links=1.0)
-    | dict(overlap=0.0, overlap_activations=0.0, launch_us=50.0),
+    | dict(overlap=0.0, launch_us=50.0, collective_us=500.0),
 }
 
 
@@ -45,10 +45,11 @@ class Device:
       price: an hour, in any currency; None: not given.
       efficiency: parts of the peak that single products and convolutions reach, and whole networks of that; parts of the bandwidth,
         and of that what runs between products reaches (of images by lanes: lanes) and the optimizer; parts of the links; the part of the
-        backward pass that communication hides behind, and of activations' communication that hides; microseconds of a launch.
+        backward pass that communication hides behind; microseconds of a launch and of a collective.
       sparse: of CPUs: the part of the peak that sparse kernels reach on existing weights, as pairs (density, part), of products and
         convolutions.
       fitted_on: the trainings that these were chosen by; empty: none, they are those of its kind.
+      aliases: other names of it.
       has_blocks: whether kernels of this package multiply by blocks on it.
       source: where the figures are from, and their date.
     """
@@ -68,6 +69,7 @@ class Device:
     efficiency: Mapping[str, float]
     sparse: Mapping[str, tuple[tuple[float, float], ...]]
     fitted_on: str
+    aliases: tuple[str, ...]
     has_blocks: bool
     source: str
 
@@ -99,7 +101,11 @@ def devices(own: pathlib.Path | None = None, prices: Mapping[str, float] | None 
         if not isinstance(added, dict) or not all(isinstance(row, dict) for row in added.values()):
             raise ValueError(f'--hardware={own}: must hold an object of devices by name, as sparse_jax/plan/devices.json does.')
         for name, row in added.items():
-            rows[name] = {**rows.get(name, {}), **row}
+            known = rows.get(name, {})
+            rows[name] = known | row
+            for table in ('efficiency', 'sparse', 'dense_tflops'):  # what is not named keeps its value
+                if isinstance(row.get(table), dict) and table in known:
+                    rows[name][table] = known[table] | row[table]
     made = {name: _device(name, row) for name, row in rows.items()}
     for name, price in (prices or {}).items():
         found = find(name, made)
@@ -107,12 +113,64 @@ def devices(own: pathlib.Path | None = None, prices: Mapping[str, float] | None 
     return made
 
 
-def _device(name: str, row: Mapping[str, Any]) -> Device:
-    missing = [key for key in ('kind', 'dense_tflops', 'memory_gb', 'bandwidth_gb_s') if key not in row]
-    if missing:
+_NUMBERS = {
+    'memory_gb': 0,
+    'bandwidth_gb_s': 0,
+    'cache_mb': None,
+    'link_gb_s': None,
+    'network_gb_s': None,
+    'price': None,
+    'watts': None,
+}
+_COUNTS = ('devices_per_host', 'pod')
+_TEXTS = ('title', 'link', 'source', 'date', 'network_source', 'fitted_on')
+_OTHERS = ('kind', 'dense_tflops', 'aliases', 'blocks', 'efficiency', 'sparse')
+
+
+def _check(name: str, row: Mapping[str, Any]) -> None:
+    """Raises ValueError for a row that is not whole, or has a wrong value or a name that does not exist."""
+    if missing := [key for key in ('kind', 'dense_tflops', 'memory_gb', 'bandwidth_gb_s') if key not in row]:
         raise ValueError(f'--hardware: {name} lacks {", ".join(missing)}.')
-    if row['kind'] not in _USUAL:
+    is_number = lambda value, low: (
+        isinstance(value, int | float) and not isinstance(value, bool) and (value > 0 if low == 0 else value >= 0)
+    )
+    for key, value in row.items():
+        if key not in (*_NUMBERS, *_COUNTS, *_TEXTS, *_OTHERS):
+            raise errors.unknown(f'--hardware: the figure of {name}', key, [*_NUMBERS, *_COUNTS, *_TEXTS, *_OTHERS])
+        if key in _NUMBERS and not (is_number(value, _NUMBERS[key]) or (value is None and key in ('price', 'watts'))):
+            raise ValueError(
+                f'--hardware: {key} of {name} is {value!r}: must be a number{" above 0" if _NUMBERS[key] == 0 else ", at least 0"}.'
+            )
+        if key in _COUNTS and not (isinstance(value, int) and value >= 1):
+            raise ValueError(f'--hardware: {key} of {name} is {value!r}: must be a whole number, at least 1.')
+    if row['kind'] not in tuple(_USUAL):
         raise errors.unknown(f'--hardware: the kind of {name}', row['kind'], _USUAL)
+    for key in ('dense_tflops', 'efficiency'):
+        table = row.get(key, {})
+        if (
+            not isinstance(table, dict)
+            or not all(is_number(value, None) for value in table.values())
+            or (key == 'dense_tflops' and not table)
+        ):
+            raise ValueError(f'--hardware: {key} of {name} is {table!r}: must be numbers by name, such as {{"bfloat16": 312}}.')
+    sparse = row.get('sparse', {})
+    pairs = [
+        pair
+        for pairs in (sparse.values() if isinstance(sparse, dict) else [None])
+        for pair in (pairs if isinstance(pairs, list) else [None])
+    ]
+    if (
+        not isinstance(sparse, dict)
+        or set(sparse) not in (set(), {'products', 'convolutions'})
+        or not all(isinstance(pair, list) and len(pair) == 2 and all(is_number(v, 0) for v in pair) for pair in pairs)
+    ):
+        raise ValueError(
+            f'--hardware: sparse of {name} must have pairs [density, part of the peak] under products and convolutions.'
+        )
+
+
+def _device(name: str, row: Mapping[str, Any]) -> Device:
+    _check(name, row)
     gb = 1e9
     is_pod = row['kind'] == 'tpu'
     return Device(
@@ -131,6 +189,7 @@ def _device(name: str, row: Mapping[str, Any]) -> Device:
         efficiency=_USUAL[row['kind']] | row.get('efficiency', {}),
         sparse={name: tuple((d, e) for d, e in pairs) for name, pairs in row.get('sparse', {}).items()},
         fitted_on=row.get('fitted_on', ''),
+        aliases=tuple(row.get('aliases', ())),
         has_blocks=row.get('blocks', False),
         source=f'{row.get("source", "yours")}, {row.get("date", "no date")}',
     )
@@ -139,8 +198,7 @@ def _device(name: str, row: Mapping[str, Any]) -> Device:
 def find(name: str, known: Mapping[str, Device]) -> Device:
     """The device of that name or alias, whatever its case; ValueError with the nearest names where there is none."""
     plain = lambda text: re.sub(r'[^a-z0-9]', '', text.lower())
-    names = {plain(key): key for key in known}
-    names |= {plain(alias): key for key, row in _shipped().items() for alias in row.get('aliases', []) if key in known}
+    names = {plain(alias): key for key, device in known.items() for alias in device.aliases} | {plain(key): key for key in known}
     if plain(name) not in names:
         raise errors.unknown('--devices', name, known)
     return known[names[plain(name)]]
@@ -159,7 +217,12 @@ def parse(text: str, known: Mapping[str, Device]) -> list[tuple[int, Device]]:
         number = int(match[1] or 1)
         if number < 1:
             raise ValueError(f'--devices={part}: must be at least one.')
-        found.append((number, find(match[2], known)))
+        device = find(match[2], known)
+        if number > 1 and not device.link:
+            raise ValueError(
+                f'--devices={part}: {device.name} has no link_gb_s, bytes a second between devices: name it in --hardware.'
+            )
+        found.append((number, device))
     if not found:
         raise ValueError('--devices is empty: name devices, such as 8xH100,16xv5e.')
     return found

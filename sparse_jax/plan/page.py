@@ -120,8 +120,8 @@ def _convolutions(network: Network) -> str:
     densities, batch, rows = network.densities(), network.config.data.batch_size, []
     for product in network.counts.products:
         if product.geometry:
-            height, width, inputs, *taps, outputs, stride = product.geometry
-            layer = convolution.Layer(height, width, inputs, outputs, (taps[0], taps[1]), stride)
+            height, width, inputs, *taps, outputs, stride, high, wide = product.geometry
+            layer = convolution.Layer(height, width, inputs, outputs, (taps[0], taps[1]), stride, (high, wide))
             costs = convolution.algorithms(layer, batch, densities.get(product.name, 1.0))
             cells = {cost.algorithm.partition(',')[0]: f'{1e-9 * cost.operations:.3g}' if not cost.note else '' for cost in costs}
             columns = ('direct', 'im2col', 'FFT', 'Winograd', 'sparse direct')

@@ -70,19 +70,21 @@ def run(
         raise ValueError(f'--vocabulary={outputs}: must be at least 2.')
     if deadline is not None and not deadline > 0:
         raise ValueError(f'--deadline={deadline:g}: must be hours, above 0.')
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise ValueError(f'--workdir={folder} is a file: give a folder, or none.')
     known = hardware.devices(own_hardware, prices)
     groups = hardware.parse(devices, known)
     planned = network.of_config(config, outputs)
     answers = [answers_lib.answer(planned, device, number) for number, device in groups]
     chosen = answers_lib.recommended(answers, deadline)
     _print(answers, chosen)
-    if exact:
-        print(_exact(chosen))
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / PAGE).write_text(page.page(title, answers, chosen, command))
         (folder / NUMBERS).write_text(json.dumps(answers_lib.as_json(answers, chosen), indent=2) + '\n')
         print(f'page:    {folder / PAGE}\nnumbers: {folder / NUMBERS}')
+    if exact:
+        print(_exact(chosen))
 
 
 _PRINTED = ('devices', 'data x model', 'ms a step', 'a second', 'time', 'cost', 'memory', 'vs dense')
@@ -94,7 +96,12 @@ def _exact(chosen: Answer) -> str:
     for flag in plan.flags():
         name, _, value = flag.removeprefix('--config.').partition('=')
         config_lib.override(config, name, value)
-    lowered = lowering.lower(config, {'gpu': 'cuda', 'tpu': 'tpu'}.get(plan.device.kind, 'cuda'))
+    if plan.device.kind == 'cpu':
+        return 'exact:   asks the compilers for GPUs and TPUs only'
+    try:
+        lowered = lowering.lower(config, {'gpu': 'cuda', 'tpu': 'tpu'}[plan.device.kind])
+    except ValueError as error:  # data that is not here, or too few devices to stand in
+        return f'exact:   not here ({error})'
     if lowered.memory is None:
         return f'exact:   the compiler is not here ({lowered.why_not_compiled})'
     parts = lowered.memory

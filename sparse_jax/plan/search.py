@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 
 from sparse_jax.plan import memory as memory_lib
@@ -83,7 +84,7 @@ _EQUAL = 0.02  # part of a step's time that makes no difference: the model is co
 
 def _effort(choice: Choice) -> tuple[int, ...]:
     """What makes a plan less simple, the worst first."""
-    return choice.mesh.model, choice.remat, choice.mesh.sharded, choice.accumulate
+    return choice.mesh.model, choice.remat, choice.mesh.sharded, choice.mesh.devices, choice.accumulate
 
 
 def evaluate(network: Network, device: Device, choice: Choice, density: float | None = None) -> Plan:
@@ -113,7 +114,7 @@ def best_of(network: Network, device: Device, number: int, allowed: Callable[[Me
     plans = list(_plans(network, device, number, allowed))
     if not plans:
         return None
-    fitting = [plan for plan in plans if plan.fits]
+    fitting = [plan for plan in plans if plan.fits and math.isfinite(plan.step.seconds)]
     if fitting:
         limit = (1 + _EQUAL) * min(plan.step.seconds for plan in fitting)
         equal = [plan for plan in fitting if plan.step.seconds <= limit]
@@ -129,17 +130,41 @@ def meshes(batch: int, number: int, *, splits: bool) -> tuple[Mesh, ...]:
     ['1 data x 1 model', '2 data x 1 model', '2 data x 1 model, fully sharded', '1 data x 2 model']
     """
     found = []
+    divisors = sorted({d for i in range(1, math.isqrt(batch) + 1) if batch % i == 0 for d in (i, batch // i)})
     for model in (1, 2, 4, 8, 16, 32, 64) if splits else (1,):
-        for data in range(1, number // model + 1):
-            if batch % data == 0:
+        for data in divisors:
+            if data * model <= number:
                 found += [Mesh(data, model, sharded) for sharded in (False, True) if data > 1 or not sharded]
     return tuple(found)
+
+
+def divides(network: Network, mesh: Mesh) -> bool:
+    """Whether the weights lie over a mesh: sides that do not divide stay whole on every device, so that nothing would be gained.
+
+    Args:
+      network: what is trained.
+      mesh: data x model.
+
+    Returns:
+      Whether nine tenths of its weights divide, and of a Transformer the heads. Compact storage has all weights on every device.
+    """
+    config = network.config
+    if mesh.model == 1 and not mesh.sharded:
+        return True
+    if config.sparsity.storage == 'compact' or (network.is_transformer and config.model.heads % mesh.model):
+        return False
+    matrices = [shape for shape in network.counts.leaves.values() if len(shape) >= 2]
+    fits = lambda shape: shape[-1] % mesh.model == 0 and (not mesh.sharded or shape[-2] % mesh.data == 0)
+    total = sum(math.prod(shape) for shape in matrices)
+    return sum(math.prod(shape) for shape in matrices if fits(shape)) >= 0.9 * total
 
 
 def _plans(network: Network, device: Device, number: int, allowed: Callable[[Mesh], bool]) -> Iterator[Plan]:
     """Of each mesh the plan with the fewest parts of a batch that fits, with and without computing layers twice."""
     batch = network.config.data.batch_size
-    for mesh in filter(allowed, meshes(batch, number, splits=number > 1)):
+    for mesh in meshes(batch, number, splits=number > 1):
+        if not (allowed(mesh) and divides(network, mesh)):
+            continue
         for remat in (False, True) if network.is_transformer else (False,):
             parts = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if batch // mesh.data % n == 0]
             for accumulate in parts:

@@ -16,12 +16,14 @@ from sparse_jax.plan.hardware import Device
 from sparse_jax.plan.network import Network
 
 _TILE, _DEPTH = 128, 32  # outputs and inputs of a tile that a tensor core's kernel works on
+_BESIDE = 3  # kernels for each product, itself included
 _VECTOR = 16  # numbers of a CPU's vector
 BYTES = {'float32': 4, 'bfloat16': 2}
 # What the optimizer reads and writes for each weight, float32 all: gradient, weight and moments; and once more to clip gradients.
 _OPTIMIZER_BYTES, _CLIP_BYTES = {'sgd': 20, 'adamw': 28}, 4
 _MASK_BYTES = 3  # a mask is read by gradients, weights and their product
 _MASK_UPDATE_BYTES = 160  # of each weight, in the step of an update: some 40 passes over its key
+_ADDED = 'attention/out/kernel', 'mlp/down/kernel'  # whose results model parallelism adds
 _SCORES_PASSES = 6  # over attention's scores, written in float32, where no kernel keeps them on the chip
 
 
@@ -31,12 +33,15 @@ class Choice(NamedTuple):
     mesh: Mesh
     accumulate: int = 1  # parts of a batch, one after the other
     remat: bool = False  # whether layers are computed twice to keep less
-    fused_attention: bool | None = (
-        None  # whether a kernel keeps attention's scores on the chip; None: on GPUs, as models.attention does
-    )
+    fused_attention: bool | None = None  # whether a kernel keeps attention's scores on the chip; None: models.attention decides
+
+    def writes_scores(self, device: Device, dtype: str) -> bool:
+        """Whether attention's scores are written to memory: by XLA, where no kernel takes the type or the device has none."""
+        has_kernel = device.title.startswith('NVIDIA') and dtype == 'bfloat16'
+        return not (has_kernel if self.fused_attention is None else self.fused_attention)
 
     def keeps_scores(self, device: Device) -> bool:
-        """Whether attention's scores stay in memory, for the backward pass."""
+        """Whether they stay there for the backward pass; on GPUs they are computed again."""
         return not (device.kind == 'gpu' if self.fused_attention is None else self.fused_attention)
 
 
@@ -94,7 +99,7 @@ def step(network: Network, device: Device, choice: Choice, density: float | None
     """
     densities = network.densities(density)
     config, mesh = network.config, choice.mesh
-    examples = config.data.batch_size / mesh.data / mesh.model  # a split layer has a part of its outputs for all of a batch
+    examples = config.data.batch_size / mesh.data
     arithmetic, traffic, launched = _products(network, device, examples, mesh.model, choice.remat, density)
     products = arithmetic + traffic
     stored = _stored(network, densities) / mesh.model / (mesh.data if mesh.sharded else 1)
@@ -104,18 +109,17 @@ def step(network: Network, device: Device, choice: Choice, density: float | None
     reached = device.efficiency['bandwidth'] * device.bandwidth
     sent = _traffic(network, device, choice, densities)
     backward = products * 2 / 3
-    hidden = min(sent.seconds_gradients, device.efficiency['overlap'] * backward / choice.accumulate)
+    hidden = min(sent.seconds_gradients, device.efficiency['overlap'] * backward / (1 if mesh.sharded else choice.accumulate))
     hidden += min(sent.seconds_weights, max(0.0, device.efficiency['overlap'] * products - hidden))  # nothing hides two things
-    hidden += device.efficiency['overlap_activations'] * sent.seconds_activations
     return Step(
         arithmetic=arithmetic,
         traffic=traffic,
-        between=_between(network, device, choice, examples) / reached,
+        between=_between(network, device, choice, examples / mesh.model) / reached,
         optimizer=(optimizer * stored + _MASK_BYTES * sparse * (config.sparsity.storage == 'dense'))
         / reached
         / device.efficiency['optimizer'],
         masks=_MASK_UPDATE_BYTES * sparse / reached / network.update_every if network.update_every else 0.0,
-        launches=1e-6 * device.efficiency['launch_us'] * choice.accumulate * (3 * launched + 2 * len(network.counts.leaves)),
+        launches=1e-6 * device.efficiency['launch_us'] * choice.accumulate * (_BESIDE * launched + 2 * len(network.counts.leaves)),
         communication=sent.seconds - hidden,
         hidden=hidden,
         sent=sent,
@@ -128,21 +132,39 @@ def _utilization(side: int, tile: int) -> float:
     return side / (-(-side // tile) * tile)
 
 
+def parts_of(product: Product, parts: int) -> int:
+    """Over how many devices a product is divided: of that many, or not at all where its outputs do not divide."""
+    return parts if not product.name or product.outputs % parts == 0 else 1
+
+
 def dense_seconds(product: Product, examples: float, device: Device, dtype: str, parts: int = 1) -> tuple[float, float]:
-    """Seconds of one pass of a dense product: of its arithmetic, and of its traffic; of its weights a device has one of so many parts."""
-    reached = device.efficiency['convolutions' if product.kind == 'convolution' else 'products']
-    reached *= device.efficiency['network']
+    """Seconds of one pass of a dense product.
+
+    Args:
+      product: of one example.
+      examples: of a step, over the devices that share its layers.
+      device: a kind of device.
+      dtype: in which it computes.
+      parts: devices that its outputs (of attention, its heads) are divided over.
+
+    Returns:
+      Those of its arithmetic, and of its traffic.
+    """
+    parts = parts_of(product, parts)
+    outputs = -(-product.outputs // parts) if product.name else product.outputs
+    reached = device.efficiency['convolutions' if product.kind == 'convolution' else 'products'] * device.efficiency['network']
     if device.kind != 'cpu':
-        reached *= _utilization(product.outputs, _TILE) * _utilization(product.inputs, _DEPTH)
+        reached *= _utilization(outputs, _TILE) * _utilization(product.inputs, _DEPTH)
     elif product.geometry:  # vectors hold channels
-        reached *= _utilization(product.outputs, _VECTOR) * _utilization(product.geometry[2], _VECTOR)
-    moved = product.read + product.written
-    if not product.name and device.kind != 'cpu':  # attention in one kernel: only its operands and its result are in memory
-        moved = min(product.read, product.written)
+        reached *= _utilization(outputs, _VECTOR) * _utilization(product.geometry[2], _VECTOR)
+    moved = product.read + product.written / parts  # every device reads all inputs
+    if not product.name:
+        moved = (product.read + product.written) / parts
+        if device.kind != 'cpu':  # one kernel: only its operands and its result are in memory
+            moved = min(product.read, product.written) / parts
     bytes_ = BYTES[dtype] * (moved * examples + product.weights / parts)
-    return 2 * product.operations * examples / (device.operations(dtype) * reached), bytes_ / (
-        device.efficiency['bandwidth'] * device.bandwidth
-    )
+    operations = 2 * product.operations * examples / parts
+    return operations / (device.operations(dtype) * reached), bytes_ / (device.efficiency['bandwidth'] * device.bandwidth)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -158,10 +180,12 @@ def _products(
             passes += ['weight_gradient'] + ['input_gradient'] * product.needs_input_gradient
         elif product.needs_input_gradient:
             passes += ['input_gradient'] * 2
-        kernels += len(passes) * (1.0 if product.name else 0.5)  # attention's two products are one kernel
+        layers = product.times if product.name else max(1, network.config.model.depth)
+        kernels += len(passes) * layers * (1.0 if product.name else 0.5)  # attention's two products are one kernel
         dense = dense_seconds(product, examples, device, network.config.model.dtype, parts)
         for name in passes:
-            arithmetic, traffic = _pass_seconds(network, product, name, examples, device, densities.get(product.name, 1.0), dense)
+            shared = examples / parts_of(product, parts)
+            arithmetic, traffic = _pass_seconds(network, product, name, shared, device, densities.get(product.name, 1.0), dense)
             limited += arithmetic if arithmetic >= traffic else 0.0
             moved += traffic if arithmetic < traffic else 0.0
     return limited, moved, kernels
@@ -184,7 +208,7 @@ def _between(network: Network, device: Device, choice: Choice, examples: float) 
     """Bytes of what runs between the products: forward once, backward twice."""
     passes = 3 + choice.remat
     moved = network.counts.moved * BYTES[network.config.model.dtype] * passes
-    if choice.keeps_scores(device):
+    if choice.writes_scores(device, network.config.model.dtype):
         moved += network.counts.scores * 4 * _SCORES_PASSES
     return moved * examples / device.efficiency['lanes' if network.by_lanes else 'between']
 
@@ -207,16 +231,19 @@ def _traffic(network: Network, device: Device, choice: Choice, densities: dict[s
     activations = bytes_ = 0.0
     if mesh.model > 1:
         examples = width * network.config.data.batch_size / mesh.data
-        written = examples * sum(p.written for p in counts.products if p.name)
+        named = [p for p in counts.products if p.name]
         if network.is_transformer:
-            # of each pair of products one is split by outputs, one by inputs, after which results are added: forward, and backward
-            passes, results = 2 + choice.remat, written / 2
+            # Results of attention and of the MLP are added forward, and the gradients of the inputs of five products backward.
+            results = examples * sum(p.written for p in named if p.name.endswith(_ADDED))
+            passes = 1 + choice.remat + 5 / 2
             bytes_, activations = passes * collectives.ring(results, mesh.model), passes * over(results, mesh.model)
         else:
             # all are split by outputs, which are stacked forward; backward the inputs' gradients are added
-            read = examples * sum(p.read for p in counts.products if p.name and p.needs_input_gradient)
+            written = examples * sum(p.written for p in named)
+            read = examples * sum(p.read for p in named if p.needs_input_gradient)
             bytes_ = collectives.gather(written, mesh.model) + collectives.ring(read, mesh.model)
             activations = over(written, mesh.model, whole=False) + over(read, mesh.model)
+        activations += 2e-6 * device.efficiency['collective_us'] * sum(p.times for p in named)
     if mesh.sharded:
         gathers = (2 + choice.remat) * choice.accumulate
         gathered = width * weights

@@ -47,10 +47,10 @@ def decays(settings: config_lib.Optimizer) -> list[int]:
     """
     parts = settings.decay_at.split(',')
     steps = [int(part) for part in parts if part.strip().isdecimal()]
-    if len(steps) < len(parts) or steps != sorted(set(steps)) or steps[0] <= settings.warmup_steps:
+    if len(steps) < len(parts) or steps != sorted(set(steps)) or steps[0] <= settings.warmup_steps or steps[-1] >= 2**31:
         raise ValueError(
             f'config.optimizer.decay_at={settings.decay_at!r}: must be steps in rising order, separated by commas, all after the '
-            f'{settings.warmup_steps} of the warm-up, such as 30000,60000.'
+            f'{settings.warmup_steps} of the warm-up and below 2^31, such as 30000,60000.'
         )
     return steps
 

@@ -64,3 +64,13 @@ def test_wrong_input_is_told_in_a_line(flags, message):
 def test_flags_of_plans_have_no_meaning_elsewhere(tmp_path):
     done = launcher.launch('--mode=train', CONFIG, f'--workdir={tmp_path / "run"}', '--devices=8xH100')
     assert done.returncode == 2 and '--devices has no meaning with --mode=train' in done.stderr
+
+
+def test_a_file_in_the_place_of_the_folder_no_config_and_what_the_compiler_says(tmp_path):
+    (tmp_path / 'file').write_text('')
+    done = launcher.launch(PLAN, CONFIG, '--devices=8xH100', f'--workdir={tmp_path / "file"}')
+    assert done.returncode == 2 and 'is a file: give a folder' in done.stderr
+    done = launcher.launch(PLAN, f'--workdir={tmp_path / "new"}', '--devices=8xH100')
+    assert done.returncode == 2 and '--config is missing' in done.stderr and 'workdir of a run' not in done.stderr
+    done = launcher.launch(PLAN, CONFIG, '--devices=2xH100', '--exact')
+    assert done.returncode == 0 and re.search(r'^exact:   ', done.stdout, re.MULTILINE), done.stderr

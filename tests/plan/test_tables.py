@@ -44,6 +44,14 @@ def test_a_file_of_ones_own_adds_devices_and_corrects_known_ones(tmp_path):
     }))  # fmt: skip
     devices = hardware.devices(path, {'x1': 0.5})
     assert devices['H100'].price == 2.5 and devices['H100'].bandwidth == hardware.devices()['H100'].bandwidth
+    with pytest.raises(ValueError, match='--devices=2xX1: X1 has no link_gb_s'):
+        hardware.parse('2xX1', devices)
+    path.write_text(json.dumps({'H100': {'efficiency': {'products': 0.7}, 'aliases': ['mine']}}))
+    corrected = hardware.devices(path)['H100']
+    assert corrected.efficiency['products'] == 0.7 and corrected.efficiency['convolutions'] == 0.34, (
+        'what is not named keeps its value'
+    )
+    assert hardware.find('Mine', hardware.devices(path)).name == 'H100'
     assert devices['X1'].operations('bfloat16') == 1e14 and devices['X1'].price == 0.5
 
 
@@ -53,6 +61,13 @@ def test_a_file_of_ones_own_adds_devices_and_corrects_known_ones(tmp_path):
         ('{', 'cannot be read'),
         ('[]', 'must hold an object of devices by name'),
         ('{"X": {"kind": "gpu"}}', 'X lacks dense_tflops, memory_gb, bandwidth_gb_s'),
+        ('{"H100": {"bandwith_gb_s": 1}}', "the figure of H100='bandwith_gb_s' does not exist. Did you mean 'bandwidth_gb_s'"),
+        ('{"H100": {"memory_gb": "40"}}', "memory_gb of H100 is '40': must be a number above 0"),
+        ('{"H100": {"bandwidth_gb_s": 0}}', 'bandwidth_gb_s of H100 is 0: must be a number above 0'),
+        ('{"H100": {"link_gb_s": null}}', 'link_gb_s of H100 is None: must be a number, at least 0'),
+        ('{"H100": {"dense_tflops": 5}}', 'dense_tflops of H100 is 5: must be numbers by name'),
+        ('{"H100": {"dense_tflops": {"bfloat16": "100"}}}', 'dense_tflops of H100 is .*: must be numbers by name'),
+        ('{"cpu": {"sparse": {"products": [[1]]}}}', 'sparse of cpu must have pairs'),
         ('{"X": {"kind": "gpus", "dense_tflops": {}, "memory_gb": 1, "bandwidth_gb_s": 1}}', "the kind of X='gpus' does not exist"),
     ],
 )
