@@ -69,7 +69,16 @@ class Answer:
 
 
 def answer(network: Network, device: Device, number: int) -> Answer:
-    """What is to be said of a network on at most so many devices of a kind."""
+    """What is to be said of a network on devices of a kind.
+
+    Args:
+      network: what is trained.
+      device: a kind of device.
+      number: how many there are at most.
+
+    Returns:
+      The best plan, and what it is compared with.
+    """
     plan = search.best(network, device, number)
     is_sparse = network.rule is not None
 
@@ -306,8 +315,20 @@ def crossover(inputs: int, outputs: int, density: float, devices: int, batches: 
     Data parallelism sums gradients, inputs x outputs of them, or the density's part; model parallelism stacks or adds outputs, batch x
     outputs of them, forward and backward.
 
-    >>> [row.data < row.model for row in crossover(1000, 1000, 0.1, 4, (500, 2000))]
-    [False, True]
+    Args:
+      inputs: of the layer's weight.
+      outputs: of the layer's weight.
+      density: of the weight.
+      devices: over which it is trained.
+      batches: examples of a step, over all devices.
+      width: bytes of a number.
+
+    Returns:
+      A row for each batch.
+
+    Example:
+      >>> [row.data < row.model for row in crossover(1000, 1000, 0.1, 4, (500, 2000))]
+      [False, True]
     """
     rows = []
     for batch in batches:

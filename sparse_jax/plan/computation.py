@@ -94,7 +94,14 @@ def amounts() -> list[Amount]:
 
 
 def of_training(network: Network) -> float:
-    """Operations of a network's training, of its products, at the density that they have: what a machine without waste would do."""
+    """Operations of a network's training: what a machine without waste would do.
+
+    Args:
+      network: what is trained.
+
+    Returns:
+      Those of its products, at the density that they have, two for each multiply-add.
+    """
     densities = network.densities()
     total = 0.0
     for product in network.counts.products:

@@ -87,10 +87,21 @@ def _shipped() -> dict[str, Any]:
 
 
 def devices(own: pathlib.Path | None = None, prices: Mapping[str, float] | None = None) -> dict[str, Device]:
-    """All known devices by name; ValueError for a file or a price that cannot be used.
+    """All known devices.
 
-    >>> devices()['H100'].operations('bfloat16') / 1e12
-    989.4
+    Args:
+      own: a file with more of them, or with corrections, in the format of devices.json.
+      prices: an hour of a device, by its name, in any currency.
+
+    Returns:
+      Devices by name.
+
+    Raises:
+      ValueError: for a file or a price that cannot be used.
+
+    Example:
+      >>> devices()['H100'].operations('bfloat16') / 1e12
+      989.4
     """
     rows = dict(_shipped())
     if own is not None:

@@ -19,6 +19,9 @@ def page(title: str, answers: Sequence[Answer], chosen: Answer, command: str) ->
       answers: of all kinds of devices.
       chosen: the recommended one.
       command: that made the page.
+
+    Returns:
+      HTML with everything inside.
     """
     network = chosen.plan.network
     now = datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d %H:%M UTC')

@@ -54,6 +54,9 @@ def seconds(
       density: of the weight, below 1.
       block: the blocks' smaller side; 0: single weights.
       dense: what :func:`~sparse_jax.plan.step_time.dense_seconds` says of the pass.
+
+    Returns:
+      Seconds that arithmetic and traffic take, of which the larger counts.
     """
     mine = dense
     if device.kind == 'cpu' and device.sparse:
