@@ -1,27 +1,21 @@
-"""What people ask before they train: which devices, which parallelism, which density, and what limits the step; each with its reason."""
+"""What people ask before they train: which devices, which parallelism, which density, and what limits the step."""
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from sparse_jax.plan import memory as memory_lib
 from sparse_jax.plan import search, sparse_time
-from sparse_jax.plan.collectives import Mesh, ring
+from sparse_jax.plan.collectives import ring
 from sparse_jax.plan.hardware import Device
 from sparse_jax.plan.network import Network
 from sparse_jax.plan.search import Plan
+from sparse_jax.plan.words import hours, size
 
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 BLOCK = 64  # the side that is tried where a network has no blocks and only blocks have kernels
-_PAYS = 0.97  # of the dense step's time: below that sparsity pays
-# What moves a limit, where it is the largest.
-_MOVES = {
-    'units for products': 'a device with more tensor cores or a higher peak, or a lower density where sparse kernels run',
-    'memory bandwidth': 'a device with more bandwidth, bfloat16, compact storage, or fewer passes between the products',
-    'links': 'faster links, fewer devices, or a larger batch',
-    'launches': 'a larger batch for each device, or fewer devices',
-}
+PAYS = 0.97  # of the dense step's time: below that sparsity pays
 
 
 class SparsePoint(NamedTuple):
@@ -58,7 +52,7 @@ class Answer:
     @property
     def pays_below(self) -> float | None:
         """The highest density at which a step is clearly faster than the dense one; None: at none."""
-        faster = [point.density for point in self.by_density if point.seconds < _PAYS * self.dense_seconds]
+        faster = [point.density for point in self.by_density if point.seconds < PAYS * self.dense_seconds]
         return max(faster, default=None)
 
     @property
@@ -169,137 +163,6 @@ def _why_nowhere(answers: Sequence[Answer]) -> str:
     )
 
 
-def reasons(answer: Answer, others: Sequence[Answer] = ()) -> list[str]:
-    """Why, in sentences."""
-    plan, network = answer.plan, answer.plan.network
-    shares = plan.step.limits()
-    sentences = [_of_mesh(answer)]
-    sentences.append(
-        f'{shares[answer.limit]:.0%} of the step is limited by {answer.limit}; what would move it: {_MOVES[answer.limit]}.'
-    )
-    if plan.devices > 1 and plan.step.sent.bytes:
-        sent = plan.step.hidden + plan.step.communication
-        hides = f'{plan.step.hidden / sent:.0%} of it behind other work' if sent else 'nothing'
-        sentences.append(
-            f'Each device sends {size(plan.step.sent.bytes)} a step, which takes {milliseconds(sent)} ms; it hides {hides}.'
-        )
-    if network.is_transformer and plan.choice.keeps_scores(answer.device):
-        sentences.append(
-            f'Attention runs as XLA makes it on {answer.device.name}: its scores are written and kept for the backward pass.'
-        )
-    if network.rule is not None:
-        sentences.append(answer.kernels)
-        if answer.speedup >= 1 / _PAYS:
-            below = '' if answer.pays_below is None else f'; it pays below a density of about {answer.pays_below:g}'
-            sentences.append(
-                f'At a density of {network.density:.3g} a step is {answer.speedup:.2f}x as fast as the dense one{below}.'
-            )
-        elif answer.pays_below is not None:
-            sentences.append(
-                f'At a density of {network.density:.3g} a step is no faster than the dense one: it pays below about {answer.pays_below:g}.'
-            )
-        else:
-            sentences.append('A sparse step is no faster than a dense one here, at any density.')
-        nearest = lambda point: abs(math.log(point.density / network.density))
-        if answer.blocks and (point := min(answer.blocks, key=nearest)).seconds < _PAYS * answer.dense_seconds:
-            sentences.append(
-                f'With sparsity.granularity=block:{BLOCK}x{BLOCK} it would be {answer.dense_seconds / point.seconds:.2f}x as fast as the dense one at '
-                f'a density of {point.density:g}; what that does to the accuracy is to be tried.'
-            )
-    cheaper = [a for a in others if a is not answer and a.plan.fits]
-    for other in cheaper:
-        sentences.append(
-            f'{other.plan.devices} x {other.device.name} take {other.plan.hours / plan.hours:.2g}x as long'
-            + (f' and cost {other.plan.cost / plan.cost:.2g}x' if other.plan.cost and plan.cost else '')
-            + f': there {other.limit} limits most.'
-        )
-    sentences.append(certainty(answer.device))
-    return sentences
-
-
-def _of_mesh(answer: Answer) -> str:
-    """Why it is this mesh."""
-    plan, mesh = answer.plan, answer.plan.choice.mesh
-    if answer.number == 1:
-        return 'There is one device.'
-    if plan.devices < answer.number:
-        return (
-            f'{plan.devices} of {answer.number} devices are as fast as all: a mesh must divide the batch of '
-            f'{plan.network.config.data.batch_size} and the layers, and more devices would wait for each other or have too little to do.'
-        )
-    data, model = answer.data_parallel, answer.model_parallel
-    hides = ', which hide behind the backward pass' if answer.device.efficiency['overlap'] else ''
-    if mesh.model == 1 and model is not None:
-        versus = (
-            f'{model.step.seconds / plan.step.seconds:.2g}x as long as this with {model.choice.mesh}'
-            if model.fits
-            else 'more memory than there is'
-        )
-        text = f'Data parallelism: it sends gradients{hides}; model parallelism sends activations and takes {versus}.'
-    elif mesh.model > 1 and data is not None:
-        versus = f'{data.step.seconds / plan.step.seconds:.2g}x as long' if data.fits else 'more memory than there is'
-        text = f'Model parallelism beside data parallelism: alone the latter takes {versus}.'
-    else:
-        text = 'Data parallelism: layers are not divided.'
-    if mesh.sharded:
-        text += ' Weights and optimizer are divided over the data axis, as they would not fit whole or take longer.'
-    return text
-
-
-def certainty(device: Device) -> str:
-    """How sure the prediction is."""
-    if device.kind == 'cpu':
-        return (
-            f'How sure: {device.name} is known by {device.fitted_on}; steps of most networks are within 25% (docs/planning.md).'
-            if device.fitted_on
-            else f'How sure: nothing of {device.name} was measured.'
-        )
-    if device.fitted_on:
-        return f'How sure: efficiencies of {device.name} were fitted on {device.fitted_on}; other published trainings are within 30% (docs/planning.md).'
-    return f'How sure: nothing of {device.name} was measured: its sheet and the usual efficiency of its kind, within a factor of 1.5 to 2.'
-
-
-def hours(value: float) -> str:
-    """A time for people.
-
-    >>> hours(0.01), hours(1.26), hours(100)
-    ('36 s', '1.3 h', '4.2 days')
-    """
-    if value < 1 / 60:
-        return f'{3600 * value:.2g} s'
-    if value < 1:
-        return f'{60 * value:.2g} min'
-    return f'{value:.2g} h' if value < 48 else f'{value / 24:.2g} days'
-
-
-def many(value: float) -> str:
-    """A large number for people.
-
-    >>> many(26971.3), many(1814759)
-    ('26,971', '1.81M')
-    """
-    return f'{value:,.0f}' if value < 1e6 else f'{value / 1e6:.2f}M'
-
-
-def milliseconds(seconds: float) -> str:
-    """A step's time for people, in milliseconds.
-
-    >>> milliseconds(0.0012345), milliseconds(2.5217)
-    ('1.23', '2,522')
-    """
-    return f'{1e3 * seconds:.3g}' if seconds < 0.1 else f'{1e3 * seconds:,.0f}'
-
-
-def size(value: float) -> str:
-    """Bytes for people.
-
-    >>> size(2.5e9), size(3e6), size(51_100)
-    ('2.5 GB', '3 MB', '51.1 kB')
-    """
-    unit, name = next(((u, n) for u, n in ((1e9, 'GB'), (1e6, 'MB')) if value >= u), (1e3, 'kB'))
-    return f'{value / unit:.3g} {name}'
-
-
 class Crossover(NamedTuple):
     """Bytes that one layer sends in a step, by batch and parallelism."""
 
@@ -335,40 +198,3 @@ def crossover(inputs: int, outputs: int, density: float, devices: int, batches: 
         weights = ring(width * inputs * outputs, devices)
         rows.append(Crossover(batch, weights, density * weights, ring(width * batch * outputs, devices)))
     return rows
-
-
-def as_json(answers: Sequence[Answer], chosen: Answer) -> Mapping:
-    """All numbers, for programs."""
-    return {'recommended': _json_of(chosen), 'devices': [_json_of(a) for a in answers]}
-
-
-def _json_of(answer: Answer) -> dict:
-    plan = answer.plan
-    mesh: Mesh = plan.choice.mesh
-    return {
-        'device': answer.device.name,
-        'devices': answer.number,
-        'used': plan.devices,
-        'mesh': {'data': mesh.data, 'model': mesh.model, 'fully_sharded': mesh.sharded},
-        'accumulate': plan.choice.accumulate,
-        'remat': plan.choice.remat,
-        'fits': plan.fits,
-        'seconds_a_step': plan.step.seconds,
-        'parts_of_a_step': plan.step.parts(),
-        'limits': plan.step.limits(),
-        'hidden_communication': plan.step.hidden,
-        'bytes_sent': plan.step.sent.bytes,
-        'throughput': plan.throughput,
-        'unit': f'{plan.network.unit}/s',
-        'hours': plan.hours,
-        'cost': plan.cost,
-        'kilowatt_hours': plan.energy,
-        'utilization': plan.utilization,
-        'memory': dataclasses.asdict(plan.memory) | {'peak': plan.memory.peak},
-        'dense_seconds_a_step': answer.dense_seconds,
-        'pays_below_density': answer.pays_below,
-        'by_density': [point._asdict() for point in answer.by_density],
-        'by_number': [{'devices': p.devices, 'seconds_a_step': p.step.seconds, 'cost': p.cost} for p in answer.by_number],
-        'flags': plan.flags(),
-        'source': answer.device.source,
-    }

@@ -6,6 +6,7 @@ It prints a row for ``--hardware``, and writes it into the file. The peak is the
 nothing else run meanwhile.
 """
 
+import argparse
 import json
 import math
 import os
@@ -164,17 +165,18 @@ def measured() -> dict[str, Any]:
 
 def main() -> None:
     """Measures, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('file', type=pathlib.Path, nargs='?', help='JSON file to write, for --hardware')
+    args = parser.parse_args()
+    if args.file and (args.file.is_dir() or not args.file.parent.is_dir()):
+        parser.error(f'{args.file} cannot be written: give a file in a folder that is there.')
     if 'GLIBC_TUNABLES' not in os.environ:  # keep freed memory, as the launcher does
-        os.execve(
-            sys.executable,
-            [sys.executable, '-m', 'sparse_jax.plan.calibrate', *sys.argv[1:]],
-            os.environ | {'GLIBC_TUNABLES': MALLOC},
-        )
-    row = {'cpu': measured()}
-    text = json.dumps(row, indent=2)
+        command = [sys.executable, '-m', 'sparse_jax.plan.calibrate', *sys.argv[1:]]
+        os.execve(sys.executable, command, os.environ | {'GLIBC_TUNABLES': MALLOC})
+    text = json.dumps({'cpu': measured()}, indent=2)
     print(text)
-    if len(sys.argv) > 1:
-        pathlib.Path(sys.argv[1]).write_text(text + '\n')
+    if args.file:
+        args.file.write_text(text + '\n')
 
 
 if __name__ == '__main__':

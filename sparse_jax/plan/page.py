@@ -4,10 +4,10 @@ import datetime
 import html
 from collections.abc import Sequence
 
-from sparse_jax.plan import answers as answers_lib
-from sparse_jax.plan import computation, convolution, figures, scaling
-from sparse_jax.plan.answers import Answer, hours, many, milliseconds, size
+from sparse_jax.plan import computation, convolution, figures, reasons, scaling
+from sparse_jax.plan.answers import Answer
 from sparse_jax.plan.network import Network
+from sparse_jax.plan.words import hours, many, milliseconds, size
 from sparse_jax.report import html_page
 
 
@@ -30,7 +30,7 @@ def page(title: str, answers: Sequence[Answer], chosen: Answer, command: str) ->
         f'<p class="soft">Arithmetic, not a measurement. Made on {now} by <code>{html.escape(command)}</code></p>',
     ]
     body.append(f'<p><strong>{html.escape(headline(chosen))}</strong></p>')
-    body.append(f'<ul>{"".join(f"<li>{html.escape(text)}</li>" for text in answers_lib.reasons(chosen, answers))}</ul>')
+    body.append(f'<ul>{"".join(f"<li>{html.escape(text)}</li>" for text in reasons.reasons(chosen, answers))}</ul>')
     body.append(f'<p>{_flags(chosen)}</p>')
     body += [f'<p class="soft">{html.escape(text)}</p>' for text in network.assumed]
     body.append('<h2>Devices</h2>' + html_page.table(COLUMNS, [row(a) for a in answers]))

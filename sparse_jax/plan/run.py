@@ -10,7 +10,7 @@ from rich.console import Console
 from sparse_jax import config as config_lib
 from sparse_jax.aot import lowering
 from sparse_jax.plan import answers as answers_lib
-from sparse_jax.plan import hardware, network, page
+from sparse_jax.plan import hardware, network, numbers, page, reasons, words
 from sparse_jax.plan.answers import Answer
 from sparse_jax.train import console as console_lib
 
@@ -81,7 +81,7 @@ def run(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / PAGE).write_text(page.page(title, answers, chosen, command))
-        (folder / NUMBERS).write_text(json.dumps(answers_lib.as_json(answers, chosen), indent=2) + '\n')
+        (folder / NUMBERS).write_text(json.dumps(numbers.as_json(answers, chosen), indent=2) + '\n')
         print(f'page:    {folder / PAGE}\nnumbers: {folder / NUMBERS}')
     if exact:
         print(_exact(chosen))
@@ -106,7 +106,7 @@ def _exact(chosen: Answer) -> str:
         return f'exact:   the compiler is not here ({lowered.why_not_compiled})'
     parts = lowered.memory
     compiled = parts['arguments'] + parts['results'] - parts['of these in place'] + parts['temporary']
-    return f'exact:   {answers_lib.size(compiled)} by the compiler, {answers_lib.size(plan.memory.peak)} by formula'
+    return f'exact:   {words.size(compiled)} by the compiler, {words.size(plan.memory.peak)} by formula'
 
 
 def _print(answers: Sequence[Answer], chosen: Answer) -> None:
@@ -117,7 +117,7 @@ def _print(answers: Sequence[Answer], chosen: Answer) -> None:
     title = f'{chosen.plan.network.unit} a second, and what they take'
     console.print(console_lib.named_table(title, shown, cells, width=console.width, left=('data x model',)))
     print(page.headline(chosen))
-    for sentence in (*answers_lib.reasons(chosen, answers), *chosen.plan.network.assumed):
+    for sentence in (*reasons.reasons(chosen, answers), *chosen.plan.network.assumed):
         print(f'- {sentence}')
     if flags := ' '.join(chosen.plan.flags()):
         print(f'flags:   {flags}')

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 
-from sparse_jax import compact
 from sparse_jax import config as config_lib
 from sparse_jax.compact import tree
 from sparse_jax.compact.plan import check_rule, reads_scores
@@ -122,7 +121,6 @@ def functions(config: config_lib.Config, step: step_lib.StepSpec, rule: Rule) ->
         raise ValueError(
             f'config.sparsity.groups={spec.groups} is more than the {leaves} sparse layers, of which a group has one at least.'
         )
-    compact.check(step.tx, shapes.params, shapes.opt_state.layout)
     return {
         'init': init,
         'needs_dense_gradient': spec.is_scored,

@@ -8,8 +8,12 @@ import math
 import pytest
 
 from benchmarks.gpu import machine_code, model, program, step
+from configs import cifar10_vgg_d, lm_tiny
 from sparse_jax.aot import hlo, lowering
 from sparse_jax.kernels.gpu import config as config_lib
+from sparse_jax.plan import hardware, memory, network
+from sparse_jax.plan.collectives import Mesh
+from sparse_jax.plan.step_time import Choice
 from tests.aot.lowered import check_compiled, compact_steps, needs_compiler, steps
 
 pytestmark = needs_compiler('gpu')
@@ -102,3 +106,17 @@ def test_a_transformers_step_keeps_neither_scores_nor_activations_in_float32(met
             assert sizes[-2:] != (length, length), row.path
             is_kept = 'transpose(' not in row.path  # else of the backward pass
             assert not (is_kept and kind == 'f32' and math.prod(sizes) >= tokens * 512), (row.path, sizes)
+
+
+@pytest.mark.parametrize('name', ['vgg_d', 'lm_tiny'])
+def test_peak_memory_by_the_planners_formula_is_within_a_quarter_of_the_compilers(name):
+    config = {'vgg_d': cifar10_vgg_d, 'lm_tiny': lm_tiny}[name].get_config()
+    if name == 'lm_tiny':
+        config.model.dtype, config.model.features, config.model.heads = 'bfloat16', 512, 8
+    config.mesh.data = config.mesh.model = 1
+    parts = lowering.lower(config, 'cuda').memory
+    assert parts is not None
+    compiled = parts['arguments'] + parts['results'] - parts['of these in place'] + parts['temporary']
+    planned = memory.memory(network.of_config(config), hardware.devices()['H100'], Choice(Mesh(1, 1)))
+    assert 0.75 <= planned.peak / compiled <= 1.25
+    assert planned.state == pytest.approx(parts['arguments'], rel=0.02), 'the state, and a batch'

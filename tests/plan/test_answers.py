@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_jax.plan import answers, hardware, memory, search, step_time
+from sparse_jax.plan import answers, hardware, memory, numbers, search, step_time
 from sparse_jax.plan.collectives import Mesh
 from sparse_jax.plan.step_time import Choice
 from tests.plan.networks import planned
@@ -94,7 +94,7 @@ def test_the_cheapest_that_meets_the_deadline_and_the_fastest_without_prices():
         answers.recommended(both, fast.plan.hours / 2)
     unpriced = [answers.answer(network, DEVICES[name], 4) for name in ('H100', 'A100')]
     assert answers.recommended(unpriced).device.name == 'H100'
-    written = json.loads(json.dumps(answers.as_json(both, cheap)))
+    written = json.loads(json.dumps(numbers.as_json(both, cheap)))
     assert written['recommended']['device'] == 'A100' and len(written['devices']) == 2
 
 

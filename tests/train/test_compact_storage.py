@@ -16,6 +16,8 @@ from sparse_jax.kernels.cpu import operations as cpu
 from sparse_jax.runtime import checkpoint
 from sparse_jax.train import devices as devices_lib
 from sparse_jax.train import exporting, memory_table, storage
+from sparse_jax.train import optimizer as optimizer_lib
+from sparse_jax.train import run as run_lib
 from tests.train.test_runs import _final_state
 
 needs_compiler = pytest.mark.skipif(bool(cpu.unavailable()), reason='needs a C++ compiler: install g++ or clang++')
@@ -44,6 +46,23 @@ WINDOWED = dict(
     checkpoint__every=15,
     checkpoint__keep=9,
 )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', optimizer_lib.OPTIMIZERS)
+def test_every_optimizer_of_the_launcher_works_element_by_element(name):
+    """So that a training need not find it out when it starts."""
+    config = _config(optimizer__name=name, optimizer__weight_decay=0.1, optimizer__clip_norm=1.0)
+    state = jax.eval_shape(run_lib.experiment_of_shapes(config).init, jax.random.key(0))
+    whole = {
+        'fc1': {'kernel': jnp.ones((784, 300))},
+        'fc2': {'kernel': jnp.ones((300, 100))},
+        'fc3': {'kernel': jnp.ones((100, 10))},
+    }
+    for layer, features in (('fc1', 300), ('fc2', 100), ('fc3', 10)):
+        whole[layer]['bias'] = jnp.ones(features)
+    tx = optimizer_lib.create(config.optimizer, lambda step: 0.1, whole)
+    assert compact.check(tx, state.params, state.opt_state.layout) is tx
 
 
 @pytest.fixture(scope='module')
