@@ -127,6 +127,7 @@ def operations(
         product (naming the leaf), or if a window is given without ``update_every``.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> masks = {'w': jnp.eye(4, dtype=bool), 'bias': jnp.array(True)}
       >>> params = {'w': jnp.ones((4, 4)), 'bias': jnp.ones(4)}
       >>> counted = operations(lambda p, x: x @ p['w'] + p['bias'], params, masks, jnp.ones((10, 4)))
