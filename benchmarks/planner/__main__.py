@@ -22,12 +22,16 @@ from sparse_jax.plan import hardware
 _BOUND = {'published': 0.30, 'kernels': 0.25, 'step': 0.30, 'here': 0.25}
 
 
+def _number(value: float) -> str:
+    return f'{value:,.0f}' if value >= 100 else f'{value:.3g}'
+
+
 def table(title: str, unit: str, rows: Sequence[tuple[str, float, float, bool, str]], bound: float) -> str:
     """A Markdown table of (name, measured, predicted, fitted, source), and how many held-out rows are within the bound."""
     lines = [f'| {title} | measured, {unit} | predicted | ratio | |', '|---|---:|---:|---:|---|']
     for name, measured, predicted, fitted, source in rows:
         remark = ', '.join(filter(None, ('fitted' if fitted else '', source)))
-        lines.append(f'| {name} | {measured:,.4g} | {predicted:,.4g} | {predicted / measured:.2f} | {remark} |')
+        lines.append(f'| {name} | {_number(measured)} | {_number(predicted)} | {predicted / measured:.2f} | {remark} |')
     held_out = [max(p / m, m / p) - 1 for _, m, p, fitted, _ in rows if not fitted]
     good = sum(error <= bound for error in held_out)
     return '\n'.join([*lines, '', f'{good} of {len(held_out)} held-out rows are within {bound:.0%}.'])

@@ -102,5 +102,5 @@ def certainty(device: Device) -> str:
             else f'How sure: nothing of {device.name} was measured.'
         )
     if device.fitted_on:
-        return f'How sure: efficiencies of {device.name} were fitted on {device.fitted_on}; other published trainings are within 30% (docs/planning.md).'
+        return f'How sure: efficiencies of {device.name} were fitted on {device.fitted_on}; most other published trainings are within 30% (docs/planning.md).'
     return f'How sure: nothing of {device.name} was measured: its sheet and the usual efficiency of its kind, within a factor of 1.5 to 2.'
